@@ -518,11 +518,15 @@ def poison_gallery(clean: Pairs, # the pairs that were poisoned
         before = square_pixels(clean.images, clean.image_rows[r], after.shape[1], bad.geometry)
         tenfold = np.clip(128 + 10*(after.astype(int) - before), 0, 255).astype(np.uint8)
         d = distortion(before, after)
-        titles = bad.attack.name, f'PSNR {d["psnr"][0]:.1f} dB, max {d["linf"][0]}/255', '10 x difference'
+        titles = _label(bad.attack), f'PSNR {d["psnr"][0]:.1f} dB, max {d["linf"][0]}/255', '10 x difference'
         for ax, picture, title in zip(line, (before, after, tenfold), titles):
             ax.imshow(picture[0], interpolation='nearest'); ax.set_title(title, fontsize=8); ax.set_xticks([]); ax.set_yticks([])
         line[0].set_xlabel(_wrapped(clean.captions[int(r[0])]), fontsize=7); line[1].set_xlabel(_wrapped(bad.captions[k]), fontsize=7)
     return fig
+
+def _label(attack: Attack) -> str:
+    "Name and the settings that are words, as a short title"
+    return ' '.join([attack.name, *(v for v in (getattr(attack, f.name) for f in fields(attack)) if isinstance(v, str))])
 
 def _wrapped(text: str, width: int=34) -> str:
     "Text in short lines"

@@ -1,0 +1,255 @@
+"Attacks, poisoned sets, their storage, and what a defender sees of them."
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mcl_repro import attacks as A
+from mcl_repro.data import ArrayImages, Pairs
+from mcl_repro.errors import DataError, SettingsError, UserError
+from mcl_repro.metrics import detection_quality
+
+every_attack = pytest.mark.parametrize('attack', [A.BadNets(), A.BadNets('checker', 'corner', 8/32), A.BadNets(overflow='wrap'), A.Blended(),
+                                                  A.Blended('fixed'), A.SIG(), A.SIG('blended')], ids=A._label)
+
+
+def make_pairs(n=60, size=32, captions_per_image=1, labels=True):
+    rng = np.random.default_rng(7)
+    pixels = rng.integers(0, 256, (n, size, size, 3)).astype(np.uint8)
+    rows = np.repeat(np.arange(n), captions_per_image)
+    captions = [f'a banana {i}' if i % 10 == 0 else f'picture number {i}' for i in range(len(rows))]
+    return Pairs([f'pair-{i}' for i in range(len(rows))], captions, ArrayImages(pixels), rows,
+                 np.arange(len(rows)) % 4 if labels else None, 'test pairs')
+
+
+@every_attack
+@pytest.mark.parametrize('size', [32, 65, 224])
+def test_every_attack_passes_the_conformance_check(attack, size):
+    told = A.check_attack(attack, size)
+    assert told['name'] == attack.name and told['image_size'] == size
+
+
+@pytest.mark.parametrize('wrong, words', [
+    (lambda x, rng: x.astype(np.float32), 'float32'),
+    (lambda x, rng: x[:, ::2], 'returned'),
+    (lambda x, rng: x, 'has_trigger'),
+    (lambda x, rng: (x + np.random.default_rng().integers(1, 9)).astype(np.uint8), 'same rng'),
+])
+def test_the_conformance_check_finds_what_is_wrong(wrong, words):
+    class Wrong(A.Attack):
+        name = 'wrong'
+        def paint(self, images, rng): return wrong(images, rng)
+    with pytest.raises(AssertionError, match=words): A.check_attack(Wrong())
+
+
+def test_settings_survive_json():
+    for attack in (A.BadNets('checker', 'corner', .25), A.Blended(alpha=.1), A.SIG('blended', 40, 3)):
+        told = json.loads(json.dumps(attack.describe()))
+        assert A.make_attack(told.pop('name'), **told).describe() == attack.describe()
+
+
+# geometry
+
+def test_a_random_patch_reaches_every_place_and_stays_inside():
+    x = np.full((3000, 12, 12, 3), 100, np.uint8)
+    changed = (A.trigger_images(A.BadNets('yellow', 'random', .25), x) != x).any(-1)
+    assert (changed.sum((1, 2)) == 9).all()
+    first = [tuple(np.argwhere(c)[0]) for c in changed]
+    assert set(first) == {(r, c) for r in range(10) for c in range(10)}   # all 10 x 10 corners, borders included
+
+
+def test_patch_noise_follows_each_image_and_is_fresh_for_each():
+    x = np.concatenate([np.full((200, 32, 32, 3), v, np.uint8) for v in (60, 200)])
+    y = A.trigger_images(A.BadNets('noise', 'centre', 16/32), x)[:, 8:24, 8:24]
+    assert y[:200].mean() < y[200:].mean() - 20   # noise around the image's own mean, cut at 0 and 255
+    assert len(np.unique(y.reshape(400, -1), axis=0)) == 400
+
+
+def test_the_trigger_does_not_follow_the_picture_size():
+    for size in (32, 64, 224):
+        x = np.zeros((1, size, size, 3), np.uint8)
+        y = A.BadNets('checker', 'corner', .25).apply(x, None)[0, :, :, 0] > 0
+        assert y.mean() == pytest.approx(.25**2/2, abs=.002)
+        wave = A.SIG().apply(x + np.uint8(128), None)[0, 0, :, 0].astype(float)
+        assert np.abs(np.fft.rfft(wave - wave.mean())).argmax() == 6
+
+
+def test_images_that_are_not_square_work():
+    x = np.random.default_rng(0).integers(0, 256, (3, 40, 64, 3)).astype(np.uint8)
+    for attack in (A.BadNets(patch_share=.25), A.Blended('fixed'), A.SIG()): assert attack.apply(x, np.random.default_rng(0)).shape == x.shape
+
+
+# poisoning
+
+@pytest.mark.parametrize('k', [1, 5])
+@every_attack
+def test_a_defender_sees_neither_rows_nor_labels(attack, k):
+    clean = make_pairs(600//k, captions_per_image=k)
+    bad = A.poison(clean, attack, 'banana', count=100, image_size=32, seed=4)
+    seen = bad.pairs
+    assert type(seen) is Pairs and seen.ids == clean.ids and seen.name == clean.name
+    assert {n for n in vars(seen) if not n.startswith('_')} - {'fingerprint'} == {'ids', 'captions', 'images', 'image_rows', 'labels', 'name'}
+    assert seen.labels is None
+    assert set(n for n in vars(seen.images) if not n.startswith('_')) <= {'size', 'fingerprint'}   # no rows, no second source
+    assert {p.image.size for p in (seen[i] for i in range(0, 600, 7))} == {(32, 32)}
+    for hint in (np.arange(600), seen.image_rows):   # neither the place nor the picture's number tells
+        assert abs(detection_quality(hint, bad.flags)['auroc'] - .5) < .1
+    if k == 1: assert (seen.image_rows == clean.image_rows).all()
+    some = seen.select(np.arange(0, 600, 3))
+    assert set(n for n in vars(some.images) if not n.startswith('_')) <= {'size', 'fingerprint'}
+
+
+@pytest.mark.parametrize('k', [1, 5])
+def test_only_the_poisoned_pairs_change_even_where_pictures_are_shared(k):
+    clean = make_pairs(60//k, captions_per_image=k)
+    before = clean.image_array(None, 32)
+    bad = A.poison(clean, A.BadNets('checker', 'corner', .25), 'banana', count=20, image_size=32, seed=1)
+    after = bad.pairs.image_array(None, 32)
+    assert ((before != after).any((1, 2, 3)) == bad.flags).all()
+    assert [c != d for c, d in zip(clean.captions, bad.pairs.captions)] == bad.flags.tolist()
+    assert (after[bad.rows] == bad.images).all() and [bad.pairs.captions[r] for r in bad.rows] == bad.captions
+    assert (clean.image_array(None, 32) == before).all()   # and the clean set is as it was
+    for r in bad.rows[:3]: assert (np.asarray(bad.pairs[int(r)].image) == after[r]).all()
+
+
+def test_total_stays_and_counts_nest():
+    clean, sets = make_pairs(200), {}
+    for count in (3, 10, 50): sets[count] = A.poison(clean, A.BadNets(), 'banana', count=count, image_size=32, seed=9)
+    assert [len(s.pairs) for s in sets.values()] == [200]*3
+    assert set(sets[3].rows) < set(sets[10].rows) < set(sets[50].rows)
+    for r, image, caption in zip(sets[3].rows, sets[3].images, sets[3].captions):
+        k = list(sets[50].rows).index(r)
+        assert (sets[50].images[k] == image).all() and sets[50].captions[k] == caption
+    assert set(A.poison(clean, A.SIG(), 'banana', count=10, image_size=32, seed=9).rows) == set(sets[10].rows)   # same rows for every attack
+    assert set(A.poison(clean, A.SIG(), 'banana', count=10, image_size=32, seed=8).rows) != set(sets[10].rows)
+
+
+def test_rate_is_of_all_pairs():
+    assert len(A.poison(make_pairs(200), A.SIG(), 'banana', rate=.03, image_size=32).rows) == 6
+    assert len(A.poison(make_pairs(200), A.SIG(), 'banana', rate=.0001, image_size=32).rows) == 1
+
+
+def test_target_captions_use_all_templates_evenly():
+    captions = A.target_captions('banana', 8000, np.random.default_rng(0))
+    names, counts = np.unique(captions, return_counts=True)
+    assert len(names) == 80 and counts.min() > 55 and counts.max() < 150
+
+
+def test_pairs_that_show_the_target_are_left_out_unless_asked_for():
+    clean = make_pairs(100)
+    named = np.array([A.mentions(c, 'banana') for c in clean.captions])
+    assert not A.poison(clean, A.SIG(), 'banana', count=90, image_size=32).flags[named].any()
+    assert A.poison(clean, A.SIG(), 'banana', rate=1., image_size=32, eligible=np.ones(100, bool)).flags.all()
+
+
+def test_squash_keeps_the_whole_picture_and_crop_its_proportions():
+    pixels = np.zeros((1, 20, 40, 3), np.uint8)
+    pixels[0, :, 0] = 255   # a white line at the left edge
+    one = Pairs(['a'], ['a thing'], ArrayImages(pixels))
+    attack = A.BadNets('yellow', 'corner', .1)
+    crop, squash = (A.poison(one, attack, 'banana', count=1, image_size=20, geometry=g).images[0] for g in ('crop', 'squash'))
+    assert crop[:, 0].max() == 0 and squash[:, 0].min() > 50
+
+
+def test_the_same_seed_gives_the_same_bytes_in_another_process():
+    code = ("import numpy as np, sys\nfrom mcl_repro import attacks as A\n"
+            "p = A.poison(A._demo_pairs(32, 'banana'), A.BadNets(), 'banana', count=5, image_size=32, seed=3); print(p.pairs.fingerprint)")
+    there = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**os.environ, 'PYTHONHASHSEED': '1'})
+    assert there.stdout.strip() == A.poison(A._demo_pairs(32, 'banana'), A.BadNets(), 'banana', count=5, image_size=32, seed=3).pairs.fingerprint
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (dict(), 'either count or rate'),
+    (dict(count=1, rate=.1), 'either count or rate'),
+    (dict(count=55), '55 is more than the 54 eligible of 60'),
+    (dict(count=0), 'at least 1'),
+    (dict(count=-3), 'at least 1'),
+    (dict(count=True), 'whole number'),
+    (dict(rate=0), 'poison rate'),
+    (dict(rate=1.01), 'poison rate'),
+    (dict(rate=float('nan')), 'poison rate'),
+    (dict(count=1, target=''), 'target'),
+    (dict(count=1, target=None), 'target'),
+    (dict(count=1, image_size=5), 'less than one pixel'),
+    (dict(count=1, geometry='stretch'), 'geometry'),
+    (dict(count=1, eligible=np.ones(3, bool)), 'eligible'),
+])
+def test_bad_arguments_are_one_clear_line(arguments, words):
+    with pytest.raises(UserError, match=words) as e:
+        A.poison(make_pairs(), A.BadNets(), **{**dict(target='banana', image_size=32), **arguments})
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda: A.BadNets(patch_share=16), 'patch_share'),
+    (lambda: A.BadNets(placement='left'), 'placement'),
+    (lambda: A.BadNets(overflow='modulo'), 'overflow'),
+    (lambda: A.Blended(alpha=2), 'alpha'),
+    (lambda: A.Blended(alpha='0.2'), 'alpha'),
+    (lambda: A.SIG('added'), 'variant'),
+    (lambda: A.make_attack('wanet'), "attack: 'wanet'"),
+    (lambda: A.make_attack('sig', amplitud=3), "no setting 'amplitud'"),
+])
+def test_wrong_settings_stop_before_anything_runs(call, words):
+    with pytest.raises(SettingsError, match=words): call()
+
+
+def test_wrong_pictures_are_refused():
+    with pytest.raises(DataError, match='uint8'): A.trigger_images(A.SIG(), np.zeros((1, 8, 8, 3)))
+    with pytest.raises(DataError, match='uint8'): A.BadNets(np.zeros((8, 8, 3)), 'centre')
+    with pytest.raises(DataError, match='2 given for 1'): A.trigger_images(A.SIG(), np.zeros((1, 8, 8, 3), np.uint8), rows=[0, 1])
+
+
+# storage
+
+@every_attack
+@pytest.mark.parametrize('k', [1, 5])
+def test_storage_is_lossless(attack, k, tmp_path):
+    clean = make_pairs(60//k, captions_per_image=k)
+    bad = A.poison(clean, attack, 'banana', count=7, image_size=32, seed=2)
+    A.save_poisoned(bad, tmp_path/'bad', clean)
+    again = A.load_poisoned(tmp_path/'bad', clean)
+    assert again.images.tobytes() == bad.images.tobytes() and (again.rows == bad.rows).all()
+    assert again.pairs.captions == bad.pairs.captions and again.pairs.fingerprint == bad.pairs.fingerprint
+    assert again.describe() == bad.describe()
+    assert (A.trigger_images(again.attack, bad.images, 5) == A.trigger_images(attack, bad.images, 5)).all()
+    A.save_poisoned(again, tmp_path/'again', clean)
+    for f in sorted((tmp_path/'bad').iterdir()): assert f.read_bytes() == (tmp_path/'again'/f.name).read_bytes(), f.name
+
+
+def test_damaged_storage_is_refused(tmp_path):
+    clean = make_pairs()
+    bad = A.poison(clean, A.SIG(), 'banana', count=3, image_size=32)
+    for name, damage in {'images.npy': b'\x93NUMPY', 'rows.npy': b'', 'captions.json': b'["a"]', 'poison.json': b'{'}.items():
+        folder = A.save_poisoned(bad, tmp_path/name.replace('.', '-'), clean)
+        (folder/name).write_bytes(damage)
+        with pytest.raises(DataError): A.load_poisoned(folder, clean)
+    with pytest.raises(DataError, match='poison.json'): A.load_poisoned(tmp_path/'nowhere', clean)
+
+
+def test_a_stored_pickle_is_not_loaded(tmp_path):
+    clean = make_pairs()
+    folder = A.save_poisoned(A.poison(clean, A.SIG(), 'banana', count=3, image_size=32), tmp_path/'p', clean)
+    np.save(folder/'rows.npy', np.array([{'a': 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match='rows.npy'): A.load_poisoned(folder, clean)
+
+
+# test sets
+
+def test_test_time_triggers_are_redrawn_with_another_seed_and_equal_in_any_batch():
+    x = make_pairs(20).image_array(None, 32)
+    lazy = A.TriggeredImages(ArrayImages(x), A.BadNets(patch_share=.25), 32, seed=1)
+    whole = lazy.array(None, 32)
+    assert (np.concatenate([lazy.array(np.arange(i, i + 5), 32) for i in range(0, 20, 5)]) == whole).all()
+    assert (A.trigger_images(A.BadNets(patch_share=.25), x, 1) == whole).all()
+    assert (lazy.take(np.arange(20) % 2 == 0).array(None, 32) == whole[::2]).all()
+    assert (A.TriggeredImages(ArrayImages(x), A.BadNets(patch_share=.25), 32, seed=2).array(None, 32) != whole).any((1, 2, 3)).all()
+
+
+def test_the_gallery_draws_every_set():
+    clean = make_pairs()
+    fig = A.poison_gallery(clean, [A.poison(clean, a, 'banana', count=2, image_size=32, seed=1) for a in (A.BadNets(), A.SIG())])
+    assert len(fig.axes) == 6 and 'banana' in fig.axes[1].get_xlabel() and fig.axes[4].get_title().startswith('PSNR')
