@@ -1,0 +1,85 @@
+"""Small numpy stages for the lab's tests, importable in worker processes: make -> fit -> table, about 0.1 s each."""
+import os, signal, sys, time
+from pathlib import Path
+
+import numpy as np
+
+from mcl_repro.lab import Lab, stage
+
+
+def started(what):
+    "Note in the file $LAB_STARTS that a stage began; returns how often it did so far."
+    log = Path(os.environ['LAB_STARTS'])
+    with log.open('a') as f: f.write(f'{what} {os.getpid()}\n')
+    return sum(line.split()[0] == what for line in log.read_text().splitlines())
+
+
+def die_if(what):
+    "Kill this process without ceremony when the file $LAB_STARTS.<what> asks for it; the order is carried out once."
+    order = Path(f"{os.environ['LAB_STARTS']}.{what}")
+    if order.exists(): order.unlink(); os.kill(os.getpid(), signal.SIGKILL)
+
+
+@stage
+def make(work, *, seed, rows=200):
+    started(f'make{seed}'); rng = np.random.default_rng(seed)
+    np.save(work.out/'x.npy', rng.normal(size=(rows, 8)).astype('float32'))
+    die_if(f'make{seed}')
+    return {'rows': rows}
+
+
+@stage
+def fit(work, *, data, seed, steps=5, sleep=0.02):
+    "A training in small: keeps its state in scratch after every step, and goes on from there."
+    started(f'fit{seed}'); x = np.load(data.path/'x.npy'); state = work.scratch/'state.npz'
+    first, weights = 0, np.random.default_rng(seed).normal(size=8)
+    if state.exists():
+        with np.load(state) as s: first, weights = int(s['step']), s['weights']
+    for step in range(first, steps):
+        started(f'fit{seed}.step{step}'); time.sleep(sleep)
+        weights = weights - 0.1*(x*(x@weights)[:, None]).mean(0)
+        np.savez(work.scratch/'part.npz', step=step + 1, weights=weights); os.replace(work.scratch/'part.npz', state)
+        work.progress(step + 1, steps, 'steps'); die_if(f'fit{seed}.step{step}')
+    np.save(work.out/'weights.npy', weights)
+    return {'norm': float(np.linalg.norm(weights))}
+
+
+@stage
+def table(work, *, fits):
+    started('table'); die_if('table')
+    (work.out/'table.csv').write_text('seed,norm\n' + ''.join(f'{i},{f.result["norm"]!r}\n' for i, f in enumerate(fits)))
+    return {'mean': sum(f.result['norm'] for f in fits)/len(fits)}
+
+
+@stage
+def write(work, *, megabytes):
+    started('write'); (work.out/'block.bin').write_bytes(b'x'*int(megabytes*1e6))
+    return {'megabytes': megabytes}
+
+
+@stage
+def fail(work, *, kind, after=None):
+    from mcl_repro.errors import TrainingError
+    if kind == 'user': raise TrainingError('loss is nan at step 3; lower the learning rate')
+    if kind == 'nan': return {'loss': float('nan')}
+    if kind == 'link': (work.out/'link').symlink_to('/etc/hostname')
+    if kind == 'bug': raise ZeroDivisionError('a bug')
+    return {}
+
+
+def graph(lab, n=2, **settings):
+    "make -> fit for n seeds, and a table of all."
+    return lab.node(table, fits=[lab.node(fit, data=lab.node(make, seed=s), seed=s, **settings) for s in range(n)])
+
+
+def main(runs, engine='serial', jobs=None, **settings):
+    "What the crash tests start as a process of its own."
+    lab = Lab('smoke', device='cpu', runs=runs, engine=engine, jobs=jobs)
+    print('result', lab.run(graph(lab, **settings)).result, flush=True)
+    lab.close()
+
+
+if __name__ == '__main__':
+    import lab_stages  # the stages under the name that workers import them by
+    runs, engine, jobs, *settings = sys.argv[1:]
+    lab_stages.main(runs, engine, int(jobs) or None, **{k: float(v) if '.' in v else int(v) for k, v in (s.split('=') for s in settings)})
