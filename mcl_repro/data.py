@@ -4,19 +4,26 @@
 
 # %% ../nbs/01_data.ipynb #cc535d06
 from __future__ import annotations
-import hashlib, io, os
+import csv, datetime, difflib, glob, hashlib, inspect, io, json, os, re, shutil, tarfile, zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace as _replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-import numpy as np
+import numpy as np, platformdirs, yaml, mcl_repro
+from filelock import FileLock
 from PIL import Image
 from fastcore.basics import patch
 from .errors import DataError
 
 # %% auto #0
-__all__ = ['square', 'Images', 'ArrayImages', 'decode', 'inside', 'FileImages', 'OverlayImages', 'ConcatImages', 'Pair', 'Pairs',
-           'concat_pairs', 'LabelledImages', 'WorldImages', 'open_world', 'DataRef', 'resolve', 'open_data']
+__all__ = ['READERS', 'square', 'Images', 'ArrayImages', 'decode', 'inside', 'StoredImages', 'check_images', 'FileImages',
+           'OverlayImages', 'ConcatImages', 'Pair', 'Pairs', 'concat_pairs', 'LabelledImages', 'WorldImages',
+           'open_world', 'read_text', 'read_json', 'read_table', 'read_csv_pairs', 'read_flickr_pairs',
+           'read_karpathy_pairs', 'read_coco_pairs', 'TarImages', 'data_home', 'expand_shards', 'read_webdataset_pairs',
+           'read_class_folders', 'read_csv_labels', 'read_torchvision', 'write_csv_pairs', 'read_manifest',
+           'read_registry', 'DataRef', 'first_images', 'resolve', 'open_data', 'add_dataset', 'extract',
+           'fetch_dataset', 'list_datasets', 'show_dataset', 'verify_dataset', 'rich_table']
 
 # %% ../nbs/01_data.ipynb #f67fa15a
 def square(
@@ -123,50 +130,71 @@ def inside(
         raise DataError(f'{where+": " if where else ""}{name} lies outside the data folder {root}; list paths relative to it, or give the right folder as root')
     return PurePosixPath(path).as_posix()
 
-# %% ../nbs/01_data.ipynb #652e17f9
-class FileImages(Images):
+# %% ../nbs/01_data.ipynb #f1d63cf9
+class StoredImages(Images):
+    "Encoded pictures: a subclass gives `read(row) -> bytes`, `where(row) -> str` for errors and `member(row) -> str`, the portable name."
+    def read(self, row:int) -> bytes: raise NotImplementedError
+    def where(self, row:int) -> str: raise NotImplementedError
+    def member(self, row:int) -> str: raise NotImplementedError
+    def __getitem__(self, row): return decode(self.read(row), self.where(row))
+
+def check_images(
+    images: Images, # any source; only stored pictures can be bad
+    progress=None,  # called with the number of pictures done, now and then
+) -> tuple[str, list[str]]: # SHA-256 over names and bytes, and one line per picture that cannot be read
+    "Read and decode every picture."
+    if not isinstance(images, StoredImages): return images.fingerprint, []
+    def one(row):
+        try: data = images.read(row); decode(data, images.where(row))
+        except DataError as e: return b'', str(e)
+        return hashlib.sha256(data).digest(), None
+    h, bad = hashlib.sha256(), []
+    with ThreadPoolExecutor(Images.workers) as pool:
+        for row, (digest, error) in enumerate(pool.map(one, range(len(images)))):
+            h.update(_sha(images.member(row), digest).encode())
+            if error: bad.append(error)
+            if progress and row % 100 == 99: progress(row+1)
+    if progress: progress(len(images))
+    return h.hexdigest(), bad
+
+# %% ../nbs/01_data.ipynb #76dbbd61
+class FileImages(StoredImages):
     "Picture files below `root`. Missing ones are refused on opening; contents are read lazily."
     def __init__(self,
-        root: Path|str,       # the folder all names are relative to
-        names: list[str],     # relative posix paths
-        where: list[str]|None=None, # per name, which list and line named it, for errors
-        check: bool=True,     # look for every file now (one listing per folder)
+        root: Path|str,   # the folder all names are relative to
+        names: list[str], # relative posix paths
+        listed=None,      # row -> 'file, line', which list named it, for errors
+        check: bool=True, # look for every file now (one listing per folder)
     ):
         self.root, self.names = Path(root), list(names)
-        if not check: return
         listings: dict[str, set] = {}
-        for i, name in enumerate(self.names):
+        for i, name in enumerate(self.names if check else []):
             folder, _, base = name.rpartition('/')
             if folder not in listings:
                 try: listings[folder] = set(os.listdir(self.root/folder))
                 except OSError: listings[folder] = set()
-            if base not in listings[folder]:
-                raise DataError(f'{where[i]+": " if where else ""}image {name} is not in {self.root}; put it there or take it out of the list')
+            if base not in listings[folder]: raise DataError((f'{listed(i)}: ' if listed else '') + self._missing(name))
+    def _missing(self, name): return f'image {name} is not in {self.root}; put it there or take it out of the list'
     def __len__(self): return len(self.names)
-    def read(self, row:int) -> bytes:
-        "The file's bytes as they are stored."
-        path = self.root/self.names[row]
-        try: return path.read_bytes()
-        except OSError as e: raise DataError(f'{path}: cannot be read ({e.strerror or e}); check that it exists and may be read') from None
-    def __getitem__(self, row): return decode(self.read(row), str(self.root/self.names[row]))
+    def where(self, row): return str(self.root/self.names[row])
+    def member(self, row): return self.names[row]
+    def read(self, row):
+        try: return (self.root/self.names[row]).read_bytes()
+        except FileNotFoundError: raise DataError(self._missing(self.names[row])) from None
+        except OSError as e: raise DataError(f'{self.where(row)}: cannot be read ({e.strerror or e}); check its permissions') from None
     def take(self, rows): return FileImages(self.root, [self.names[r] for r in _rows(rows, len(self))], check=False)
 
 # %% ../nbs/01_data.ipynb #f08af02d
 @patch(as_prop=True)
 def fingerprint(self:FileImages) -> str:
-    "SHA-256 of names and sizes; cached."
+    "SHA-256 of names and file sizes; cached."
     if '_fingerprint' not in self.__dict__:
         sizes = np.empty(len(self), np.int64)
         for i, name in enumerate(self.names):
             try: sizes[i] = os.stat(self.root/name).st_size
-            except OSError: raise DataError(f'image {name} is not in {self.root}; put it there or take it out of the list') from None
+            except OSError: raise DataError(self._missing(name)) from None
         self._fingerprint = _sha('files', _sha_strings(self.names), sizes)
     return self._fingerprint
-
-@patch
-def content_hash(self:FileImages) -> str:
-    "SHA-256 of names and all bytes: slow and certain."
-    return _sha('files', *(x for i,name in enumerate(self.names) for x in (name, hashlib.sha256(self.read(i)).digest())))
 
 # %% ../nbs/01_data.ipynb #3b330afb
 class OverlayImages(Images):
@@ -223,7 +251,7 @@ class Pair:
     image: Image.Image
     caption: str
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pairs:
     "Image-caption pairs: pair `i` is (`images[image_rows[i]]`, `captions[i]`). Immutable; `len`, `[i]`, `select`, `replace`, `overlay`, `fingerprint`."
     ids: list[str]                      # unique and stable
@@ -246,6 +274,11 @@ class Pairs:
     def __len__(self): return len(self.ids)
     def __getitem__(self, i:int) -> Pair: return Pair(self.ids[i], self.images[int(self.image_rows[i])], self.captions[i])
     def __repr__(self): return f'Pairs({self.name}: {len(self):,} pairs, {len(np.unique(self.image_rows)):,} images)'
+    @cached_property
+    def fingerprint(self) -> str:
+        "SHA-256 of ids, captions, image rows, labels and the image source's fingerprint. The name does not count."
+        return _sha('pairs', _sha_strings(self.ids), _sha_strings(self.captions), self.image_rows,
+                    b'' if self.labels is None else self.labels, self.images.fingerprint)
 
 def _check_unique(ids, name):
     "DataError naming the first id that comes twice."
@@ -301,12 +334,6 @@ def image_array(self:Pairs,
     pixels = self.images.array(wanted, size)
     return pixels if len(back) == len(wanted) and (back == np.arange(len(back))).all() else pixels[back]
 
-def _pairs_fingerprint(self:Pairs) -> str:
-    "SHA-256 of ids, captions, labels, image rows and the image source's fingerprint; cached. The name does not count."
-    return _sha('pairs', _sha_strings(self.ids), _sha_strings(self.captions), self.image_rows,
-                b'' if self.labels is None else self.labels, self.images.fingerprint)
-Pairs.fingerprint = cached_property(_pairs_fingerprint); Pairs.fingerprint.__set_name__(Pairs, 'fingerprint')
-
 # %% ../nbs/01_data.ipynb #d0b4dd53
 def concat_pairs(
     parts: list[Pairs], # at least one; ids must not clash
@@ -319,7 +346,7 @@ def concat_pairs(
                  np.concatenate([p.image_rows + o for p, o in zip(parts, offsets)]), labels, name)
 
 # %% ../nbs/01_data.ipynb #43d8a271
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LabelledImages:
     "Images with class labels; row `i` is (`images[i]`, `labels[i]`)."
     ids: list[str]         # unique and stable
@@ -379,6 +406,500 @@ def open_world(
     out.__dict__['fingerprint'] = _sha('world', mark)  # the world knows its content without drawing it
     return out
 
+# %% ../nbs/01_data.ipynb #f09d3d60
+def read_text(
+    path: Path|str # a UTF-8 text file; a byte order mark is dropped
+) -> str:
+    "A whole text file, or DataError naming file and line."
+    try: data = Path(path).read_bytes()
+    except OSError as e: raise DataError(f'{path}: cannot be read ({e.strerror or e}); check the path') from None
+    try: return data.decode('utf-8').removeprefix('\ufeff')
+    except UnicodeDecodeError as e:
+        line = data.count(b'\n', 0, e.start) + 1
+        raise DataError(f'{path}, line {line}: not UTF-8 (byte 0x{data[e.start]:02x}); convert it, for example with iconv -f latin1 -t utf-8') from None
+
+def read_json(
+    path: Path|str # a JSON file
+):
+    "The content of a JSON file, or DataError naming file and line."
+    try: return json.loads(read_text(path))
+    except json.JSONDecodeError as e: raise DataError(f'{path}, line {e.lineno}: not JSON ({e.msg}); the file may be cut off, fetch it again') from None
+
+def _lines(path): return [(n, line.rstrip('\r')) for n, line in enumerate(read_text(path).split('\n'), 1) if line.strip()]
+
+# %% ../nbs/01_data.ipynb #ee4a64fa
+def _caption(text, where):
+    if not isinstance(text, str) or not text.strip(): raise DataError(f'{where}: the caption is empty; write one or delete the row')
+    return text
+
+def _build_pairs(root, listed, captions, where, name, ids=None, labels=None) -> Pairs:
+    "Rows of (relative image path, caption) as Pairs; `where(row)` names the line of a row."
+    first, count, image_rows, auto, at = {}, {}, [], [], []
+    for i, (image, caption) in enumerate(zip(listed, captions)):
+        _caption(caption, where(i))
+        if image not in first: first[image] = len(first); at.append(i)
+        k = count.get(image, 0); count[image] = k + 1
+        image_rows.append(first[image]); auto.append(f'{image}#{k}')
+    return Pairs(auto if ids is None else ids, captions, FileImages(root, list(first), lambda r: where(at[r])), np.asarray(image_rows, np.int64), labels, name)
+
+# %% ../nbs/01_data.ipynb #28454405
+def _unquote(field): return field[1:-1].replace('""', '"') if len(field) > 1 and field[0] == field[-1] == '"' else field
+
+def read_table(
+    path: Path|str,     # the file
+    sep: str|None=None, # field separator; None: tab for .tsv and .tab, else comma
+    header: bool=True,  # the first line names the columns
+) -> tuple[list[str], list[tuple[int, list[str]]]]: # column names (empty without header), and (line number, fields) per row
+    "A delimited text file with line numbers; DataError for a row that has not as many fields as there are columns."
+    sep = sep or ('\t' if Path(path).suffix.lower() in ('.tsv', '.tab') else ',')
+    if sep == '\t': rows = [(n, [_unquote(f) for f in line.split('\t')]) for n, line in _lines(path)]
+    else:
+        reader, rows, start = csv.reader(io.StringIO(read_text(path), newline=''), delimiter=sep, strict=True), [], 1
+        try:
+            for fields in reader:
+                if fields: rows.append((start, fields))
+                start = reader.line_num + 1
+        except csv.Error as e: raise DataError(f'{path}, line {start}: {e}; check the quotes of this row') from None
+    if not rows: raise DataError(f'{path}: the file is empty; a list of pairs has at least one row')
+    columns = [c.strip() for c in rows.pop(0)[1]] if header else []
+    width = len(columns) or len(rows[0][1])
+    for n, fields in rows:
+        if len(fields) != width: raise DataError(f'{path}, line {n}: {len(fields)} fields where {width} belong; quote fields that contain the separator')
+    return columns, rows
+
+def _column(columns, rows, wanted, path, option) -> list[str]:
+    "One column by name or position."
+    if isinstance(wanted, str) and wanted.isdigit() and not columns: wanted = int(wanted)
+    if isinstance(wanted, int) and 0 <= wanted < (len(columns) or len(rows[0][1])): return [f[wanted] for _, f in rows]
+    if wanted in columns: return [f[columns.index(wanted)] for _, f in rows]
+    there = ', '.join(columns) if columns else f'{len(rows[0][1])} columns without names'
+    raise DataError(f'{path}: there is no column {wanted}; it has {there[:200]}; choose with {option}=')
+
+# %% ../nbs/01_data.ipynb #fd5baf5f
+def read_csv_pairs(
+    path: Path|str,           # the CSV or TSV
+    image: str|int='image',   # column with the image path
+    caption: str|int='caption', # column with the caption
+    id: str|int|None=None,    # column with ids; None: `id` where there is one, else `path#k`
+    label: str|int|None=None, # column with integer labels; None: `label` where there is one
+    sep: str|None=None,       # separator; None: by the file's ending
+    header: bool=True,        # the first line names the columns
+    root: Path|str|None=None, # folder the paths are relative to; None: the file's own
+    name: str|None=None,      # name of the result
+) -> Pairs:
+    "Pairs from a delimited text file (format of CleanCLIP and MEM). Raises DataError naming the line, or the columns that are there."
+    path, root = Path(path), Path(path).parent if root is None else Path(root)
+    columns, rows = read_table(path, sep, header)
+    if not rows: raise DataError(f'{path}: there is a header but no row; a list of pairs has at least one')
+    where = lambda i: f'{path}, line {rows[i][0]}'
+    get = lambda wanted, option: _column(columns, rows, wanted, path, option)
+    captions, paths = get(caption, 'caption'), get(image, 'image')
+    listed = [_local(root, p, where(i)) for i, p in enumerate(paths)]
+    ids = get(id or 'id', 'id') if id is not None or 'id' in columns else None
+    labels = get(label or 'label', 'label') if label is not None or 'label' in columns else None
+    if labels is not None: labels = [_integer(x, where(i)) for i, x in enumerate(labels)]
+    return _build_pairs(root, listed, captions, where, name or path.name, ids, labels)
+
+def _local(root, listed, where):
+    "A listed image path, which must be a local one."
+    if re.match(r'[a-z]+://', listed): raise DataError(f'{where}: the image is a web address ({listed[:60]}); download the pictures first (img2dataset does) and list their paths')
+    if not listed.strip(): raise DataError(f'{where}: the image path is empty; write one or delete the row')
+    return inside(root, listed, where)
+
+def _integer(text, where):
+    try: return int(text)
+    except ValueError: raise DataError(f'{where}: the label {text[:40]} is not an integer; number the classes from 0') from None
+
+# %% ../nbs/01_data.ipynb #e29d72b6
+def read_flickr_pairs(
+    tokens: Path|str,               # token file, `<image>#<k><TAB><caption>` per line
+    images: Path|str,               # folder with the pictures
+    split_list: Path|str|None=None, # text file with one image name per line; None: all images of the token file
+    name: str|None=None,            # name of the result
+) -> Pairs:
+    "Pairs of Flickr8k or Flickr30k; images in the order of the split list, captions in the order of the token file."
+    captions, seen = {}, set()
+    for n, line in _lines(tokens):
+        key, tab, caption = line.partition('\t')
+        image, mark, k = key.rpartition('#')
+        if not tab or not mark: raise DataError(f'{tokens}, line {n}: expected "<image>#<number><tab><caption>" but there is no {"tab" if not tab else "#"}; fix the line or take the original file')
+        if key in seen: raise DataError(f'{tokens}, line {n}: {key} comes twice; every caption needs its own number')
+        seen.add(key); captions.setdefault(image, []).append((n, k, _caption(caption, f'{tokens}, line {n}')))
+    chosen = dict.fromkeys(captions) if split_list is None else {}
+    for n, line in _lines(split_list) if split_list is not None else []:
+        image = line.strip()
+        if image not in captions: raise DataError(f'{split_list}, line {n}: {image} has no caption in {tokens}; take list and captions of the same data set')
+        if image in chosen: raise DataError(f'{split_list}, line {n}: {image} comes twice; list every image once')
+        chosen[image] = n
+    rows = [(image, k, caption, n) for image in chosen for n, k, caption in captions[image]]
+    where = lambda i: f'{tokens}, line {rows[i][3]}' if split_list is None else f'{split_list}, line {chosen[rows[i][0]]}'
+    return _build_pairs(images, [inside(images, r[0], where(i)) for i, r in enumerate(rows)], [r[2] for r in rows], where, name or Path(split_list or tokens).name,
+                        ids=[f'{r[0]}#{r[1]}' for r in rows])
+
+# %% ../nbs/01_data.ipynb #e94900fe
+def _limit(captions, per_image, where):
+    if per_image is None: return captions
+    if len(captions) < per_image: raise DataError(f'{where}: {len(captions)} captions where {per_image} are wanted; lower per_image')
+    return captions[:per_image]
+
+def read_karpathy_pairs(
+    path: Path|str,           # dataset_flickr8k.json, dataset_flickr30k.json or dataset_coco.json
+    images: Path|str,         # folder with the pictures (for COCO the one that holds train2014 and val2014)
+    split: str='train',       # split name; several joined by +, as train+restval
+    per_image: int|None=None, # keep this many captions of each picture; None: all
+    name: str|None=None,      # name of the result
+) -> Pairs:
+    "Pairs of one split of Karpathy's JSON; ids `<file>#<k>`."
+    entries = read_json(path)
+    try: entries = [(e['split'], '/'.join(x for x in (e.get('filepath'), e['filename']) if x), [s['raw'] for s in e['sentences']]) for e in entries['images']]
+    except (KeyError, TypeError): raise DataError(f'{path}: not one of Karpathy\'s split files (images with filename, split and sentences); take dataset_*.json from caption_datasets.zip') from None
+    there = sorted({e[0] for e in entries})
+    for s in split.split('+'):
+        if s not in there: raise DataError(f'{path}: there is no split {s}; it has {", ".join(there)}')
+    rows = [(image, c, f'{path}, image {image}') for s, image, sentences in entries if s in split.split('+') for c in _limit(sentences, per_image, f'{path}, image {image}')]
+    where = lambda i: rows[i][2]
+    return _build_pairs(images, [inside(images, r[0], r[2]) for r in rows], [r[1] for r in rows], where, name or f'{Path(path).stem}:{split}')
+
+def read_coco_pairs(
+    path: Path|str,           # captions_train2017.json or alike
+    images: Path|str,         # folder with the pictures
+    per_image: int|None=None, # keep this many captions of each picture; None: all
+    name: str|None=None,      # name of the result
+) -> Pairs:
+    "Pairs of a COCO captions file, images in its order; ids `<file>#<annotation id>`. Images without caption are left out."
+    content = read_json(path)
+    try:
+        files, captions = {i['id']: i['file_name'] for i in content['images']}, {}
+        for a in content['annotations']: captions.setdefault(a['image_id'], []).append((a['id'], a['caption']))
+    except (KeyError, TypeError): raise DataError(f'{path}: not a COCO captions file (images, and annotations with image_id and caption); take captions_*.json, not instances_*.json') from None
+    for image in captions:
+        if image not in files: raise DataError(f'{path}: a caption belongs to image {image}, which the file does not list; take the original file')
+    rows = [(files[i], a, c) for i in files if i in captions for a, c in _limit(captions[i], per_image, f'{path}, image {files[i]}')]
+    where = lambda i: f'{path}, annotation {rows[i][1]}'
+    return _build_pairs(images, [inside(images, r[0], where(i)) for i, r in enumerate(rows)], [r[2] for r in rows], where, name or Path(path).stem, ids=[f'{r[0]}#{r[1]}' for r in rows])
+
+# %% ../nbs/01_data.ipynb #db366686
+class TarImages(StoredImages):
+    "Pictures inside plain tar shards, read in place."
+    def __init__(self,
+        shards: list,     # shard files
+        members: list[str], # name of each picture inside its shard
+        shard: np.ndarray,  # int [n], which shard
+        offset: np.ndarray, # int64 [n], first byte
+        size: np.ndarray,   # int64 [n], bytes
+    ):
+        self.shards, self.members = [Path(s) for s in shards], list(members)
+        self.shard, self.offset, self.size = np.asarray(shard), np.asarray(offset, np.int64), np.asarray(size, np.int64)
+    def __len__(self): return len(self.members)
+    def where(self, row): return f'{self.shards[self.shard[row]]}, member {self.members[row]}'
+    def member(self, row): return f'{self.shards[self.shard[row]].name}/{self.members[row]}'
+    def read(self, row):
+        path = self.shards[self.shard[row]]
+        try:
+            with open(path, 'rb') as f: f.seek(int(self.offset[row])); return f.read(int(self.size[row]))
+        except OSError as e: raise DataError(f'{path}: cannot be read ({e.strerror or e}); put the shard back') from None
+    def take(self, rows):
+        rows = _rows(rows, len(self))
+        return TarImages(self.shards, [self.members[r] for r in rows], self.shard[rows], self.offset[rows], self.size[rows])
+    @cached_property
+    def fingerprint(self) -> str: return _sha('tar', _sha_strings([self.member(r) for r in range(len(self))]), self.size)
+
+# %% ../nbs/01_data.ipynb #ed845d82
+def data_home() -> Path:
+    "Folder for fetched data, the registry and indices: `$MCL_REPRO_DATA`, else the user's data folder."
+    return Path(os.environ.get('MCL_REPRO_DATA') or platformdirs.user_data_dir('mcl_repro')).expanduser()
+
+_pictures = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.ppm', '.tif', '.tiff')
+
+def _scan_shard(path) -> list:
+    "[key, picture member, offset, size, caption] per sample of one shard; None where a part is missing."
+    samples, end = {}, 0
+    try:
+        with tarfile.open(path, 'r:') as tar:
+            for m in tar:
+                end = m.offset_data + -(-m.size//512)*512
+                if not m.isfile() or m.name.rpartition('/')[2].startswith('.'): continue
+                folder, slash, base = m.name.rpartition('/'); stem, _, ext = base.partition('.')
+                s = samples.setdefault(folder+slash+stem, [folder+slash+stem, None, 0, 0, None]); ext = '.' + ext.lower()
+                if ext in _pictures: s[1:4] = m.name, m.offset_data, m.size
+                elif ext == '.txt': s[4] = _utf8(tar.extractfile(m).read(), f'{path}, member {m.name}')
+                elif ext == '.json' and s[4] is None: s[4] = json.loads(_utf8(tar.extractfile(m).read(), f'{path}, member {m.name}')).get('caption')
+        if os.path.getsize(path) < end + 512: raise tarfile.ReadError('the end is missing')  # tarfile itself stops silently
+    except FileNotFoundError: raise DataError(f'{path}: the shard is not there; check the path') from None
+    except (tarfile.TarError, EOFError, json.JSONDecodeError) as e: raise DataError(f'{path}: not a whole, uncompressed tar shard ({e}); fetch it again, or unpack a .tar.gz to .tar') from None
+    return list(samples.values())
+
+def _utf8(data, where):
+    try: return data.decode('utf-8')
+    except UnicodeDecodeError: raise DataError(f'{where}: the caption is not UTF-8; write the shard again with UTF-8 text') from None
+
+# %% ../nbs/01_data.ipynb #15f63362
+def _shard_index(path) -> list:
+    "`_scan_shard`, kept in the data folder for shards of 8 MiB and more under path, size and time of change."
+    stat = os.stat(path) if os.path.exists(path) else None
+    if stat is None or stat.st_size < 2**23: return _scan_shard(path)
+    kept = data_home()/'index'/f'{_sha(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)[:32]}.json'
+    try: return json.loads(kept.read_text('utf-8'))
+    except (OSError, ValueError): pass
+    samples = _scan_shard(path)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f'.{os.getpid()}'); part.write_text(json.dumps(samples), 'utf-8'); os.replace(part, kept)
+    except OSError: pass   # an index that cannot be kept is only slower
+    return samples
+
+def expand_shards(
+    pattern: str|Path # path with * ? or {000..123}, a folder of .tar files, or one file
+) -> list[Path]:
+    "The shards a pattern means, in order; DataError when there is none."
+    pattern = str(pattern)
+    if Path(pattern).is_dir(): pattern = f'{pattern}/*.tar'
+    span = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
+    if span: found = [Path(pattern[:span.start()] + str(k).zfill(len(span[1])) + pattern[span.end():]) for k in range(int(span[1]), int(span[2])+1)]
+    else: found = [Path(p) for p in sorted(glob.glob(pattern))] or [Path(pattern)]
+    for p in found:
+        if not p.exists(): raise DataError(f'{p}: the shard is not there; check the path or fetch the data')
+    return found
+
+# %% ../nbs/01_data.ipynb #16906fdb
+def read_webdataset_pairs(
+    shards: str|Path|list,    # pattern for `expand_shards`, or shard files
+    incomplete: str='error',  # a sample without picture or caption: 'error', or 'skip'
+    name: str|None=None,      # name of the result
+) -> Pairs:
+    "Pairs from tar shards in WebDataset form: picture, and .txt caption (else `caption` of the .json); ids are the sample keys."
+    if incomplete not in ('error', 'skip'): raise DataError(f"incomplete is 'error' or 'skip', not {incomplete}")
+    paths = [Path(p) for p in shards] if isinstance(shards, (list, tuple)) else expand_shards(shards)
+    ids, captions, members, shard, offset, size = [], [], [], [], [], []
+    for s, path in enumerate(paths):
+        for key, member, start, length, caption in _shard_index(path):
+            whole = member is not None and isinstance(caption, str) and caption.strip()
+            if not whole and incomplete == 'skip': continue
+            if member is None: raise DataError(f'{path}: sample {key} has no picture; write the shard again, or leave such samples out with incomplete=skip')
+            if not whole: raise DataError(f'{path}: sample {key} has an empty caption; write the shard again, or leave such samples out with incomplete=skip')
+            ids.append(key); captions.append(caption); members.append(member); shard.append(s); offset.append(start); size.append(length)
+    if not ids: raise DataError(f'{paths[0] if paths else shards}: no sample in these shards; check the pattern')
+    return Pairs(ids, captions, TarImages(paths, members, shard, offset, size), None, None, name or paths[0].name)
+
+# %% ../nbs/01_data.ipynb #5d479ab9
+def _names_of(keys, classnames, where) -> list[str]:
+    "Readable names of class keys in order: given ones (list or dict), ImageNet's for 1000 WordNet ids, else the keys with spaces."
+    if isinstance(classnames, dict):
+        missing = [k for k in keys if k not in classnames]
+        if missing: raise DataError(f'{where}: class {missing[0]} has no name in classnames; add it')
+        return [classnames[k] for k in keys]
+    if classnames is not None:
+        if len(classnames) != len(keys): raise DataError(f'{where}: {len(keys)} classes but {len(classnames)} class names; give one per class in sorted order')
+        return list(classnames)
+    if all(re.fullmatch(r'n\d{8}', k) for k in keys):
+        if len(keys) != 1000: raise DataError(f'{where}: {len(keys)} classes are named by WordNet ids; only the 1000 of ImageNet-1K are known, so give classnames')
+        from mcl_repro.clip import import_open_clip
+        return list(import_open_clip().IMAGENET_CLASSNAMES)
+    return [k.replace('_', ' ') for k in keys]
+
+def read_class_folders(
+    folder: Path|str,               # holds one folder per class, or (with `pattern`) the pictures themselves
+    classnames: list|dict|None=None,# readable names by sorted class, or {folder: name}; None: see above
+    pattern: str|None=None,         # regular expression on the file name with a group `key`, and `label` for the name
+    name: str|None=None,            # name of the result
+) -> LabelledImages:
+    "Images sorted into classes by folder or by file name; ids are relative paths."
+    folder, found = Path(folder), {}
+    if not folder.is_dir(): raise DataError(f'{folder}: the folder is not there; check the path')
+    pictures = lambda d: sorted(e.name for e in os.scandir(d) if e.name.lower().endswith(_pictures) and not e.name.startswith('.'))
+    if pattern is None:
+        for d in sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.')):
+            found[d] = [f'{d}/{x}' for x in pictures(folder/d)]
+            if not found[d]: raise DataError(f'{folder/d}: no picture in this class folder; fill it or remove it, since it would take a class number')
+    else:
+        labels = {}
+        for x in pictures(folder):
+            m = re.match(pattern, x)
+            if not m: raise DataError(f'{folder/x}: the name does not fit the pattern {pattern}; rename or remove it')
+            found.setdefault(m['key'], []).append(x); labels[m['key']] = m.groupdict().get('label') or m['key']
+        if classnames is None and not (len(found) == 1000 and all(re.fullmatch(r'n\d{8}', k) for k in found)): classnames = {k: v.replace('_', ' ') for k, v in labels.items()}
+    if not found: raise DataError(f'{folder}: no class folder in it; expected one folder of pictures per class')
+    keys = sorted(found); files = [x for k in keys for x in found[k]]
+    return LabelledImages(files, FileImages(folder, files, check=False), [i for i, k in enumerate(keys) for _ in found[k]], _names_of(keys, classnames, folder), name or folder.name)
+
+# %% ../nbs/01_data.ipynb #eff4c851
+def read_csv_labels(
+    path: Path|str,            # the CSV or TSV
+    image: str|int='image',    # column with the image path, relative to `root`
+    label: str|int='label',    # column with the class: integers, or names
+    classnames: list|None=None,# names of integer classes; None: ImageNet's when labels reach 999, else `classnames.txt` beside the file
+    sep: str|None=None,        # separator; None: by the file's ending
+    root: Path|str|None=None,  # folder the paths are relative to; None: the file's own
+    name: str|None=None,       # name of the result
+) -> LabelledImages:
+    "Labelled images from a delimited text file (CleanCLIP's labels.csv)."
+    path, root = Path(path), Path(path).parent if root is None else Path(root)
+    columns, rows = read_table(path, sep)
+    where = lambda i: f'{path}, line {rows[i][0]}'
+    files = [_local(root, p, where(i)) for i, p in enumerate(_column(columns, rows, image, path, 'image'))]
+    labels = _column(columns, rows, label, path, 'label')
+    if all(re.fullmatch(r'\d+', x) for x in labels):
+        labels = [int(x) for x in labels]; beside = path.parent/'classnames.txt'
+        if classnames is None and beside.exists(): classnames = [line for _, line in _lines(beside)]
+        if classnames is None and max(labels) == 999: classnames = _names_of([f'n{i:08d}' for i in range(1000)], None, path)
+        if classnames is None: raise DataError(f'{path}: classes are numbers without names; write them into {beside}, one per line')
+    else: classnames = sorted(set(labels)); labels = [classnames.index(x) for x in labels]
+    return LabelledImages(files, FileImages(root, files, where), labels, classnames, name or path.name)
+
+# %% ../nbs/01_data.ipynb #69508fb7
+_torchvision = dict( # data set -> split -> arguments of the torchvision class
+    CIFAR10=dict(train=dict(train=True), test=dict(train=False)), CIFAR100=dict(train=dict(train=True), test=dict(train=False)),
+    Caltech101=dict(train={}, test={}, all={}), DTD=dict(train=dict(split='train'), val=dict(split='val'), test=dict(split='test')),
+    OxfordIIITPet=dict(train=dict(split='trainval'), test=dict(split='test')), Food101=dict(train=dict(split='train'), test=dict(split='test')))
+
+def _import_torchvision_datasets():
+    "torchvision.datasets, however little torchvision fits the installed torch."
+    from mcl_repro.clip import import_torchvision
+    import_torchvision(); import torchvision.datasets
+    return torchvision.datasets
+
+def read_torchvision(
+    dataset: str,       # CIFAR10, CIFAR100, Caltech101, DTD, OxfordIIITPet or Food101
+    root: Path|str,     # the folder torchvision would download to
+    split: str='test',  # train or test (DTD also val, Caltech101 also all)
+    name: str|None=None,# name of the result
+) -> LabelledImages:
+    "One of torchvision's downstream sets; nothing is downloaded."
+    if dataset not in _torchvision: raise DataError(f'unknown torchvision data set {dataset}; there are {", ".join(_torchvision)}')
+    if split not in _torchvision[dataset]: raise DataError(f'{dataset} has no split {split}; it has {", ".join(_torchvision[dataset])}')
+    try: data = getattr(_import_torchvision_datasets(), dataset)(str(root), **_torchvision[dataset][split])
+    except (RuntimeError, OSError, ValueError) as e: raise DataError(f'{dataset} is not complete in {root} ({str(e).splitlines()[0][:120]}); get it with: mcl_repro data fetch {dataset.lower()}') from None
+    name = name or f'{dataset}:{split}'
+    if dataset.startswith('CIFAR'):
+        return LabelledImages([f'{split}/{i:05d}' for i in range(len(data.data))], ArrayImages(data.data), data.targets, _names_of(data.classes, None, root), name)
+    if dataset == 'Caltech101': files, labels, classes = [f'101_ObjectCategories/{data.categories[y]}/image_{i:04d}.jpg' for i, y in zip(data.index, data.y)], data.y, data.categories
+    else: files, labels, classes = [Path(f).relative_to(root).as_posix() for f in getattr(data, '_image_files', None) or data._images], data._labels, data.classes
+    every = LabelledImages(files, FileImages(data.root if dataset == 'Caltech101' else root, files), labels, _names_of(classes, None, root), name)
+    return every if dataset != 'Caltech101' or split == 'all' else every.select(_caltech_rows(files, labels, split))
+
+def _caltech_rows(files, labels, split, per_class=30):
+    "Rows of our Caltech101 split: per class the `per_class` smallest name hashes are for training."
+    order = sorted(range(len(files)), key=lambda r: (labels[r], hashlib.sha256(files[r].encode()).digest()))
+    rank, seen = {}, {}
+    for r in order: rank[r] = seen.get(labels[r], 0); seen[labels[r]] = rank[r] + 1
+    return [r for r in range(len(files)) if (rank[r] < per_class) == (split == 'train')]
+
+# %% ../nbs/01_data.ipynb #3cb04ffa
+def write_csv_pairs(
+    pairs: Pairs,       # what to write
+    folder: Path|str,   # gets pairs.csv and images/
+    size: int|None=None,# write square pictures of this side; None: as they are
+) -> Path:              # the CSV, for `read_csv_pairs`
+    "Write pairs losslessly; the CSV comes last, so its presence means that the pictures are complete."
+    folder = Path(folder); (folder/'images').mkdir(parents=True, exist_ok=True)
+    used = np.unique(pairs.image_rows); path = folder/'pairs.csv'
+    files = {int(r): f'images/{k:06d}.png' for k, r in enumerate(used)}
+    def one(r): (Image.fromarray(pairs.images.array([r], size)[0]) if size else pairs.images[r]).save(folder/files[r], compress_level=1)
+    with ThreadPoolExecutor(Images.workers) as pool: list(pool.map(one, files))
+    part = path.with_suffix('.part')
+    with open(part, 'w', encoding='utf-8', newline='') as f:
+        out = csv.writer(f, lineterminator='\n'); out.writerow(['id', 'image', 'caption'] + ['label']*(pairs.labels is not None))
+        for i in range(len(pairs)): out.writerow([pairs.ids[i], files[int(pairs.image_rows[i])], pairs.captions[i]] + ([] if pairs.labels is None else [pairs.labels[i]]))
+    os.replace(part, path)
+    return path
+
+# %% ../nbs/01_data.ipynb #b202f20e
+def _manifest_path() -> Path:
+    "The manifest: beside the package in a checkout, inside it when installed."
+    package = Path(mcl_repro.__file__).parent
+    for p in (package.parent/'data_manifest.yaml', package/'data_manifest.yaml'):
+        if p.is_file(): return p
+    raise DataError('data_manifest.yaml was not installed with mcl_repro; install it again from a complete checkout')
+
+def read_manifest(
+    path: Path|str|None=None # None: the project's own
+) -> dict[str, dict]:
+    "Data sets by name as data_manifest.yaml describes them."
+    path = path or _manifest_path()
+    try: return yaml.safe_load(read_text(path))['datasets']
+    except (yaml.YAMLError, KeyError, TypeError) as e: raise DataError(f'{path}: not a data manifest ({str(e).splitlines()[0]})') from None
+
+def read_registry() -> dict[str, dict]:
+    "What `add_dataset` and `fetch_dataset` have recorded in the data folder."
+    path = data_home()/'registry.yaml'
+    if not path.exists(): return {}
+    try: content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as e: raise DataError(f'{path}: not readable as YAML ({str(e).splitlines()[0]}); mend or delete it') from None
+    if not isinstance(content, dict): raise DataError(f'{path}: not a registry of data sets; mend or delete it')
+    return content
+
+def _record(name:str, **changes):
+    "Change one registry entry, safely beside other processes."
+    home = data_home(); path = home/'registry.yaml'
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(path) + '.lock'):
+            registry = read_registry(); registry[name] = {**registry.get(name, {}), **changes}
+            part = path.with_suffix('.part'); part.write_text(yaml.safe_dump(registry, sort_keys=False, allow_unicode=True), 'utf-8'); os.replace(part, path)
+    except OSError as e: raise DataError(f'{home}: cannot be written ({e.strerror or e}); set MCL_REPRO_DATA to a folder you may write to') from None
+
+# %% ../nbs/01_data.ipynb #6f36f735
+def _known() -> dict[str, dict]:
+    "Manifest entries, overlaid by registered ones."
+    known = {k: dict(v) for k, v in read_manifest().items()}
+    for name, entry in read_registry().items(): known[name] = {**known.get(name, {}), **entry}
+    return known
+
+def _entry(name:str) -> dict:
+    "One data set's entry, or DataError with the nearest names."
+    known = _known()
+    if name in known: return known[name]
+    near = difflib.get_close_matches(name, known, 3)
+    raise DataError(f'unknown data set {name}; {"did you mean " + " or ".join(near) if near else "known are " + ", ".join(known)}? A folder of your own is registered with: mcl_repro data add {name} FOLDER')
+
+def _root(name:str, entry:dict) -> Path: return Path(entry['root']) if entry.get('root') else data_home()/name
+
+def _how_to_get(name:str, entry:dict) -> str:
+    "What to do when a data set is not here."
+    fetch = f'fetch it with: mcl_repro data fetch {name}' if entry.get('files') else ''
+    return '; '.join(x for x in (fetch, entry.get('obtain'), f'then register its folder with: mcl_repro data add {name} FOLDER') if x)
+
+# %% ../nbs/01_data.ipynb #98e12237
+READERS = dict(csv=read_csv_pairs, csv_labels=read_csv_labels, flickr=read_flickr_pairs, karpathy=read_karpathy_pairs, coco=read_coco_pairs,
+               webdataset=read_webdataset_pairs, class_folders=read_class_folders, torchvision=read_torchvision)
+_path_options = {'path', 'tokens', 'images', 'split_list', 'folder', 'root', 'shards'}
+
+def _find(root:Path, wanted) -> str|None:
+    "The first alternative that exists below `root`; shard patterns are tried by expanding them."
+    for w in wanted if isinstance(wanted, list) else [wanted]:
+        w = str(root/inside(root, w)) if w != '.' else str(root)
+        if Path(w).exists() or glob.glob(w): return w
+        if '{' in w and Path(re.sub(r'\{(\d+)\.\.\d+\}', r'\1', w)).exists(): return w
+    return None
+
+def _options_of(root:Path, layout:dict, split:str) -> tuple[dict, list]:
+    "A reader's options for a split with paths resolved, and the paths that were not found."
+    options, missing = {**layout.get('options', {}), **(layout.get('splits', {}).get(split) or {})}, []
+    allowed = [p for p in inspect.signature(READERS[layout['format']]).parameters if p != 'name']
+    needs = options.pop('needs', None)      # a path that tells whether a data set with root `.` is there
+    if needs and not _find(root, needs): missing.append(needs)
+    for k, v in options.items():
+        if k not in allowed: raise DataError(f'the {layout["format"]} reader has no option {k}; it has {", ".join(allowed)}')
+        if k in _path_options:
+            options[k] = _find(root, v)
+            if options[k] is None: missing.append(' or '.join(v) if isinstance(v, list) else v)
+    return options, missing
+
+def _open_split(name:str, split:str) -> Pairs|LabelledImages:
+    "A split of a manifest or registered data set."
+    entry = _entry(name); root = _root(name, entry)
+    layouts = [l for l in entry.get('layouts', []) if split in l.get('splits', {})]
+    if not layouts:
+        there = list(dict.fromkeys(s for l in entry.get('layouts', []) for s in l.get('splits', {})))
+        raise DataError(f'{name} has no split {split}; it has {", ".join(there)}' if there else f'{name} is not a set of pictures that can be opened; see: mcl_repro data show {name}')
+    if not root.is_dir(): raise DataError(f'{name} is not on this machine ({root}); {_how_to_get(name, entry)}')
+    lacking = []
+    for layout in layouts:
+        options, missing = _options_of(root, layout, split)
+        if not missing: return READERS[layout['format']](**options, name=f'{name}:{split}')
+        lacking.append(', '.join(missing))
+    raise DataError(f'{name}:{split} is not complete in {root}: there is no {"; nor ".join(lacking)}; {_how_to_get(name, entry)}')
+
 # %% ../nbs/01_data.ipynb #8ec42c47
 @dataclass(frozen=True)
 class DataRef:
@@ -386,11 +907,55 @@ class DataRef:
     source: str
     fingerprint: str
 
+def _count(text:str, source:str) -> int:
+    if not re.fullmatch(r'[1-9]\d*', text): raise DataError(f'{source}: {text} is not a number of images; write name:split or name:split:count')
+    return int(text)
+
+def first_images(
+    data: Pairs|LabelledImages,
+    count: int # how many images
+) -> Pairs|LabelledImages:
+    "The first `count` images with all their captions; DataError when there are fewer."
+    n = len(data.images) if isinstance(data, Pairs) else len(data)
+    if count > n: raise DataError(f'{data.name} has only {n:,} images, not {count:,}; ask for fewer')
+    if count == n: return data
+    if isinstance(data, LabelledImages): return data.select(range(count))
+    rows = np.flatnonzero(data.image_rows < count)
+    return data.select(rows).replace(images=data.images.take(range(count)))
+
+def _is_path(source:str) -> bool:
+    "A source that is written as a path rather than as name:split."
+    return '/' in source or os.sep in source or Path(source).suffix.lower() in ('.csv', '.tsv', '.tab', '.json', '.tar') or ':' not in source and Path(source).is_dir()
+
+# %% ../nbs/01_data.ipynb #13acc92f
+def _split_source(source:str) -> tuple[str, int|None]:
+    "A path source and its count."
+    head, _, tail = source.rpartition(':')
+    return (source, None) if not head or os.path.exists(source) or not tail.isdigit() else (head, _count(tail, source))
+
+def _open_path(source:str) -> Pairs|LabelledImages:
+    "Open a file or folder by what it is."
+    path = Path(source).expanduser(); kind = path.suffix.lower()
+    if kind == '.tar' or re.search(r'[*?{]', source): return read_webdataset_pairs(path)
+    if not path.exists(): raise DataError(f'{source}: there is no such file or folder; check the path, or write name:split')
+    if path.is_dir(): return read_csv_pairs(path/'pairs.csv') if (path/'pairs.csv').is_file() else read_class_folders(path)
+    if kind in ('.csv', '.tsv', '.tab', '.txt'):
+        columns, _ = read_table(path)
+        return read_csv_labels(path) if {'image', 'label'} <= set(columns) and 'caption' not in columns else read_csv_pairs(path)
+    if kind == '.json':
+        folders = [d for d in ('images', '.') if (path.parent/d).is_dir()]
+        return read_coco_pairs(path, path.parent/folders[0]) if 'annotations' in read_json(path) else read_karpathy_pairs(path, path.parent/folders[0])
+    raise DataError(f'{source}: no reader for {kind or "this file"}; give a .csv, .tsv, .json, .tar or a folder, or register the data with: mcl_repro data add NAME FOLDER')
+
+# %% ../nbs/01_data.ipynb #9278ac9d
 def resolve(
-    source: str|DataRef # `name:split[:count]` or a path to a CSV/TSV
+    source: str|DataRef # `name:split[:count]`, or a path
 ) -> DataRef:
-    "The reference to a source as it is now; cheap: no picture is read."
+    "The reference to a source as it is now; reads lists and file sizes but no picture."
     if isinstance(source, DataRef): return source
+    if _is_path(source):
+        path, count = _split_source(source)
+        source = os.path.abspath(os.path.expanduser(path)) + (f':{count}' if count else '')
     return DataRef(source, open_data(source).fingerprint)
 
 def open_data(
@@ -399,9 +964,255 @@ def open_data(
     "Open a data source; DataError for an unknown one, or when a reference's content is no longer the same."
     if isinstance(source, DataRef):
         data = open_data(source.source)
-        if data.fingerprint != source.fingerprint:
-            raise DataError(f'{source.source} has changed since it was recorded (fingerprint {source.fingerprint[:12]}, now {data.fingerprint[:12]}); run again with the present data')
-        return data
+        if data.fingerprint == source.fingerprint: return data
+        raise DataError(f'{source.source} has changed since it was recorded (fingerprint {source.fingerprint[:12]}, now {data.fingerprint[:12]}); put the old data back or run again with the new')
+    if _is_path(source):
+        path, count = _split_source(source); data = _open_path(path)
+        return data if count is None else first_images(data, count)
     name, *rest = source.split(':')
-    if name == 'world' and 1 <= len(rest) <= 2: return open_world(rest[0], int(rest[1]) if len(rest) > 1 else None)
-    raise DataError(f'unknown data source {source}; write name:split or name:split:count')
+    if not 1 <= len(rest) <= (3 if name == 'world' else 2) or not all(rest):
+        if name in _known(): raise DataError(f'{source}: a data set is named with its split, name:split or name:split:count; see: mcl_repro data show {name}')
+        raise DataError(f'unknown data source {source}; write name:split, name:split:count or a path to a CSV')
+    count = _count(rest[1], source) if len(rest) > 1 else None
+    if name == 'world': return open_world(rest[0], count, _count(rest[2], source) if len(rest) > 2 else 0)
+    data = _open_split(name, rest[0])
+    return data if count is None else first_images(data, count)
+
+# %% ../nbs/01_data.ipynb #71260692
+def _detect(folder:Path) -> list[dict]:
+    "Layouts found in a folder, in the order of preference."
+    files = sorted(e.name for e in os.scandir(folder) if e.is_file() and not e.name.startswith('.'))
+    folders = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.'))
+    images = next((d for d in folders if re.search('image|dataset', d, re.I)), '.')
+    found = []
+    tokens = [f for f in files if re.search(r'token.*\.txt$|\.token$', f)]
+    lists = {m[1].lower(): f for f in files if (m := re.search(r'(train|dev|val|test)Images\.txt$', f, re.I))}
+    if tokens: found.append(dict(format='flickr', options=dict(tokens=tokens[0], images=images), splits={k: dict(split_list=f) for k, f in lists.items()} or {'all': {}}))
+    for f in [f for f in files if re.fullmatch(r'dataset_\w+\.json', f)]:
+        splits = sorted({e.get('split') for e in read_json(folder/f).get('images', [])} - {None})
+        found.append(dict(format='karpathy', options=dict(path=f, images=images), splits={s: dict(split=s) for s in splits}))
+    captions = sorted(p.relative_to(folder).as_posix() for p in [*folder.glob('captions_*.json'), *folder.glob('annotations/captions_*.json')])
+    if captions: found.append(dict(format='coco', options={}, splits={(s := re.search(r'captions_(\w+)\.json', p)[1]): dict(path=p, images=s if s in folders else images) for p in captions}))
+    for f in [f for f in files if f.endswith(('.csv', '.tsv'))]:
+        columns, _ = read_table(folder/f)
+        kind = 'csv' if {'image', 'caption'} <= set(columns) else 'csv_labels' if {'image', 'label'} <= set(columns) else None
+        if kind: found.append(dict(format=kind, options={}, splits={Path(f).stem: dict(path=f)}))
+    shards = sorted({re.sub(r'\d+\.tar$', '*.tar', f) for f in files if f.endswith('.tar')})
+    if shards: found.append(dict(format='webdataset', options={}, splits={(re.sub(r'[-_.]*\*?\.tar$', '', s) or 'all'): dict(shards=s) for s in shards}))
+    return found or _detect_classes(folder, folders)
+
+def _detect_classes(folder, folders):
+    "Class folders, directly or one level down in split folders."
+    has = lambda d: any(e.name.lower().endswith(_pictures) for e in os.scandir(d))
+    splits = [d for d in folders if any(e.is_dir() and has(e.path) for e in os.scandir(folder/d))]
+    if splits: return [dict(format='class_folders', options={}, splits={d: dict(folder=d) for d in splits})]
+    return [dict(format='class_folders', options={}, splits={'all': dict(folder='.')})] if any(has(folder/d) for d in folders) else []
+
+# %% ../nbs/01_data.ipynb #9a7a654f
+def add_dataset(
+    name: str,             # new name, or one of the manifest whose data lies in `folder`
+    folder: Path|str,      # where the data is; it is not copied
+    format: str|None=None, # reader for a new name; None: find out
+    options: dict|None=None, # that reader's options, paths relative to `folder`
+    split: str='all',      # name of the split when `format` is given
+) -> dict:                 # the entry: root, layouts, splits with counts
+    "Register a local folder under a name. Every split is opened before anything is recorded."
+    folder, known = Path(folder).expanduser().absolute(), read_manifest()
+    if not re.fullmatch(r'[a-z0-9][a-z0-9_\-]*', name): raise DataError(f'{name}: a data set name consists of small letters, digits, _ and -; choose another')
+    if name == 'world': raise DataError('world is the embedded data set and has no folder; choose another name')
+    if not folder.is_dir(): raise DataError(f'{folder}: the folder is not there; check the path')
+    if format is not None and format not in READERS: raise DataError(f'unknown format {format}; there are {", ".join(READERS)}')
+    entry = dict(root=str(folder), added=datetime.date.today().isoformat())
+    if format: entry['layouts'] = [dict(format=format, options={}, splits={split: options or {}})]
+    elif name not in known: entry.update(layouts=_detect(folder), kind='registered', title=folder.name)
+    layouts = entry.get('layouts', known.get(name, {}).get('layouts', []))
+    if not layouts: raise DataError(f'{folder}: no layout that is known (CSV, Flickr, Karpathy, COCO, tar shards, class folders); give format= and its options')
+    entry['splits'], problems = {}, []
+    for layout in layouts:
+        for s in layout.get('splits', {}):
+            if s in entry['splits']: continue
+            options_, missing = _options_of(folder, layout, s)
+            if missing: problems.append(f'{s}: there is no {", ".join(missing)}'); continue
+            entry['splits'][s] = _count_of(READERS[layout['format']](**options_, name=f'{name}:{s}'))
+    if not entry['splits']: raise DataError(f'{folder} does not look like {name}: {problems[0]}')
+    if name in known: entry['found'] = entry.pop('splits')   # the manifest's own counts stay what is expected
+    _record(name, **entry)
+    return entry
+
+def _count_of(data) -> dict:
+    "Counts that `verify` compares."
+    if isinstance(data, Pairs): return dict(images=len(data.images), pairs=len(data))
+    return dict(images=len(data), classes=len(data.classnames))
+
+# %% ../nbs/01_data.ipynb #cc633a44
+def _download(url:str, output_file, pooch=None, progress:bool=True, attempts:int=3):
+    "Download with resume to `output_file` (the interface of a pooch downloader)."
+    import requests
+    from tqdm import tqdm
+    part = data_home()/'downloads'/f'{_sha(url)[:16]}.part'; tag = part.with_suffix('.etag'); part.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(attempts):
+        have = part.stat().st_size if part.exists() else 0
+        headers = {'Range': f'bytes={have}-', **({'If-Range': tag.read_text()} if tag.exists() else {})} if have else {}
+        try:
+            with requests.get(url, stream=True, headers=headers, timeout=30) as r:
+                if r.status_code == 416 and have: part.unlink(); continue      # the file there is shorter: begin again
+                r.raise_for_status()
+                resumed = r.status_code == 206
+                if r.headers.get('ETag') and not r.headers['ETag'].startswith('W/'): tag.write_text(r.headers['ETag'])
+                total = int(r.headers.get('Content-Length', 0)) + have*resumed
+                with open(part, 'ab' if resumed else 'wb') as f, tqdm(total=total or None, initial=have*resumed, unit='B', unit_scale=True, desc=Path(url).name, disable=not progress) as bar:
+                    for chunk in r.iter_content(2**16): f.write(chunk); bar.update(len(chunk))
+            if total and part.stat().st_size < total: raise requests.ConnectionError('the connection closed early')
+            break
+        except requests.RequestException as e:
+            lasting = isinstance(e, requests.HTTPError) and e.response.status_code < 500
+            if attempt + 1 == attempts or lasting: raise DataError(f'{url}: download failed ({_short(e)}); run the command again to go on from {part.stat().st_size if part.exists() else 0:,} bytes') from None
+        except OSError as e: raise DataError(f'{part}: cannot be written ({e.strerror or e}); make room or set MCL_REPRO_DATA') from None
+    shutil.move(part, output_file); tag.unlink(missing_ok=True)
+
+def _short(e): return str(e).splitlines()[0][:160] if str(e) else type(e).__name__
+
+# %% ../nbs/01_data.ipynb #576f1a6a
+def extract(
+    archive: Path|str, # .zip, .tar, .tar.gz, .tgz, .tar.bz2 or .tar.xz
+    folder: Path|str,  # gets the content
+) -> None:
+    "Unpack an archive, all or nothing; DataError for a member that would leave the folder."
+    archive, folder = Path(archive), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder/f'.unpacking-{archive.name}'; shutil.rmtree(part, ignore_errors=True); part.mkdir()
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as z:
+                for m in z.namelist(): _refuse_escape(m, archive)
+                z.extractall(part)
+        else:
+            with tarfile.open(archive) as t:
+                for m in t: _refuse_escape(m.name, archive); t.extract(m, part, filter='data')
+        _move_into(part, folder)
+    except tarfile.FilterError as e: raise DataError(f'{archive}: member {e.tarinfo.name} would be written outside its folder or is not a plain file; this archive is not safe and was not unpacked') from None
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
+        if isinstance(e, OSError) and e.errno: raise DataError(f'{folder}: cannot be written ({e.strerror}); make room or choose another folder') from None
+        raise DataError(f'{archive}: not a whole archive ({_short(e)}); delete it and fetch it again') from None
+    finally: shutil.rmtree(part, ignore_errors=True)
+
+def _refuse_escape(member:str, archive):
+    path = member.replace('\\', '/')
+    if path.startswith('/') or re.match(r'[A-Za-z]:', path) or '..' in path.split('/'):
+        raise DataError(f'{archive}: member {member} would be written outside its folder; this archive is not safe and was not unpacked')
+
+def _move_into(part:Path, folder:Path):
+    "Move a tree into another, file by file where folders exist already."
+    for e in sorted(part.iterdir()):
+        if e.is_dir() and not e.is_symlink() and (folder/e.name).is_dir(): _move_into(e, folder/e.name)
+        else: os.replace(e, folder/e.name)
+
+# %% ../nbs/01_data.ipynb #eac8a000
+def _hash_of(file:dict) -> str|None:
+    "A manifest file's checksum as pooch writes it."
+    return next((f'{k}:{file[k]}' for k in ('sha256', 'md5') if file.get(k) not in (None, 'unknown')), None)
+
+def _fetch_file(name, file, root, record, progress) -> dict:
+    "Download, compare and unpack one file of the manifest; its registry record."
+    import logging, pooch
+    pooch.get_logger().setLevel(logging.ERROR)
+    folder = data_home()/'downloads'/name; known = _hash_of(file) or (record and f'sha256:{record["sha256"]}')
+    try: path = Path(pooch.retrieve(file['url'], known, fname=file['save'], path=folder, downloader=lambda url, out, p: _download(url, out, p, progress)))
+    except ValueError as e:
+        (folder/file['save']).unlink(missing_ok=True)
+        raise DataError(f'{file["url"]}: the checksum is not {known}, so the file was thrown away; try again, and if it stays so the file there has changed') from None
+    done = dict(sha256=pooch.file_hash(str(path)), bytes=path.stat().st_size, when=datetime.date.today().isoformat())
+    target = root/file['to'] if file.get('to') else root
+    if file.get('unpack', True):
+        extract(path, target)
+        for inner in file.get('then', []): extract(target/inner, target)
+        path.unlink()
+    else: target.mkdir(parents=True, exist_ok=True); os.replace(path, target/file['save'])
+    return done
+
+def fetch_dataset(
+    name: str,           # a data set of the manifest
+    progress: bool=True, # show progress bars
+) -> dict: # folder, fetched files, files that were there already, and what is left to obtain by hand
+    "Download, check and unpack what can be had automatically; files that are done are not fetched again. DataError when nothing can."
+    entry = _entry(name); root = _root(name, entry)
+    if entry.get('kind') == 'embedded': raise DataError(f'{name} is embedded and needs no download')
+    if not entry.get('files'): raise DataError(f'{name} cannot be downloaded automatically: {_how_to_get(name, entry)}')
+    records, done, skipped = dict(entry.get('fetched') or {}), [], []
+    for file in entry['files']:
+        if records.get(file['save'], {}).get('root') == str(root) and root.is_dir(): skipped.append(file['save']); continue
+        records[file['save']] = {**_fetch_file(name, file, root, records.get(file['save']), progress), 'root': str(root)}
+        _record(name, fetched=records); done.append(file['save'])
+    return dict(name=name, folder=str(root), fetched=done, there=skipped, left=entry.get('obtain'))
+
+# %% ../nbs/01_data.ipynb #f97b4b75
+def _status(name:str, entry:dict) -> str:
+    if entry.get('kind') == 'embedded': return 'embedded'
+    root = _root(name, entry)
+    if not root.is_dir(): return 'folder is gone' if entry.get('root') else 'not here'
+    return 'registered' if entry.get('root') else 'here'
+
+def _split_names(name:str, entry:dict) -> list[str]:
+    if entry.get('kind') == 'embedded':
+        from mcl_repro.world import SPLITS
+        return list(SPLITS)
+    return list(dict.fromkeys(s for l in entry.get('layouts', []) for s in l.get('splits', {})))
+
+def list_datasets() -> list[dict]: # name, kind, role, splits, status, licence, tables
+    "All data sets of the manifest and the registry."
+    return [dict(name=n, kind=e.get('kind', ''), role=e.get('role', ''), splits=', '.join(_split_names(n, e)), status=_status(n, e),
+                 licence=e.get('licence', 'unknown'), tables=', '.join(e.get('tables', []))) for n, e in _known().items()]
+
+def show_dataset(
+    name: str # a data set of the manifest or the registry
+) -> dict:    # its entry, with `status`, `folder` and `get` (how to obtain it, where it is not here)
+    "Everything that is known about a data set."
+    entry = _entry(name); status = _status(name, entry)
+    place = {} if status == 'embedded' else dict(folder=str(_root(name, entry)))
+    return dict(name=name, status=status, **place, **entry, **(dict(get=_how_to_get(name, entry)) if status in ('not here', 'folder is gone') else {}))
+
+# %% ../nbs/01_data.ipynb #fa2325cf
+def _check(split, check, expected, found): return dict(split=split, check=check, expected=expected, found=found, ok=expected in (None, 'unknown') or expected == found)
+
+def verify_dataset(
+    name: str,              # a data set of the manifest or the registry
+    splits: list|None=None, # None: all that are here
+    decode: bool=True,      # read and decode every picture; False: counts only
+    progress=None,          # called with (split, pictures done)
+) -> list[dict]:            # split, check, expected, found, ok
+    "Compare a data set with what it should be. Bad pictures are listed, not raised."
+    entry, checks = _entry(name), []
+    if entry.get('kind') == 'embedded': return _verify_world(splits)
+    for split in splits or _split_names(name, entry):
+        try: data = _open_split(name, split)
+        except DataError as e: checks.append(dict(split=split, check='opens', expected='yes', found=str(e), ok=False)); continue
+        expected = (entry.get('splits') or {}).get(split) or {}
+        checks += [_check(split, k, expected.get(k), v) for k, v in _count_of(data).items()]
+        if not decode: continue
+        content, bad = check_images(data.images, progress and (lambda n: progress(split, n)))
+        checks += [dict(split=split, check='picture', expected='readable', found=line, ok=False) for line in bad]
+        checks.append(_check(split, 'unreadable pictures', 0, len(bad)))
+        if bad: continue
+        content = _sha(content, *(_sha_strings(x) for x in ((data.ids, data.captions) if isinstance(data, Pairs) else (data.ids, data.classnames))))
+        recorded = expected.get('sha256') or (entry.get('content') or {}).get(split)
+        if recorded in (None, 'unknown'): _record(name, content={**(_entry(name).get('content') or {}), split: content})
+        checks.append(_check(split, 'content sha256', recorded, content))
+    return checks
+
+def _verify_world(splits=None, count=64, size=32) -> list[dict]:
+    "The embedded world draws the same twice, and what the manifest says it draws."
+    from mcl_repro import world
+    expected = _entry('world').get('content', {})
+    return [_check(s, f'sha256 of {count} images at {size} px', expected.get(s), world.content_hash(s, count, 0, size)) for s in splits or world.SPLITS]
+
+# %% ../nbs/01_data.ipynb #2a16a4d6
+def rich_table(
+    rows: list[dict], # all with the same keys
+    title: str='',    # above the table
+):                    # a rich.table.Table
+    "Rows as a table for a terminal; long texts wrap."
+    from rich.table import Table
+    table = Table(title=title or None, title_justify='left')
+    for k in rows[0] if rows else []: table.add_column(k, overflow='fold')
+    for r in rows: table.add_row(*('yes' if v is True else 'no' if v is False else '' if v is None else f'{v:,}' if isinstance(v, int) else str(v) for v in r.values()))
+    return table
