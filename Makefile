@@ -1,0 +1,50 @@
+# make reproduce   run the papers' notebooks and print where the report is
+# make test        check that notebooks and library are in step, run every test
+# make lab         open JupyterLab
+# make bench       time the training loop, the store and the imports
+#
+# Variables: PAPER=ubt      which papers (default: all)     PROFILE=mini   smoke, mini or paper
+#            DEVICE=auto    auto, cpu or cuda                JOBS=2         processes (default: one per core, at most 4)
+#            SEEDS=1        seeds of the stochastic stages   FORCE=1        run again although nothing changed
+PAPER ?=
+PROFILE ?= mini
+DEVICE ?= auto
+JOBS ?= auto
+SEEDS ?= 1
+FORCE ?=
+PYTHON ?= python3
+RUN ?=
+
+# Everything is called through the environment's own interpreter: a path with spaces does no harm then.
+PY := .venv/bin/python
+READY := .venv/ready
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: reproduce test lab bench readme clean
+.DEFAULT_GOAL := reproduce
+
+$(READY): constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"error: Python {v.major}.{v.minor} found, 3.11 to 3.13 needed: make PYTHON=python3.12 ...")'
+	@echo "creating the environment in .venv (once; a few minutes) ..."
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools wheel
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt --editable '.[dev,cluster]'
+	@touch $@
+
+reproduce: $(READY)
+	@$(PY) -m mcl_repro.cli run $(PAPER) --profile $(PROFILE) --device $(DEVICE) --jobs $(JOBS) --seeds $(SEEDS) $(if $(FORCE),--force) $(RUN)
+
+test: $(READY)
+	@$(PY) tests/run_all.py $(if $(FORCE),--force)
+
+lab: $(READY)
+	@$(PY) -m jupyterlab --notebook-dir=nbs
+
+bench: $(READY)
+	@$(PY) -m mcl_repro.bench
+
+readme: $(READY)
+	@$(PY) -m nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .stamps

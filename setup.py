@@ -1,0 +1,21 @@
+"Packaging: everything is read from settings.ini, so that names, versions and requirements stand in one place."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+parser = ConfigParser(delimiters=["="])
+parser.read("settings.ini", encoding="utf-8")
+settings = parser["DEFAULT"]
+extras = {name: settings[f"{name}_requirements"].split() for name in ("cluster", "dev")}
+
+setup(
+    name=settings["lib_name"], version=settings["version"], description=settings["description"],
+    long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
+    author=settings["author"], author_email=settings["author_email"], url=settings["git_url"],
+    license="Apache-2.0", license_files=["LICENSE"], keywords=settings["keywords"],
+    packages=find_packages(include=["mcl_repro", "mcl_repro.*"]), include_package_data=True,
+    package_data={"mcl_repro": ["profiles.yaml", "model_configs/*.json", "papers/*.yaml", "templates/*"]},
+    install_requires=settings["requirements"].split(), extras_require=extras,
+    python_requires=f">={settings['min_python']}",
+    entry_points={"console_scripts": settings["console_scripts"].split("\n")}, zip_safe=False,
+)
