@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace as _replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 import numpy as np, platformdirs, yaml, mcl_repro
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 from fastcore.basics import patch
 from .errors import DataError
@@ -31,7 +31,7 @@ def square(
     size: int,          # side of the result in pixels
 ) -> Image.Image:       # RGB, `size` x `size`
     "CLIP's evaluation geometry: shorter side to `size` (bicubic), then the centre square. An image of that size is returned unchanged."
-    image = image.convert('RGB')
+    if image.mode != 'RGB': image = image.convert('RGB')
     width, height = image.size
     if (width, height) == (size, size): return image
     short, long = min(width, height), max(width, height)
@@ -69,7 +69,7 @@ def _sha_strings(strings) -> str:
 # %% ../nbs/01_data.ipynb #5fe0723a
 class Images:
     "A lazy sequence of pictures. A subclass gives `__len__`, `__getitem__` (row to RGB PIL image), `take` and `fingerprint`."
-    workers = min(8, os.cpu_count() or 1)   # decoding threads of `array`
+    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)   # decoding threads of `array`
     def __len__(self) -> int: raise NotImplementedError
     def __getitem__(self, row:int) -> Image.Image: raise NotImplementedError
     def take(self, rows) -> Images: raise NotImplementedError
@@ -82,11 +82,12 @@ class Images:
         "Decode rows to one batch with `square`; raises DataError naming the first picture that cannot be read."
         rows = _rows(rows, len(self))
         out = np.empty((len(rows), size, size, 3), np.uint8)
-        def one(k): out[k] = np.asarray(square(self[int(rows[k])], size))
-        if len(rows) < 8 or self.workers < 2:
-            for k in range(len(rows)): one(k)
+        def block(ks):
+            for k in ks: out[k] = np.asarray(square(self[int(rows[k])], size))
+        if len(rows) < 16 or self.workers < 2: block(range(len(rows)))
         else:
-            with ThreadPoolExecutor(self.workers) as pool: list(pool.map(one, range(len(rows)), chunksize=1))
+            step = max(4, min(32, len(rows)//(4*self.workers)))   # single pictures would spend their time in handing over
+            with ThreadPoolExecutor(self.workers) as pool: list(pool.map(block, (range(k, min(k+step, len(rows))) for k in range(0, len(rows), step))))
         return out
 
 # %% ../nbs/01_data.ipynb #5680e746
@@ -112,7 +113,8 @@ def decode(
 ) -> Image.Image: # RGB
     "Decode a picture, or raise DataError naming it. Half a picture is an error, never filled up."
     try:
-        with Image.open(io.BytesIO(data)) as image: return image.convert('RGB')
+        image = Image.open(io.BytesIO(data)); image.load()
+        return image if image.mode == 'RGB' else image.convert('RGB')
     except Image.DecompressionBombError: raise DataError(f'{name}: the picture has too many pixels to be opened safely; scale it down')
     except (OSError, SyntaxError, ValueError, EOFError) as e:
         what = 'is cut off' if 'truncated' in str(e).lower() else 'cannot be read as a picture'
@@ -385,7 +387,9 @@ class WorldImages(Images):
         return WorldImages(self.scenes[rows], _sha('world', self.fingerprint, rows))
     def array(self, rows=None, size=224):
         from mcl_repro.world import render
-        return render(self.scenes[_rows(rows, len(self))], size)
+        rows = _rows(rows, len(self)); out = np.empty((len(rows), size, size, 3), np.uint8)
+        for k in range(0, len(rows), 256): out[k:k+256] = render(self.scenes[rows[k:k+256]], size)   # in blocks, for memory's sake
+        return out
 
 def open_world(
     split: str,           # a name of `mcl_repro.world.SPLITS`
@@ -768,7 +772,7 @@ def read_torchvision(
     if dataset not in _torchvision: raise DataError(f'unknown torchvision data set {dataset}; there are {", ".join(_torchvision)}')
     if split not in _torchvision[dataset]: raise DataError(f'{dataset} has no split {split}; it has {", ".join(_torchvision[dataset])}')
     try: data = getattr(_import_torchvision_datasets(), dataset)(str(root), **_torchvision[dataset][split])
-    except (RuntimeError, OSError, ValueError) as e: raise DataError(f'{dataset} is not complete in {root} ({str(e).splitlines()[0][:120]}); get it with: mcl_repro data fetch {dataset.lower()}') from None
+    except (RuntimeError, OSError, ValueError) as e: raise DataError(f'{dataset} is not complete in {root} ({str(e).splitlines()[0][:120]}); get it with: mcl_repro data fetch {"pets" if dataset == "OxfordIIITPet" else dataset.lower()}') from None
     name = name or f'{dataset}:{split}'
     if dataset.startswith('CIFAR'):
         return LabelledImages([f'{split}/{i:05d}' for i in range(len(data.data))], ArrayImages(data.data), data.targets, _names_of(data.classes, None, root), name)
@@ -925,13 +929,24 @@ def first_images(
 
 def _is_path(source:str) -> bool:
     "A source that is written as a path rather than as name:split."
-    return '/' in source or os.sep in source or Path(source).suffix.lower() in ('.csv', '.tsv', '.tab', '.json', '.tar') or ':' not in source and Path(source).is_dir()
+    endings = ('.csv', '.tsv', '.tab', '.json', '.tar')
+    return '/' in source or os.sep in source or Path(source.partition(':')[0]).suffix.lower() in endings or ':' not in source and Path(source).is_dir()
 
 # %% ../nbs/01_data.ipynb #13acc92f
 def _split_source(source:str) -> tuple[str, int|None]:
     "A path source and its count."
     head, _, tail = source.rpartition(':')
     return (source, None) if not head or os.path.exists(source) or not tail.isdigit() else (head, _count(tail, source))
+
+def _beside(path, content) -> Path:
+    "The folder beside a JSON (or beside its folder) that has the first picture it lists."
+    first = content['images'][0] if isinstance(content, dict) and content.get('images') else {}
+    name = '/'.join(str(x) for x in (first.get('filepath'), first.get('file_name') or first.get('filename')) if x)
+    if not name: raise DataError(f'{path}: lists no picture; give a COCO captions file or one of Karpathy\'s split files')
+    for up in (path.parent, path.parent.parent):
+        for folder in (up, *sorted(d for d in up.iterdir() if d.is_dir())):
+            if (folder/name).is_file(): return folder
+    raise DataError(f'{path}: its first picture {name} is neither beside it nor in a folder beside it; register the data with: mcl_repro data add NAME FOLDER')
 
 def _open_path(source:str) -> Pairs|LabelledImages:
     "Open a file or folder by what it is."
@@ -943,8 +958,8 @@ def _open_path(source:str) -> Pairs|LabelledImages:
         columns, _ = read_table(path)
         return read_csv_labels(path) if {'image', 'label'} <= set(columns) and 'caption' not in columns else read_csv_pairs(path)
     if kind == '.json':
-        folders = [d for d in ('images', '.') if (path.parent/d).is_dir()]
-        return read_coco_pairs(path, path.parent/folders[0]) if 'annotations' in read_json(path) else read_karpathy_pairs(path, path.parent/folders[0])
+        content = read_json(path); coco = isinstance(content, dict) and 'annotations' in content
+        return (read_coco_pairs if coco else read_karpathy_pairs)(path, _beside(path, content))
     raise DataError(f'{source}: no reader for {kind or "this file"}; give a .csv, .tsv, .json, .tar or a folder, or register the data with: mcl_repro data add NAME FOLDER')
 
 # %% ../nbs/01_data.ipynb #9278ac9d
@@ -1002,7 +1017,10 @@ def _detect(folder:Path) -> list[dict]:
     return found or _detect_classes(folder, folders)
 
 def _detect_classes(folder, folders):
-    "Class folders, directly or one level down in split folders."
+    "Class folders, directly or one level down in split folders, or pictures named <WordNet id>_<class>."
+    wnid = r'(?P<key>n\d{8})_(?P<label>\D.*)\.[^.]+$'
+    flat = [e.name for e in os.scandir(folder) if e.name.lower().endswith(_pictures)]
+    if flat and all(re.match(wnid, f) for f in flat): return [dict(format='class_folders', options={}, splits={'all': dict(folder='.', pattern=wnid)})]
     has = lambda d: any(e.name.lower().endswith(_pictures) for e in os.scandir(d))
     splits = [d for d in folders if any(e.is_dir() and has(e.path) for e in os.scandir(folder/d))]
     if splits: return [dict(format='class_folders', options={}, splits={d: dict(folder=d) for d in splits})]
@@ -1032,9 +1050,9 @@ def add_dataset(
         for s in layout.get('splits', {}):
             if s in entry['splits']: continue
             options_, missing = _options_of(folder, layout, s)
-            if missing: problems.append(f'{s}: there is no {", ".join(missing)}'); continue
+            if missing: problems.append(', '.join(missing)); continue
             entry['splits'][s] = _count_of(READERS[layout['format']](**options_, name=f'{name}:{s}'))
-    if not entry['splits']: raise DataError(f'{folder} does not look like {name}: {problems[0]}')
+    if not entry['splits']: raise DataError(f'{folder} does not look like {name}: there is no {"; nor ".join(dict.fromkeys(problems))}')
     if name in known: entry['found'] = entry.pop('splits')   # the manifest's own counts stay what is expected
     _record(name, **entry)
     return entry
@@ -1116,7 +1134,7 @@ def _fetch_file(name, file, root, record, progress) -> dict:
     "Download, compare and unpack one file of the manifest; its registry record."
     import logging, pooch
     pooch.get_logger().setLevel(logging.ERROR)
-    folder = data_home()/'downloads'/name; known = _hash_of(file) or (record and f'sha256:{record["sha256"]}')
+    folder = data_home()/'downloads'/name; folder.mkdir(parents=True, exist_ok=True); known = _hash_of(file) or (record and f'sha256:{record["sha256"]}')
     try: path = Path(pooch.retrieve(file['url'], known, fname=file['save'], path=folder, downloader=lambda url, out, p: _download(url, out, p, progress)))
     except ValueError as e:
         (folder/file['save']).unlink(missing_ok=True)
@@ -1130,9 +1148,20 @@ def _fetch_file(name, file, root, record, progress) -> dict:
     else: target.mkdir(parents=True, exist_ok=True); os.replace(path, target/file['save'])
     return done
 
+@contextmanager
+def _one_at_a_time(name):
+    "Two fetches of one data set must not write into the same file."
+    place = data_home()/'downloads'
+    try: place.mkdir(parents=True, exist_ok=True); lock = FileLock(place/f'{name}.lock'); lock.acquire(timeout=0)
+    except Timeout: raise DataError(f'{name} is being fetched by another process; wait for it') from None
+    except OSError as e: raise DataError(f'{place}: cannot be written ({e.strerror or e}); set MCL_REPRO_DATA to a folder you may write to') from None
+    try: yield
+    finally: lock.release()
+
 def fetch_dataset(
     name: str,           # a data set of the manifest
     progress: bool=True, # show progress bars
+    force: bool=False,   # fetch again what was fetched before
 ) -> dict: # folder, fetched files, files that were there already, and what is left to obtain by hand
     "Download, check and unpack what can be had automatically; files that are done are not fetched again. DataError when nothing can."
     entry = _entry(name); root = _root(name, entry)
@@ -1140,8 +1169,8 @@ def fetch_dataset(
     if not entry.get('files'): raise DataError(f'{name} cannot be downloaded automatically: {_how_to_get(name, entry)}')
     records, done, skipped = dict(entry.get('fetched') or {}), [], []
     for file in entry['files']:
-        if records.get(file['save'], {}).get('root') == str(root) and root.is_dir(): skipped.append(file['save']); continue
-        records[file['save']] = {**_fetch_file(name, file, root, records.get(file['save']), progress), 'root': str(root)}
+        if not force and records.get(file['save'], {}).get('root') == str(root) and root.is_dir(): skipped.append(file['save']); continue
+        with _one_at_a_time(name): records[file['save']] = {**_fetch_file(name, file, root, records.get(file['save']), progress), 'root': str(root)}
         _record(name, fetched=records); done.append(file['save'])
     return dict(name=name, folder=str(root), fetched=done, there=skipped, left=entry.get('obtain'))
 
@@ -1174,6 +1203,13 @@ def show_dataset(
 # %% ../nbs/01_data.ipynb #fa2325cf
 def _check(split, check, expected, found): return dict(split=split, check=check, expected=expected, found=found, ok=expected in (None, 'unknown') or expected == found)
 
+def _splits_here(name, entry) -> list[str]:
+    "Splits one of whose layouts finds all its files; DataError when there is none."
+    root = _root(name, entry)
+    here = [s for l in entry.get('layouts', []) for s in l.get('splits', {}) if root.is_dir() and not _options_of(root, l, s)[1]]
+    if not here: _open_split(name, next(iter(_split_names(name, entry)), 'all'))
+    return list(dict.fromkeys(here))
+
 def verify_dataset(
     name: str,              # a data set of the manifest or the registry
     splits: list|None=None, # None: all that are here
@@ -1183,7 +1219,7 @@ def verify_dataset(
     "Compare a data set with what it should be. Bad pictures are listed, not raised."
     entry, checks = _entry(name), []
     if entry.get('kind') == 'embedded': return _verify_world(splits)
-    for split in splits or _split_names(name, entry):
+    for split in splits or _splits_here(name, entry):
         try: data = _open_split(name, split)
         except DataError as e: checks.append(dict(split=split, check='opens', expected='yes', found=str(e), ok=False)); continue
         expected = (entry.get('splits') or {}).get(split) or {}
@@ -1211,8 +1247,10 @@ def rich_table(
     title: str='',    # above the table
 ):                    # a rich.table.Table
     "Rows as a table for a terminal; long texts wrap."
+    from rich.markup import escape
     from rich.table import Table
+    show = lambda v: 'yes' if v is True else 'no' if v is False else '' if v is None else f'{v:,}' if isinstance(v, int) else escape(str(v))
     table = Table(title=title or None, title_justify='left')
     for k in rows[0] if rows else []: table.add_column(k, overflow='fold')
-    for r in rows: table.add_row(*('yes' if v is True else 'no' if v is False else '' if v is None else f'{v:,}' if isinstance(v, int) else str(v) for v in r.values()))
+    for r in rows: table.add_row(*map(show, r.values()))
     return table
