@@ -19,11 +19,11 @@ from .errors import DataError
 # %% auto #0
 __all__ = ['READERS', 'square', 'Images', 'ArrayImages', 'decode', 'inside', 'StoredImages', 'check_images', 'FileImages',
            'OverlayImages', 'ConcatImages', 'Pair', 'Pairs', 'concat_pairs', 'LabelledImages', 'WorldImages',
-           'open_world', 'read_text', 'read_json', 'read_table', 'read_csv_pairs', 'read_flickr_pairs',
-           'read_karpathy_pairs', 'read_coco_pairs', 'TarImages', 'data_home', 'expand_shards', 'read_webdataset_pairs',
-           'read_class_folders', 'read_csv_labels', 'read_torchvision', 'write_csv_pairs', 'read_manifest',
-           'read_registry', 'DataRef', 'first_images', 'resolve', 'open_data', 'add_dataset', 'extract',
-           'fetch_dataset', 'list_datasets', 'show_dataset', 'verify_dataset', 'rich_table']
+           'world_fingerprint', 'open_world', 'read_text', 'read_json', 'read_table', 'read_csv_pairs',
+           'read_flickr_pairs', 'read_karpathy_pairs', 'read_coco_pairs', 'TarImages', 'data_home', 'expand_shards',
+           'read_webdataset_pairs', 'read_class_folders', 'read_csv_labels', 'read_torchvision', 'write_csv_pairs',
+           'read_manifest', 'read_registry', 'DataRef', 'first_images', 'resolve', 'open_data', 'add_dataset',
+           'extract', 'fetch_dataset', 'list_datasets', 'show_dataset', 'verify_dataset']
 
 # %% ../nbs/01_data.ipynb #f67fa15a
 def square(
@@ -47,7 +47,8 @@ def _rows(rows, n:int) -> np.ndarray:
     if isinstance(rows, slice): return np.arange(n)[rows]
     rows = np.asarray(rows)
     if rows.dtype == bool:
-        if len(rows) != n: raise DataError(f'a mask of {len(rows)} entries cannot select among {n} rows; it needs one entry per row')
+        if len(rows) != n:
+            raise DataError(f'a mask of {len(rows)} entries cannot select among {n} rows; it needs one entry per row')
         return np.flatnonzero(rows)
     rows = rows.astype(np.int64).reshape(-1)
     if len(rows) and (rows.min() < 0 or rows.max() >= n):
@@ -66,10 +67,14 @@ def _sha_strings(strings) -> str:
     "SHA-256 of a list of strings in order."
     return _sha(*(s.encode('utf-8', 'surrogateescape') for s in strings))
 
-# %% ../nbs/01_data.ipynb #5fe0723a
+# %% ../nbs/01_data.ipynb #90edc98d
+def _cores() -> int:
+    "Processor cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
 class Images:
     "A lazy sequence of pictures. A subclass gives `__len__`, `__getitem__` (row to RGB PIL image), `take` and `fingerprint`."
-    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)   # decoding threads of `array`
+    workers = min(8, _cores())   # decoding threads of `array`
     def __len__(self) -> int: raise NotImplementedError
     def __getitem__(self, row:int) -> Image.Image: raise NotImplementedError
     def take(self, rows) -> Images: raise NotImplementedError
@@ -87,7 +92,8 @@ class Images:
         if len(rows) < 16 or self.workers < 2: block(range(len(rows)))
         else:
             step = max(4, min(32, len(rows)//(4*self.workers)))   # single pictures would spend their time in handing over
-            with ThreadPoolExecutor(self.workers) as pool: list(pool.map(block, (range(k, min(k+step, len(rows))) for k in range(0, len(rows), step))))
+            blocks = [range(k, min(k+step, len(rows))) for k in range(0, len(rows), step)]
+            with ThreadPoolExecutor(self.workers) as pool: list(pool.map(block, blocks))
         return out
 
 # %% ../nbs/01_data.ipynb #5680e746
@@ -115,7 +121,8 @@ def decode(
     try:
         image = Image.open(io.BytesIO(data)); image.load()
         return image if image.mode == 'RGB' else image.convert('RGB')
-    except Image.DecompressionBombError: raise DataError(f'{name}: the picture has too many pixels to be opened safely; scale it down')
+    except Image.DecompressionBombError:
+        raise DataError(f'{name}: the picture has too many pixels to be opened safely; scale it down')
     except (OSError, SyntaxError, ValueError, EOFError) as e:
         what = 'is cut off' if 'truncated' in str(e).lower() else 'cannot be read as a picture'
         raise DataError(f'{name}: the file {what} ({len(data):,} bytes); fetch it again or take it out of the list') from None
@@ -125,11 +132,12 @@ def inside(
     name: str,      # path as a list names it, relative to `root` (absolute ones only when they lie in it)
     where: str='',  # file and line for the error
 ) -> str:           # posix path relative to `root`
-    "A listed path as a clean relative one; DataError when it leaves its folder. Judged by name: links inside a data folder are the owner's choice."
+    "A listed path as a clean relative one; DataError when it leaves its folder. Links inside the folder are the owner's choice."
     path = os.path.normpath(name.replace('\\', '/'))
     if os.path.isabs(path): path = os.path.relpath(path, os.path.abspath(root))
     if path.startswith('..') or os.path.isabs(path):
-        raise DataError(f'{where+": " if where else ""}{name} lies outside the data folder {root}; list paths relative to it, or give the right folder as root')
+        raise DataError(f'{where+": " if where else ""}{name} lies outside the data folder {root}; '
+                        'list paths relative to it, or give the right folder as root')
     return PurePosixPath(path).as_posix()
 
 # %% ../nbs/01_data.ipynb #f1d63cf9
@@ -152,11 +160,12 @@ def check_images(
         return hashlib.sha256(data).digest(), None
     h, bad = hashlib.sha256(), []
     with ThreadPoolExecutor(Images.workers) as pool:
-        for row, (digest, error) in enumerate(pool.map(one, range(len(images)))):
-            h.update(_sha(images.member(row), digest).encode())
-            if error: bad.append(error)
-            if progress and row % 100 == 99: progress(row+1)
-    if progress: progress(len(images))
+        for start in range(0, len(images), 1024):
+            rows = range(start, min(start+1024, len(images)))
+            for row, (digest, error) in zip(rows, pool.map(one, rows)):
+                h.update(_sha(images.member(row), digest).encode())
+                if error: bad.append(error)
+            if progress: progress(rows.stop)
     return h.hexdigest(), bad
 
 # %% ../nbs/01_data.ipynb #76dbbd61
@@ -183,7 +192,8 @@ class FileImages(StoredImages):
     def read(self, row):
         try: return (self.root/self.names[row]).read_bytes()
         except FileNotFoundError: raise DataError(self._missing(self.names[row])) from None
-        except OSError as e: raise DataError(f'{self.where(row)}: cannot be read ({e.strerror or e}); check its permissions') from None
+        except OSError as e:
+            raise DataError(f'{self.where(row)}: cannot be read ({e.strerror or e}); check its permissions') from None
     def take(self, rows): return FileImages(self.root, [self.names[r] for r in _rows(rows, len(self))], check=False)
 
 # %% ../nbs/01_data.ipynb #f08af02d
@@ -203,7 +213,8 @@ class OverlayImages(Images):
     "`base` with the pictures at `rows` replaced by those of `replacement`, in order."
     def __init__(self, base:Images, rows, replacement:Images):
         self.base, self.rows, self.replacement = base, _rows(rows, len(base)), replacement
-        if len(self.rows) != len(replacement): raise DataError(f'{len(self.rows)} rows cannot be replaced by {len(replacement)} images; give one image per row')
+        if len(self.rows) != len(replacement):
+            raise DataError(f'{len(self.rows)} rows cannot be replaced by {len(replacement)} images; give one image per row')
         if len(np.unique(self.rows)) != len(self.rows): raise DataError('a row is replaced twice; give every row once')
         self.lookup = np.full(len(base), -1); self.lookup[self.rows] = np.arange(len(self.rows))
     def __len__(self): return len(self.base)
@@ -255,7 +266,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pairs:
-    "Image-caption pairs: pair `i` is (`images[image_rows[i]]`, `captions[i]`). Immutable; `len`, `[i]`, `select`, `replace`, `overlay`, `fingerprint`."
+    "Image-caption pairs: pair `i` is (`images[image_rows[i]]`, `captions[i]`). Immutable."
     ids: list[str]                      # unique and stable
     captions: list[str]                 # not empty
     images: Images                      # source of the pictures
@@ -269,10 +280,12 @@ class Pairs:
         put('image_rows', _rows(self.image_rows, len(self.images)) if self.image_rows is not None else np.arange(len(self.images)))
         if self.labels is not None: put('labels', np.asarray(self.labels, np.int64))
         for what, column in [('captions', self.captions), ('image rows', self.image_rows), ('labels', self.labels)]:
-            if column is not None and len(column) != n: raise DataError(f'{self.name}: {n} ids but {len(column)} {what}; every pair needs one')
+            if column is not None and len(column) != n:
+                raise DataError(f'{self.name}: {n} ids but {len(column)} {what}; every pair needs one')
         _check_unique(self.ids, self.name)
         for i, caption in enumerate(self.captions):
-            if not isinstance(caption, str) or not caption.strip(): raise DataError(f'{self.name}: pair {self.ids[i]} (row {i}) has an empty caption; give it one or take it out')
+            if not isinstance(caption, str) or not caption.strip():
+                raise DataError(f'{self.name}: pair {self.ids[i]} (row {i}) has an empty caption; give it one or take it out')
     def __len__(self): return len(self.ids)
     def __getitem__(self, i:int) -> Pair: return Pair(self.ids[i], self.images[int(self.image_rows[i])], self.captions[i])
     def __repr__(self): return f'Pairs({self.name}: {len(self):,} pairs, {len(np.unique(self.image_rows)):,} images)'
@@ -321,7 +334,8 @@ def overlay(self:Pairs,
 ) -> Pairs:
     "A copy in which these pairs, and no others, have new pictures."
     rows = _rows(rows, len(self))
-    if len(rows) != len(pictures): raise DataError(f'{self.name}: {len(rows)} pairs cannot get {len(pictures)} pictures; give one per pair')
+    if len(rows) != len(pictures):
+        raise DataError(f'{self.name}: {len(rows)} pairs cannot get {len(pictures)} pictures; give one per pair')
     image_rows = self.image_rows.copy(); image_rows[rows] = len(self.images) + np.arange(len(rows))
     return _replace(self, images=ConcatImages([self.images, pictures]), image_rows=image_rows)
 
@@ -361,10 +375,12 @@ class LabelledImages:
         put = lambda k, v: object.__setattr__(self, k, v)
         put('ids', list(self.ids)); put('labels', np.asarray(self.labels, np.int64)); put('classnames', list(self.classnames))
         if not len(self.ids) == len(self.images) == len(self.labels):
-            raise DataError(f'{self.name}: {len(self.ids)} ids, {len(self.images)} images and {len(self.labels)} labels do not fit together')
+            raise DataError(f'{self.name}: {len(self.ids)} ids, {len(self.images)} images and {len(self.labels)} labels '
+                            'do not fit together; there must be as many of each')
         _check_unique(self.ids, self.name)
         if len(self.labels) and not (0 <= self.labels.min() and self.labels.max() < len(self.classnames)):
-            raise DataError(f'{self.name}: labels run from {self.labels.min()} to {self.labels.max()} but there are {len(self.classnames)} class names')
+            raise DataError(f'{self.name}: labels run from {self.labels.min()} to {self.labels.max()} '
+                            f'but there are {len(self.classnames)} class names; number the classes from 0')
     def __len__(self): return len(self.ids)
     def __getitem__(self, i:int): return self.images[i], int(self.labels[i])
     def __repr__(self): return f'LabelledImages({self.name}: {len(self):,} images, {len(self.classnames)} classes)'
@@ -374,7 +390,8 @@ class LabelledImages:
         rows = _rows(rows, len(self))
         return LabelledImages([self.ids[r] for r in rows], self.images.take(rows), self.labels[rows], self.classnames, name or self.name)
     @cached_property
-    def fingerprint(self) -> str: return _sha('labelled', _sha_strings(self.ids), _sha_strings(self.classnames), self.labels, self.images.fingerprint)
+    def fingerprint(self) -> str:
+        return _sha('labelled', _sha_strings(self.ids), _sha_strings(self.classnames), self.labels, self.images.fingerprint)
 
 # %% ../nbs/01_data.ipynb #9f644d30
 class WorldImages(Images):
@@ -391,6 +408,16 @@ class WorldImages(Images):
         for k in range(0, len(rows), 256): out[k:k+256] = render(self.scenes[rows[k:k+256]], size)   # in blocks, for memory's sake
         return out
 
+def world_fingerprint(
+    split: str,           # a name of `mcl_repro.world.SPLITS`
+    count: int|None=None, # number of images; None: the split's default
+    seed: int=0,          # seed of the draw
+) -> str:
+    "Fingerprint of a split of the embedded world, known without drawing it."
+    from mcl_repro import world
+    if split not in world.SPLITS: raise DataError(f'world has no split {split}; it has {", ".join(world.SPLITS)}')
+    return world.fingerprint(split, count or world.SPLITS[split].default_count, seed)
+
 def open_world(
     split: str,           # a name of `mcl_repro.world.SPLITS`
     count: int|None=None, # number of images; None: the split's default
@@ -398,16 +425,16 @@ def open_world(
 ) -> Pairs|LabelledImages:
     "A split of the embedded world; captions are made now, pictures when they are used."
     from mcl_repro import world
-    if split not in world.SPLITS: raise DataError(f'world has no split {split}; it has {", ".join(world.SPLITS)}')
+    mark = world_fingerprint(split, count, seed)
     kind, scenes = world.SPLITS[split], world.scenes(split, count, seed)
-    mark = world.fingerprint(split, len(scenes), seed)
     images, name, ids, k = WorldImages(scenes, mark), f'world:{split}:{len(scenes)}', list(scenes.ids), kind.captions_per_image
     if kind.kind == 'labelled': out = LabelledImages(ids, images, scenes.labels, world.classnames(split), name)
-    elif kind.kind == 'retrieval':
+    elif k > 1:
         sets, rows = world.caption_sets(scenes, k), np.repeat(np.arange(len(scenes)), k)
-        out = Pairs([f'{i}#{j}' for i in ids for j in range(k)], [c for s in sets for c in s], images, rows, np.asarray(scenes.labels)[rows], name)
+        out = Pairs([f'{i}#{j}' for i in ids for j in range(k)], [c for s in sets for c in s],
+                    images, rows, np.asarray(scenes.labels)[rows], name)
     else: out = Pairs(ids, world.captions(scenes), images, None, scenes.labels, name)
-    out.__dict__['fingerprint'] = _sha('world', mark)  # the world knows its content without drawing it
+    out.__dict__['fingerprint'] = mark
     return out
 
 # %% ../nbs/01_data.ipynb #f09d3d60
@@ -420,20 +447,23 @@ def read_text(
     try: return data.decode('utf-8').removeprefix('\ufeff')
     except UnicodeDecodeError as e:
         line = data.count(b'\n', 0, e.start) + 1
-        raise DataError(f'{path}, line {line}: not UTF-8 (byte 0x{data[e.start]:02x}); convert it, for example with iconv -f latin1 -t utf-8') from None
+        raise DataError(f'{path}, line {line}: not UTF-8 (byte 0x{data[e.start]:02x}); '
+                        'convert it, for example with iconv -f latin1 -t utf-8') from None
 
 def read_json(
     path: Path|str # a JSON file
 ):
     "The content of a JSON file, or DataError naming file and line."
     try: return json.loads(read_text(path))
-    except json.JSONDecodeError as e: raise DataError(f'{path}, line {e.lineno}: not JSON ({e.msg}); the file may be cut off, fetch it again') from None
+    except json.JSONDecodeError as e:
+        raise DataError(f'{path}, line {e.lineno}: not JSON ({e.msg}); the file may be cut off, fetch it again') from None
 
 def _lines(path): return [(n, line.rstrip('\r')) for n, line in enumerate(read_text(path).split('\n'), 1) if line.strip()]
 
 # %% ../nbs/01_data.ipynb #ee4a64fa
 def _caption(text, where):
-    if not isinstance(text, str) or not text.strip(): raise DataError(f'{where}: the caption is empty; write one or delete the row')
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f'{where}: the caption is empty; write one or delete the row')
     return text
 
 def _build_pairs(root, listed, captions, where, name, ids=None, labels=None) -> Pairs:
@@ -444,7 +474,8 @@ def _build_pairs(root, listed, captions, where, name, ids=None, labels=None) -> 
         if image not in first: first[image] = len(first); at.append(i)
         k = count.get(image, 0); count[image] = k + 1
         image_rows.append(first[image]); auto.append(f'{image}#{k}')
-    return Pairs(auto if ids is None else ids, captions, FileImages(root, list(first), lambda r: where(at[r])), np.asarray(image_rows, np.int64), labels, name)
+    images = FileImages(root, list(first), lambda r: where(at[r]))
+    return Pairs(auto if ids is None else ids, captions, images, np.asarray(image_rows, np.int64), labels, name)
 
 # %% ../nbs/01_data.ipynb #28454405
 def _unquote(field): return field[1:-1].replace('""', '"') if len(field) > 1 and field[0] == field[-1] == '"' else field
@@ -468,7 +499,8 @@ def read_table(
     columns = [c.strip() for c in rows.pop(0)[1]] if header else []
     width = len(columns) or len(rows[0][1])
     for n, fields in rows:
-        if len(fields) != width: raise DataError(f'{path}, line {n}: {len(fields)} fields where {width} belong; quote fields that contain the separator')
+        if len(fields) != width:
+            raise DataError(f'{path}, line {n}: {len(fields)} fields where {width} belong; quote fields that contain the separator')
     return columns, rows
 
 def _column(columns, rows, wanted, path, option) -> list[str]:
@@ -506,7 +538,9 @@ def read_csv_pairs(
 
 def _local(root, listed, where):
     "A listed image path, which must be a local one."
-    if re.match(r'[a-z]+://', listed): raise DataError(f'{where}: the image is a web address ({listed[:60]}); download the pictures first (img2dataset does) and list their paths')
+    if re.match(r'[a-z]+://', listed):
+        raise DataError(f'{where}: the image is a web address ({listed[:60]}); '
+                        'download the pictures first (img2dataset does) and list their paths')
     if not listed.strip(): raise DataError(f'{where}: the image path is empty; write one or delete the row')
     return inside(root, listed, where)
 
@@ -522,28 +556,35 @@ def read_flickr_pairs(
     name: str|None=None,            # name of the result
 ) -> Pairs:
     "Pairs of Flickr8k or Flickr30k; images in the order of the split list, captions in the order of the token file."
-    captions, seen = {}, set()
-    for n, line in _lines(tokens):
-        key, tab, caption = line.partition('\t')
-        image, mark, k = key.rpartition('#')
-        if not tab or not mark: raise DataError(f'{tokens}, line {n}: expected "<image>#<number><tab><caption>" but there is no {"tab" if not tab else "#"}; fix the line or take the original file')
-        if key in seen: raise DataError(f'{tokens}, line {n}: {key} comes twice; every caption needs its own number')
-        seen.add(key); captions.setdefault(image, []).append((n, k, _caption(caption, f'{tokens}, line {n}')))
+    captions = _flickr_tokens(tokens)
     chosen = dict.fromkeys(captions) if split_list is None else {}
     for n, line in _lines(split_list) if split_list is not None else []:
-        image = line.strip()
-        if image not in captions: raise DataError(f'{split_list}, line {n}: {image} has no caption in {tokens}; take list and captions of the same data set')
-        if image in chosen: raise DataError(f'{split_list}, line {n}: {image} comes twice; list every image once')
-        chosen[image] = n
-    rows = [(image, k, caption, n) for image in chosen for n, k, caption in captions[image]]
-    where = lambda i: f'{tokens}, line {rows[i][3]}' if split_list is None else f'{split_list}, line {chosen[rows[i][0]]}'
-    return _build_pairs(images, [inside(images, r[0], where(i)) for i, r in enumerate(rows)], [r[2] for r in rows], where, name or Path(split_list or tokens).name,
-                        ids=[f'{r[0]}#{r[1]}' for r in rows])
+        image, where = line.strip(), f'{split_list}, line {n}'
+        if image not in captions: raise DataError(f'{where}: {image} has no caption in {tokens}; take list and captions of the same data set')
+        if image in chosen: raise DataError(f'{where}: {image} comes twice; list every image once')
+        chosen[image] = where
+    rows = [(image, f'{image}#{k}', caption, chosen[image] or where) for image in chosen for k, caption, where in captions[image]]
+    listed = [inside(images, r[0], r[3]) for r in rows]
+    return _build_pairs(images, listed, [r[2] for r in rows], lambda i: rows[i][3], name or Path(split_list or tokens).name, ids=[r[1] for r in rows])
+
+def _flickr_tokens(path) -> dict:
+    "Image name -> [(number, caption, 'file, line')] of a token file."
+    captions, seen = {}, set()
+    for n, line in _lines(path):
+        (key, tab, caption), where = line.partition('\t'), f'{path}, line {n}'
+        image, mark, k = key.rpartition('#')
+        if not tab or not mark:
+            raise DataError(f'{where}: expected "<image>#<number><tab><caption>" but there is no {"tab" if not tab else "#"}; '
+                            'fix the line or take the original file')
+        if key in seen: raise DataError(f'{where}: {key} comes twice; every caption needs its own number')
+        seen.add(key); captions.setdefault(image, []).append((k, _caption(caption, where), where))
+    return captions
 
 # %% ../nbs/01_data.ipynb #e94900fe
 def _limit(captions, per_image, where):
     if per_image is None: return captions
-    if len(captions) < per_image: raise DataError(f'{where}: {len(captions)} captions where {per_image} are wanted; lower per_image')
+    if len(captions) < per_image:
+        raise DataError(f'{where}: {len(captions)} captions where {per_image} are wanted; lower per_image')
     return captions[:per_image]
 
 def read_karpathy_pairs(
@@ -554,16 +595,23 @@ def read_karpathy_pairs(
     name: str|None=None,      # name of the result
 ) -> Pairs:
     "Pairs of one split of Karpathy's JSON; ids `<file>#<k>`."
-    entries = read_json(path)
-    try: entries = [(e['split'], '/'.join(x for x in (e.get('filepath'), e['filename']) if x), [s['raw'] for s in e['sentences']]) for e in entries['images']]
-    except (KeyError, TypeError): raise DataError(f'{path}: not one of Karpathy\'s split files (images with filename, split and sentences); take dataset_*.json from caption_datasets.zip') from None
+    wanted, rows = split.split('+'), []
+    try: entries = [(e['split'], _karpathy_file(e), [s['raw'] for s in e['sentences']]) for e in read_json(path)['images']]
+    except (KeyError, TypeError):
+        raise DataError(f'{path}: not one of Karpathy\'s split files (images with filename, split and sentences); '
+                        'take dataset_*.json from caption_datasets.zip') from None
     there = sorted({e[0] for e in entries})
-    for s in split.split('+'):
+    for s in wanted:
         if s not in there: raise DataError(f'{path}: there is no split {s}; it has {", ".join(there)}')
-    rows = [(image, c, f'{path}, image {image}') for s, image, sentences in entries if s in split.split('+') for c in _limit(sentences, per_image, f'{path}, image {image}')]
-    where = lambda i: rows[i][2]
-    return _build_pairs(images, [inside(images, r[0], r[2]) for r in rows], [r[1] for r in rows], where, name or f'{Path(path).stem}:{split}')
+    for s, image, sentences in entries:
+        where = f'{path}, image {image}'
+        if s in wanted: rows += [(inside(images, image, where), c, where) for c in _limit(sentences, per_image, where)]
+    listed, captions, wheres = zip(*rows)
+    return _build_pairs(images, listed, captions, wheres.__getitem__, name or f'{Path(path).stem}:{split}')
 
+def _karpathy_file(entry): return '/'.join(x for x in (entry.get('filepath'), entry['filename']) if x)
+
+# %% ../nbs/01_data.ipynb #558b6dcd
 def read_coco_pairs(
     path: Path|str,           # captions_train2017.json or alike
     images: Path|str,         # folder with the pictures
@@ -571,16 +619,22 @@ def read_coco_pairs(
     name: str|None=None,      # name of the result
 ) -> Pairs:
     "Pairs of a COCO captions file, images in its order; ids `<file>#<annotation id>`. Images without caption are left out."
-    content = read_json(path)
+    content, rows = read_json(path), []
     try:
         files, captions = {i['id']: i['file_name'] for i in content['images']}, {}
         for a in content['annotations']: captions.setdefault(a['image_id'], []).append((a['id'], a['caption']))
-    except (KeyError, TypeError): raise DataError(f'{path}: not a COCO captions file (images, and annotations with image_id and caption); take captions_*.json, not instances_*.json') from None
+    except (KeyError, TypeError):
+        raise DataError(f'{path}: not a COCO captions file (images, and annotations with image_id and caption); '
+                        'take captions_*.json, not instances_*.json') from None
     for image in captions:
         if image not in files: raise DataError(f'{path}: a caption belongs to image {image}, which the file does not list; take the original file')
-    rows = [(files[i], a, c) for i in files if i in captions for a, c in _limit(captions[i], per_image, f'{path}, image {files[i]}')]
-    where = lambda i: f'{path}, annotation {rows[i][1]}'
-    return _build_pairs(images, [inside(images, r[0], where(i)) for i, r in enumerate(rows)], [r[2] for r in rows], where, name or Path(path).stem, ids=[f'{r[0]}#{r[1]}' for r in rows])
+    for i, file in files.items():
+        if i not in captions: continue
+        listed = inside(images, file, f'{path}, image {file}')
+        rows += [(listed, caption, f'{file}#{a}', f'{path}, annotation {a}') for a, caption in _limit(captions[i], per_image, f'{path}, image {file}')]
+    if not rows: raise DataError(f'{path}: there is no caption in it; take captions_*.json of a split with captions')
+    listed, texts, ids, wheres = zip(*rows)
+    return _build_pairs(images, listed, texts, wheres.__getitem__, name or Path(path).stem, ids=ids)
 
 # %% ../nbs/01_data.ipynb #db366686
 class TarImages(StoredImages):
@@ -622,16 +676,26 @@ def _scan_shard(path) -> list:
         with tarfile.open(path, 'r:') as tar:
             for m in tar:
                 end = m.offset_data + -(-m.size//512)*512
-                if not m.isfile() or m.name.rpartition('/')[2].startswith('.'): continue
-                folder, slash, base = m.name.rpartition('/'); stem, _, ext = base.partition('.')
-                s = samples.setdefault(folder+slash+stem, [folder+slash+stem, None, 0, 0, None]); ext = '.' + ext.lower()
-                if ext in _pictures: s[1:4] = m.name, m.offset_data, m.size
-                elif ext == '.txt': s[4] = _utf8(tar.extractfile(m).read(), f'{path}, member {m.name}')
-                elif ext == '.json' and s[4] is None: s[4] = json.loads(_utf8(tar.extractfile(m).read(), f'{path}, member {m.name}')).get('caption')
+                if m.isfile(): _add_member(samples, tar, m, path)
         if os.path.getsize(path) < end + 512: raise tarfile.ReadError('the end is missing')  # tarfile itself stops silently
     except FileNotFoundError: raise DataError(f'{path}: the shard is not there; check the path') from None
-    except (tarfile.TarError, EOFError, json.JSONDecodeError) as e: raise DataError(f'{path}: not a whole, uncompressed tar shard ({e}); fetch it again, or unpack a .tar.gz to .tar') from None
+    except (tarfile.TarError, EOFError) as e:
+        raise DataError(f'{path}: not a whole, uncompressed tar shard ({e}); fetch it again, or unpack a .tar.gz to .tar') from None
     return list(samples.values())
+
+def _add_member(samples, tar, m, path):
+    "Enter one member under its sample; the key is the path up to the first dot of the file name, as in WebDataset."
+    folder, slash, base = m.name.rpartition('/')
+    stem, _, ext = base.partition('.')
+    if not stem: return
+    s, ext = samples.setdefault(folder+slash+stem, [folder+slash+stem, None, 0, 0, None]), '.' + ext.lower()
+    where = f'{path}, member {m.name}'
+    if ext in _pictures: s[1:4] = m.name, m.offset_data, m.size
+    elif ext == '.txt': s[4] = _utf8(tar.extractfile(m).read(), where)
+    elif ext == '.json' and s[4] is None:
+        try: about = json.loads(_utf8(tar.extractfile(m).read(), where))
+        except json.JSONDecodeError as e: raise DataError(f'{where}: not JSON ({e.msg}); write the shard again') from None
+        s[4] = about.get('caption') if isinstance(about, dict) else None
 
 def _utf8(data, where):
     try: return data.decode('utf-8')
@@ -659,7 +723,9 @@ def expand_shards(
     pattern = str(pattern)
     if Path(pattern).is_dir(): pattern = f'{pattern}/*.tar'
     span = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
-    if span: found = [Path(pattern[:span.start()] + str(k).zfill(len(span[1])) + pattern[span.end():]) for k in range(int(span[1]), int(span[2])+1)]
+    if span:
+        numbers = [str(k).zfill(len(span[1])) for k in range(int(span[1]), int(span[2])+1)]
+        found = [Path(pattern[:span.start()] + k + pattern[span.end():]) for k in numbers]
     else: found = [Path(p) for p in sorted(glob.glob(pattern))] or [Path(pattern)]
     for p in found:
         if not p.exists(): raise DataError(f'{p}: the shard is not there; check the path or fetch the data')
@@ -677,15 +743,16 @@ def read_webdataset_pairs(
     ids, captions, members, shard, offset, size = [], [], [], [], [], []
     for s, path in enumerate(paths):
         for key, member, start, length, caption in _shard_index(path):
-            whole = member is not None and isinstance(caption, str) and caption.strip()
-            if not whole and incomplete == 'skip': continue
-            if member is None: raise DataError(f'{path}: sample {key} has no picture; write the shard again, or leave such samples out with incomplete=skip')
-            if not whole: raise DataError(f'{path}: sample {key} has an empty caption; write the shard again, or leave such samples out with incomplete=skip')
+            lacks = 'no picture' if member is None else 'no caption' if not isinstance(caption, str) or not caption.strip() else None
+            if lacks and incomplete == 'skip': continue
+            if lacks: raise DataError(f'{path}: sample {key} has {lacks}; write the shard again, or leave such samples out with incomplete=skip')
             ids.append(key); captions.append(caption); members.append(member); shard.append(s); offset.append(start); size.append(length)
     if not ids: raise DataError(f'{paths[0] if paths else shards}: no sample in these shards; check the pattern')
     return Pairs(ids, captions, TarImages(paths, members, shard, offset, size), None, None, name or paths[0].name)
 
-# %% ../nbs/01_data.ipynb #5d479ab9
+# %% ../nbs/01_data.ipynb #df421c8b
+def _imagenet(keys) -> bool: return len(keys) == 1000 and all(re.fullmatch(r'n\d{8}', k) for k in keys)
+
 def _names_of(keys, classnames, where) -> list[str]:
     "Readable names of class keys in order: given ones (list or dict), ImageNet's for 1000 WordNet ids, else the keys with spaces."
     if isinstance(classnames, dict):
@@ -693,12 +760,14 @@ def _names_of(keys, classnames, where) -> list[str]:
         if missing: raise DataError(f'{where}: class {missing[0]} has no name in classnames; add it')
         return [classnames[k] for k in keys]
     if classnames is not None:
-        if len(classnames) != len(keys): raise DataError(f'{where}: {len(keys)} classes but {len(classnames)} class names; give one per class in sorted order')
+        if len(classnames) != len(keys):
+            raise DataError(f'{where}: {len(keys)} classes but {len(classnames)} class names; give one per class in sorted order')
         return list(classnames)
-    if all(re.fullmatch(r'n\d{8}', k) for k in keys):
-        if len(keys) != 1000: raise DataError(f'{where}: {len(keys)} classes are named by WordNet ids; only the 1000 of ImageNet-1K are known, so give classnames')
+    if _imagenet(keys):
         from mcl_repro.clip import import_open_clip
         return list(import_open_clip().IMAGENET_CLASSNAMES)
+    if all(re.fullmatch(r'n\d{8}', k) for k in keys):
+        raise DataError(f'{where}: {len(keys)} classes are named by WordNet ids; only the 1000 of ImageNet-1K are known, so give classnames')
     return [k.replace('_', ' ') for k in keys]
 
 def read_class_folders(
@@ -708,23 +777,33 @@ def read_class_folders(
     name: str|None=None,            # name of the result
 ) -> LabelledImages:
     "Images sorted into classes by folder or by file name; ids are relative paths."
-    folder, found = Path(folder), {}
+    folder = Path(folder)
     if not folder.is_dir(): raise DataError(f'{folder}: the folder is not there; check the path')
-    pictures = lambda d: sorted(e.name for e in os.scandir(d) if e.name.lower().endswith(_pictures) and not e.name.startswith('.'))
-    if pattern is None:
-        for d in sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.')):
-            found[d] = [f'{d}/{x}' for x in pictures(folder/d)]
-            if not found[d]: raise DataError(f'{folder/d}: no picture in this class folder; fill it or remove it, since it would take a class number')
-    else:
-        labels = {}
-        for x in pictures(folder):
-            m = re.match(pattern, x)
-            if not m: raise DataError(f'{folder/x}: the name does not fit the pattern {pattern}; rename or remove it')
-            found.setdefault(m['key'], []).append(x); labels[m['key']] = m.groupdict().get('label') or m['key']
-        if classnames is None and not (len(found) == 1000 and all(re.fullmatch(r'n\d{8}', k) for k in found)): classnames = {k: v.replace('_', ' ') for k, v in labels.items()}
+    found, labels = _by_folder(folder) if pattern is None else _by_name(folder, pattern)
     if not found: raise DataError(f'{folder}: no class folder in it; expected one folder of pictures per class')
     keys = sorted(found); files = [x for k in keys for x in found[k]]
-    return LabelledImages(files, FileImages(folder, files, check=False), [i for i, k in enumerate(keys) for _ in found[k]], _names_of(keys, classnames, folder), name or folder.name)
+    if classnames is None and not _imagenet(keys): classnames = {k: labels[k].replace('_', ' ') for k in keys} if pattern else None
+    numbers = [i for i, k in enumerate(keys) for _ in found[k]]
+    return LabelledImages(files, FileImages(folder, files, check=False), numbers, _names_of(keys, classnames, folder), name or folder.name)
+
+def _pictures_in(folder): return sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(_pictures) and not e.name.startswith('.'))
+
+def _by_folder(folder) -> tuple[dict, dict]:
+    "Pictures by class folder."
+    found = {}
+    for d in sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.')):
+        found[d] = [f'{d}/{x}' for x in _pictures_in(folder/d)]
+        if not found[d]: raise DataError(f'{folder/d}: no picture in this class folder; fill it or remove it, since it would take a class number')
+    return found, {d: d for d in found}
+
+def _by_name(folder, pattern) -> tuple[dict, dict]:
+    "Pictures by the `key` in their names, and the keys' `label`s."
+    found, labels = {}, {}
+    for x in _pictures_in(folder):
+        m = re.match(pattern, x)
+        if not m: raise DataError(f'{folder/x}: the name does not fit the pattern {pattern}; rename or remove it')
+        found.setdefault(m['key'], []).append(x); labels[m['key']] = m.groupdict().get('label') or m['key']
+    return found, labels
 
 # %% ../nbs/01_data.ipynb #eff4c851
 def read_csv_labels(
@@ -746,15 +825,16 @@ def read_csv_labels(
         labels = [int(x) for x in labels]; beside = path.parent/'classnames.txt'
         if classnames is None and beside.exists(): classnames = [line for _, line in _lines(beside)]
         if classnames is None and max(labels) == 999: classnames = _names_of([f'n{i:08d}' for i in range(1000)], None, path)
-        if classnames is None: raise DataError(f'{path}: classes are numbers without names; write them into {beside}, one per line')
+        if classnames is None:
+            raise DataError(f'{path}: classes are numbers without names; write them into {beside}, one per line')
     else: classnames = sorted(set(labels)); labels = [classnames.index(x) for x in labels]
     return LabelledImages(files, FileImages(root, files, where), labels, classnames, name or path.name)
 
-# %% ../nbs/01_data.ipynb #69508fb7
+# %% ../nbs/01_data.ipynb #2387f13b
+_cifar, _both = dict(train=dict(train=True), test=dict(train=False)), dict(train=dict(split='train'), test=dict(split='test'))
 _torchvision = dict( # data set -> split -> arguments of the torchvision class
-    CIFAR10=dict(train=dict(train=True), test=dict(train=False)), CIFAR100=dict(train=dict(train=True), test=dict(train=False)),
-    Caltech101=dict(train={}, test={}, all={}), DTD=dict(train=dict(split='train'), val=dict(split='val'), test=dict(split='test')),
-    OxfordIIITPet=dict(train=dict(split='trainval'), test=dict(split='test')), Food101=dict(train=dict(split='train'), test=dict(split='test')))
+    CIFAR10=_cifar, CIFAR100=_cifar, Caltech101=dict(train={}, test={}, all={}), DTD={**_both, 'val': dict(split='val')},
+    OxfordIIITPet={**_both, 'train': dict(split='trainval')}, Food101=_both)
 
 def _import_torchvision_datasets():
     "torchvision.datasets, however little torchvision fits the installed torch."
@@ -769,17 +849,32 @@ def read_torchvision(
     name: str|None=None,# name of the result
 ) -> LabelledImages:
     "One of torchvision's downstream sets; nothing is downloaded."
-    if dataset not in _torchvision: raise DataError(f'unknown torchvision data set {dataset}; there are {", ".join(_torchvision)}')
-    if split not in _torchvision[dataset]: raise DataError(f'{dataset} has no split {split}; it has {", ".join(_torchvision[dataset])}')
-    try: data = getattr(_import_torchvision_datasets(), dataset)(str(root), **_torchvision[dataset][split])
-    except (RuntimeError, OSError, ValueError) as e: raise DataError(f'{dataset} is not complete in {root} ({str(e).splitlines()[0][:120]}); get it with: mcl_repro data fetch {"pets" if dataset == "OxfordIIITPet" else dataset.lower()}') from None
+    if dataset not in _torchvision:
+        raise DataError(f'unknown torchvision data set {dataset}; there are {", ".join(_torchvision)}')
+    if split not in _torchvision[dataset]:
+        raise DataError(f'{dataset} has no split {split}; it has {", ".join(_torchvision[dataset])}')
     name = name or f'{dataset}:{split}'
+    try: data = getattr(_import_torchvision_datasets(), dataset)(str(root), **_torchvision[dataset][split])
+    except (RuntimeError, OSError, ValueError) as e:
+        known = 'pets' if dataset == 'OxfordIIITPet' else dataset.lower()
+        raise DataError(f'{dataset} is not complete in {root} ({_short(e)}); get it with: mcl_repro data fetch {known}') from None
     if dataset.startswith('CIFAR'):
-        return LabelledImages([f'{split}/{i:05d}' for i in range(len(data.data))], ArrayImages(data.data), data.targets, _names_of(data.classes, None, root), name)
-    if dataset == 'Caltech101': files, labels, classes = [f'101_ObjectCategories/{data.categories[y]}/image_{i:04d}.jpg' for i, y in zip(data.index, data.y)], data.y, data.categories
-    else: files, labels, classes = [Path(f).relative_to(root).as_posix() for f in getattr(data, '_image_files', None) or data._images], data._labels, data.classes
-    every = LabelledImages(files, FileImages(data.root if dataset == 'Caltech101' else root, files), labels, _names_of(classes, None, root), name)
+        ids = [f'{split}/{i:05d}' for i in range(len(data.data))]
+        return LabelledImages(ids, ArrayImages(data.data), data.targets, _names_of(data.classes, None, root), name)
+    base, files, labels, classes = _torchvision_files(data, Path(root))
+    every = LabelledImages(files, FileImages(base, files), labels, _names_of(classes, None, root), name)
     return every if dataset != 'Caltech101' or split == 'all' else every.select(_caltech_rows(files, labels, split))
+
+def _short(e) -> str: return str(e).splitlines()[0][:160] if str(e) else type(e).__name__
+
+# %% ../nbs/01_data.ipynb #e1eeb015
+def _torchvision_files(data, root:Path) -> tuple[Path, list, list, list]:
+    "Folder, relative files, labels and classes of a torchvision data set that keeps pictures in files."
+    if hasattr(data, 'categories'):     # Caltech101
+        files = [f'101_ObjectCategories/{data.categories[y]}/image_{i:04d}.jpg' for i, y in zip(data.index, data.y)]
+        return Path(data.root), files, data.y, data.categories
+    files = getattr(data, '_image_files', None) or data._images
+    return root, [Path(f).relative_to(root).as_posix() for f in files], data._labels, data.classes
 
 def _caltech_rows(files, labels, split, per_class=30):
     "Rows of our Caltech101 split: per class the `per_class` smallest name hashes are for training."
@@ -800,10 +895,11 @@ def write_csv_pairs(
     files = {int(r): f'images/{k:06d}.png' for k, r in enumerate(used)}
     def one(r): (Image.fromarray(pairs.images.array([r], size)[0]) if size else pairs.images[r]).save(folder/files[r], compress_level=1)
     with ThreadPoolExecutor(Images.workers) as pool: list(pool.map(one, files))
+    columns = dict(id=pairs.ids, image=[files[int(r)] for r in pairs.image_rows], caption=pairs.captions)
+    if pairs.labels is not None: columns['label'] = pairs.labels
     part = path.with_suffix('.part')
     with open(part, 'w', encoding='utf-8', newline='') as f:
-        out = csv.writer(f, lineterminator='\n'); out.writerow(['id', 'image', 'caption'] + ['label']*(pairs.labels is not None))
-        for i in range(len(pairs)): out.writerow([pairs.ids[i], files[int(pairs.image_rows[i])], pairs.captions[i]] + ([] if pairs.labels is None else [pairs.labels[i]]))
+        out = csv.writer(f, lineterminator='\n'); out.writerow(columns); out.writerows(zip(*columns.values()))
     os.replace(part, path)
     return path
 
@@ -821,14 +917,16 @@ def read_manifest(
     "Data sets by name as data_manifest.yaml describes them."
     path = path or _manifest_path()
     try: return yaml.safe_load(read_text(path))['datasets']
-    except (yaml.YAMLError, KeyError, TypeError) as e: raise DataError(f'{path}: not a data manifest ({str(e).splitlines()[0]})') from None
+    except (yaml.YAMLError, KeyError, TypeError) as e:
+        raise DataError(f'{path}: not a data manifest ({str(e).splitlines()[0]})') from None
 
 def read_registry() -> dict[str, dict]:
     "What `add_dataset` and `fetch_dataset` have recorded in the data folder."
     path = data_home()/'registry.yaml'
     if not path.exists(): return {}
     try: content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as e: raise DataError(f'{path}: not readable as YAML ({str(e).splitlines()[0]}); mend or delete it') from None
+    except yaml.YAMLError as e:
+        raise DataError(f'{path}: not readable as YAML ({str(e).splitlines()[0]}); mend or delete it') from None
     if not isinstance(content, dict): raise DataError(f'{path}: not a registry of data sets; mend or delete it')
     return content
 
@@ -839,8 +937,10 @@ def _record(name:str, **changes):
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(str(path) + '.lock'):
             registry = read_registry(); registry[name] = {**registry.get(name, {}), **changes}
-            part = path.with_suffix('.part'); part.write_text(yaml.safe_dump(registry, sort_keys=False, allow_unicode=True), 'utf-8'); os.replace(part, path)
-    except OSError as e: raise DataError(f'{home}: cannot be written ({e.strerror or e}); set MCL_REPRO_DATA to a folder you may write to') from None
+            part = path.with_suffix('.part'); part.write_text(yaml.safe_dump(registry, sort_keys=False, allow_unicode=True), 'utf-8')
+            os.replace(part, path)
+    except OSError as e:
+        raise DataError(f'{home}: cannot be written ({e.strerror or e}); set MCL_REPRO_DATA to a folder you may write to') from None
 
 # %% ../nbs/01_data.ipynb #6f36f735
 def _known() -> dict[str, dict]:
@@ -854,7 +954,14 @@ def _entry(name:str) -> dict:
     known = _known()
     if name in known: return known[name]
     near = difflib.get_close_matches(name, known, 3)
-    raise DataError(f'unknown data set {name}; {"did you mean " + " or ".join(near) if near else "known are " + ", ".join(known)}? A folder of your own is registered with: mcl_repro data add {name} FOLDER')
+    hint = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(known)}.'
+    raise DataError(f'unknown data set {name}; {hint} A folder of your own is registered with: mcl_repro data add {name} FOLDER')
+
+def _split_names(name:str, entry:dict) -> list[str]:
+    if entry.get('kind') == 'embedded':
+        from mcl_repro.world import SPLITS
+        return list(SPLITS)
+    return list(dict.fromkeys(s for l in entry.get('layouts', []) for s in l.get('splits', {})))
 
 def _root(name:str, entry:dict) -> Path: return Path(entry['root']) if entry.get('root') else data_home()/name
 
@@ -894,8 +1001,9 @@ def _open_split(name:str, split:str) -> Pairs|LabelledImages:
     entry = _entry(name); root = _root(name, entry)
     layouts = [l for l in entry.get('layouts', []) if split in l.get('splits', {})]
     if not layouts:
-        there = list(dict.fromkeys(s for l in entry.get('layouts', []) for s in l.get('splits', {})))
-        raise DataError(f'{name} has no split {split}; it has {", ".join(there)}' if there else f'{name} is not a set of pictures that can be opened; see: mcl_repro data show {name}')
+        there = _split_names(name, entry)
+        if there: raise DataError(f'{name} has no split {split}; it has {", ".join(there)}')
+        raise DataError(f'{name} is not a set of pictures that can be opened; see: mcl_repro data show {name}')
     if not root.is_dir(): raise DataError(f'{name} is not on this machine ({root}); {_how_to_get(name, entry)}')
     lacking = []
     for layout in layouts:
@@ -912,8 +1020,15 @@ class DataRef:
     fingerprint: str
 
 def _count(text:str, source:str) -> int:
-    if not re.fullmatch(r'[1-9]\d*', text): raise DataError(f'{source}: {text} is not a number of images; write name:split or name:split:count')
+    if not re.fullmatch(r'[1-9]\d*', text):
+        raise DataError(f'{source}: {text} is not a number of images; write name:split or name:split:count')
     return int(text)
+
+def _seed(rest:list, source:str) -> int:
+    "The seed of `world:split:count:seed`; 0 where it is not given."
+    if len(rest) < 3: return 0
+    if not rest[2].isdigit(): raise DataError(f'{source}: {rest[2]} is not a seed; write world:split:count:seed with a whole number')
+    return int(rest[2])
 
 def first_images(
     data: Pairs|LabelledImages,
@@ -929,8 +1044,9 @@ def first_images(
 
 def _is_path(source:str) -> bool:
     "A source that is written as a path rather than as name:split."
+    if '/' in source or os.sep in source: return True
     endings = ('.csv', '.tsv', '.tab', '.json', '.tar')
-    return '/' in source or os.sep in source or Path(source.partition(':')[0]).suffix.lower() in endings or ':' not in source and Path(source).is_dir()
+    return Path(source.partition(':')[0]).suffix.lower() in endings or ':' not in source and Path(source).is_dir()
 
 # %% ../nbs/01_data.ipynb #13acc92f
 def _split_source(source:str) -> tuple[str, int|None]:
@@ -946,7 +1062,8 @@ def _beside(path, content) -> Path:
     for up in (path.parent, path.parent.parent):
         for folder in (up, *sorted(d for d in up.iterdir() if d.is_dir())):
             if (folder/name).is_file(): return folder
-    raise DataError(f'{path}: its first picture {name} is neither beside it nor in a folder beside it; register the data with: mcl_repro data add NAME FOLDER')
+    raise DataError(f'{path}: its first picture {name} is neither beside it nor in a folder beside it; '
+                    'register the data with: mcl_repro data add NAME FOLDER')
 
 def _open_path(source:str) -> Pairs|LabelledImages:
     "Open a file or folder by what it is."
@@ -960,9 +1077,19 @@ def _open_path(source:str) -> Pairs|LabelledImages:
     if kind == '.json':
         content = read_json(path); coco = isinstance(content, dict) and 'annotations' in content
         return (read_coco_pairs if coco else read_karpathy_pairs)(path, _beside(path, content))
-    raise DataError(f'{source}: no reader for {kind or "this file"}; give a .csv, .tsv, .json, .tar or a folder, or register the data with: mcl_repro data add NAME FOLDER')
+    raise DataError(f'{source}: no reader for {kind or "this file"}; give a .csv, .tsv, .json, .tar or a folder, '
+                    'or register the data with: mcl_repro data add NAME FOLDER')
 
-# %% ../nbs/01_data.ipynb #9278ac9d
+# %% ../nbs/01_data.ipynb #6e010be6
+def _parse(source:str) -> tuple[str, str, int|None, int]:
+    "Name, split, count and seed of `name:split[:count]` or `world:split[:count[:seed]]`."
+    name, *rest = source.split(':')
+    if not 1 <= len(rest) <= (3 if name == 'world' else 2) or not all(rest):
+        if name in _known():
+            raise DataError(f'{source}: a data set is named with its split, name:split or name:split:count; its splits: mcl_repro data show {name}')
+        raise DataError(f'unknown data source {source}; write name:split, name:split:count or a path to a CSV')
+    return name, rest[0], _count(rest[1], source) if len(rest) > 1 else None, _seed(rest, source)
+
 def resolve(
     source: str|DataRef # `name:split[:count]`, or a path
 ) -> DataRef:
@@ -971,6 +1098,7 @@ def resolve(
     if _is_path(source):
         path, count = _split_source(source)
         source = os.path.abspath(os.path.expanduser(path)) + (f':{count}' if count else '')
+    elif _parse(source)[0] == 'world': return DataRef(source, world_fingerprint(*_parse(source)[1:]))
     return DataRef(source, open_data(source).fingerprint)
 
 def open_data(
@@ -980,51 +1108,61 @@ def open_data(
     if isinstance(source, DataRef):
         data = open_data(source.source)
         if data.fingerprint == source.fingerprint: return data
-        raise DataError(f'{source.source} has changed since it was recorded (fingerprint {source.fingerprint[:12]}, now {data.fingerprint[:12]}); put the old data back or run again with the new')
-    if _is_path(source):
-        path, count = _split_source(source); data = _open_path(path)
-        return data if count is None else first_images(data, count)
-    name, *rest = source.split(':')
-    if not 1 <= len(rest) <= (3 if name == 'world' else 2) or not all(rest):
-        if name in _known(): raise DataError(f'{source}: a data set is named with its split, name:split or name:split:count; see: mcl_repro data show {name}')
-        raise DataError(f'unknown data source {source}; write name:split, name:split:count or a path to a CSV')
-    count = _count(rest[1], source) if len(rest) > 1 else None
-    if name == 'world': return open_world(rest[0], count, _count(rest[2], source) if len(rest) > 2 else 0)
-    data = _open_split(name, rest[0])
+        raise DataError(f'{source.source} has changed since it was recorded (fingerprint {source.fingerprint[:12]}, '
+                        f'now {data.fingerprint[:12]}); put the old data back or run again with the new')
+    if _is_path(source): path, count = _split_source(source); data = _open_path(path)
+    else:
+        name, split, count, seed = _parse(source)
+        if name == 'world': return open_world(split, count, seed)
+        data = _open_split(name, split)
     return data if count is None else first_images(data, count)
 
-# %% ../nbs/01_data.ipynb #71260692
+# %% ../nbs/01_data.ipynb #22614926
+def _layout(format, splits, **options): return dict(format=format, options=options, splits=splits)
+
 def _detect(folder:Path) -> list[dict]:
     "Layouts found in a folder, in the order of preference."
     files = sorted(e.name for e in os.scandir(folder) if e.is_file() and not e.name.startswith('.'))
     folders = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.'))
     images = next((d for d in folders if re.search('image|dataset', d, re.I)), '.')
-    found = []
+    found = _detect_flickr(files, images) + _detect_json(folder, files, folders, images) + _detect_tables(folder, files) + _detect_shards(files)
+    return found or _detect_classes(folder, folders)
+
+def _detect_flickr(files, images):
     tokens = [f for f in files if re.search(r'token.*\.txt$|\.token$', f)]
-    lists = {m[1].lower(): f for f in files if (m := re.search(r'(train|dev|val|test)Images\.txt$', f, re.I))}
-    if tokens: found.append(dict(format='flickr', options=dict(tokens=tokens[0], images=images), splits={k: dict(split_list=f) for k, f in lists.items()} or {'all': {}}))
+    lists = {m[1].lower(): dict(split_list=f) for f in files if (m := re.search(r'(train|dev|val|test)Images\.txt$', f, re.I))}
+    return [_layout('flickr', lists or {'all': {}}, tokens=tokens[0], images=images)] if tokens else []
+
+def _detect_json(folder, files, folders, images):
+    found = []
     for f in [f for f in files if re.fullmatch(r'dataset_\w+\.json', f)]:
         splits = sorted({e.get('split') for e in read_json(folder/f).get('images', [])} - {None})
-        found.append(dict(format='karpathy', options=dict(path=f, images=images), splits={s: dict(split=s) for s in splits}))
-    captions = sorted(p.relative_to(folder).as_posix() for p in [*folder.glob('captions_*.json'), *folder.glob('annotations/captions_*.json')])
-    if captions: found.append(dict(format='coco', options={}, splits={(s := re.search(r'captions_(\w+)\.json', p)[1]): dict(path=p, images=s if s in folders else images) for p in captions}))
+        found.append(_layout('karpathy', {s: dict(split=s) for s in splits}, path=f, images=images))
+    coco = {p.stem.removeprefix('captions_'): p for p in sorted([*folder.glob('captions_*.json'), *folder.glob('annotations/captions_*.json')])}
+    splits = {s: dict(path=p.relative_to(folder).as_posix(), images=s if s in folders else images) for s, p in coco.items()}
+    return found + ([_layout('coco', splits)] if splits else [])
+
+def _detect_tables(folder, files):
+    found = []
     for f in [f for f in files if f.endswith(('.csv', '.tsv'))]:
-        columns, _ = read_table(folder/f)
-        kind = 'csv' if {'image', 'caption'} <= set(columns) else 'csv_labels' if {'image', 'label'} <= set(columns) else None
-        if kind: found.append(dict(format=kind, options={}, splits={Path(f).stem: dict(path=f)}))
-    shards = sorted({re.sub(r'\d+\.tar$', '*.tar', f) for f in files if f.endswith('.tar')})
-    if shards: found.append(dict(format='webdataset', options={}, splits={(re.sub(r'[-_.]*\*?\.tar$', '', s) or 'all'): dict(shards=s) for s in shards}))
-    return found or _detect_classes(folder, folders)
+        columns = set(read_table(folder/f)[0])
+        kind = 'csv' if {'image', 'caption'} <= columns else 'csv_labels' if {'image', 'label'} <= columns else None
+        if kind: found.append(_layout(kind, {Path(f).stem: dict(path=f)}))
+    return found
+
+# %% ../nbs/01_data.ipynb #6e06f8b1
+def _detect_shards(files):
+    patterns = sorted({re.sub(r'\d+\.tar$', '*.tar', f) for f in files if f.endswith('.tar')})
+    return [_layout('webdataset', {re.sub(r'[-_.]*\*?\.tar$', '', p) or 'all': dict(shards=p) for p in patterns})] if patterns else []
 
 def _detect_classes(folder, folders):
     "Class folders, directly or one level down in split folders, or pictures named <WordNet id>_<class>."
-    wnid = r'(?P<key>n\d{8})_(?P<label>\D.*)\.[^.]+$'
-    flat = [e.name for e in os.scandir(folder) if e.name.lower().endswith(_pictures)]
-    if flat and all(re.match(wnid, f) for f in flat): return [dict(format='class_folders', options={}, splits={'all': dict(folder='.', pattern=wnid)})]
-    has = lambda d: any(e.name.lower().endswith(_pictures) for e in os.scandir(d))
+    wnid, flat = r'(?P<key>n\d{8})_(?P<label>\D.*)\.[^.]+$', _pictures_in(folder)
+    if flat and all(re.match(wnid, f) for f in flat): return [_layout('class_folders', {'all': dict(folder='.', pattern=wnid)})]
+    has = lambda d: bool(_pictures_in(d))
     splits = [d for d in folders if any(e.is_dir() and has(e.path) for e in os.scandir(folder/d))]
-    if splits: return [dict(format='class_folders', options={}, splits={d: dict(folder=d) for d in splits})]
-    return [dict(format='class_folders', options={}, splits={'all': dict(folder='.')})] if any(has(folder/d) for d in folders) else []
+    if splits: return [_layout('class_folders', {d: dict(folder=d) for d in splits})]
+    return [_layout('class_folders', {'all': dict(folder='.')})] if any(has(folder/d) for d in folders) else []
 
 # %% ../nbs/01_data.ipynb #9a7a654f
 def add_dataset(
@@ -1036,7 +1174,8 @@ def add_dataset(
 ) -> dict:                 # the entry: root, layouts, splits with counts
     "Register a local folder under a name. Every split is opened before anything is recorded."
     folder, known = Path(folder).expanduser().absolute(), read_manifest()
-    if not re.fullmatch(r'[a-z0-9][a-z0-9_\-]*', name): raise DataError(f'{name}: a data set name consists of small letters, digits, _ and -; choose another')
+    if not re.fullmatch(r'[a-z0-9][a-z0-9_\-]*', name):
+        raise DataError(f'{name}: a data set name consists of small letters, digits, _ and -; choose another')
     if name == 'world': raise DataError('world is the embedded data set and has no folder; choose another name')
     if not folder.is_dir(): raise DataError(f'{folder}: the folder is not there; check the path')
     if format is not None and format not in READERS: raise DataError(f'unknown format {format}; there are {", ".join(READERS)}')
@@ -1044,7 +1183,9 @@ def add_dataset(
     if format: entry['layouts'] = [dict(format=format, options={}, splits={split: options or {}})]
     elif name not in known: entry.update(layouts=_detect(folder), kind='registered', title=folder.name)
     layouts = entry.get('layouts', known.get(name, {}).get('layouts', []))
-    if not layouts: raise DataError(f'{folder}: no layout that is known (CSV, Flickr, Karpathy, COCO, tar shards, class folders); give format= and its options')
+    if not layouts:
+        raise DataError(f'{folder}: no layout that is known (CSV, Flickr, Karpathy, COCO, tar shards, class folders); '
+                        'give the format and its options')
     entry['splits'], problems = {}, []
     for layout in layouts:
         for s in layout.get('splits', {}):
@@ -1052,7 +1193,8 @@ def add_dataset(
             options_, missing = _options_of(folder, layout, s)
             if missing: problems.append(', '.join(missing)); continue
             entry['splits'][s] = _count_of(READERS[layout['format']](**options_, name=f'{name}:{s}'))
-    if not entry['splits']: raise DataError(f'{folder} does not look like {name}: there is no {"; nor ".join(dict.fromkeys(problems))}')
+    if not entry['splits']:
+        raise DataError(f'{folder} does not look like {name}: there is no {"; nor ".join(dict.fromkeys(problems))}')
     if name in known: entry['found'] = entry.pop('splits')   # the manifest's own counts stay what is expected
     _record(name, **entry)
     return entry
@@ -1066,29 +1208,36 @@ def _count_of(data) -> dict:
 def _download(url:str, output_file, pooch=None, progress:bool=True, attempts:int=3):
     "Download with resume to `output_file` (the interface of a pooch downloader)."
     import requests
-    from tqdm import tqdm
-    part = data_home()/'downloads'/f'{_sha(url)[:16]}.part'; tag = part.with_suffix('.etag'); part.parent.mkdir(parents=True, exist_ok=True)
+    part = data_home()/'downloads'/f'{_sha(url)[:16]}.part'; part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(attempts):
-        have = part.stat().st_size if part.exists() else 0
-        headers = {'Range': f'bytes={have}-', **({'If-Range': tag.read_text()} if tag.exists() else {})} if have else {}
         try:
-            with requests.get(url, stream=True, headers=headers, timeout=30) as r:
-                if r.status_code == 416 and have: part.unlink(); continue      # the file there is shorter: begin again
-                r.raise_for_status()
-                resumed = r.status_code == 206
-                if r.headers.get('ETag') and not r.headers['ETag'].startswith('W/'): tag.write_text(r.headers['ETag'])
-                total = int(r.headers.get('Content-Length', 0)) + have*resumed
-                with open(part, 'ab' if resumed else 'wb') as f, tqdm(total=total or None, initial=have*resumed, unit='B', unit_scale=True, desc=Path(url).name, disable=not progress) as bar:
-                    for chunk in r.iter_content(2**16): f.write(chunk); bar.update(len(chunk))
-            if total and part.stat().st_size < total: raise requests.ConnectionError('the connection closed early')
-            break
+            if _receive(url, part, progress): break
         except requests.RequestException as e:
             lasting = isinstance(e, requests.HTTPError) and e.response.status_code < 500
-            if attempt + 1 == attempts or lasting: raise DataError(f'{url}: download failed ({_short(e)}); run the command again to go on from {part.stat().st_size if part.exists() else 0:,} bytes') from None
+            if lasting or attempt + 1 == attempts:
+                have = part.stat().st_size if part.exists() else 0
+                raise DataError(f'{url}: download failed ({_short(e)}); run the command again to go on from {have:,} bytes') from None
         except OSError as e: raise DataError(f'{part}: cannot be written ({e.strerror or e}); make room or set MCL_REPRO_DATA') from None
-    shutil.move(part, output_file); tag.unlink(missing_ok=True)
+    shutil.move(part, output_file); part.with_suffix('.etag').unlink(missing_ok=True)
 
-def _short(e): return str(e).splitlines()[0][:160] if str(e) else type(e).__name__
+def _receive(url, part, progress) -> bool:
+    "One request for what `part` still lacks; False when the file there is shorter than `part` and it was thrown away."
+    import requests
+    from tqdm import tqdm
+    have, tag = part.stat().st_size if part.exists() else 0, part.with_suffix('.etag')
+    headers = {'Range': f'bytes={have}-', **({'If-Range': tag.read_text()} if tag.exists() else {})} if have else {}
+    with requests.get(url, stream=True, headers=headers, timeout=30) as r:
+        if r.status_code == 416 and have: part.unlink(); return False
+        r.raise_for_status()
+        have *= r.status_code == 206                                # 200: the server sends all of it
+        etag = r.headers.get('ETag', 'W/')
+        tag.write_text(etag) if not etag.startswith('W/') else tag.unlink(missing_ok=True)
+        total = int(r.headers.get('Content-Length', 0)) + have
+        bar = tqdm(total=total or None, initial=have, unit='B', unit_scale=True, desc=Path(url).name, disable=not progress)
+        with bar, open(part, 'ab' if have else 'wb') as f:
+            for chunk in r.iter_content(2**16): f.write(chunk); bar.update(len(chunk))
+    if part.stat().st_size < total: raise requests.ConnectionError('the connection closed early')
+    return True
 
 # %% ../nbs/01_data.ipynb #576f1a6a
 def extract(
@@ -1108,9 +1257,12 @@ def extract(
             with tarfile.open(archive) as t:
                 for m in t: _refuse_escape(m.name, archive); t.extract(m, part, filter='data')
         _move_into(part, folder)
-    except tarfile.FilterError as e: raise DataError(f'{archive}: member {e.tarinfo.name} would be written outside its folder or is not a plain file; this archive is not safe and was not unpacked') from None
+    except tarfile.FilterError as e:
+        raise DataError(f'{archive}: member {e.tarinfo.name} would be written outside its folder or is not a plain file; '
+                        'this archive is not safe and was not unpacked') from None
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
-        if isinstance(e, OSError) and e.errno: raise DataError(f'{folder}: cannot be written ({e.strerror}); make room or choose another folder') from None
+        if isinstance(e, OSError) and e.errno:
+            raise DataError(f'{folder}: cannot be written ({e.strerror}); make room or choose another folder') from None
         raise DataError(f'{archive}: not a whole archive ({_short(e)}); delete it and fetch it again') from None
     finally: shutil.rmtree(part, ignore_errors=True)
 
@@ -1134,11 +1286,14 @@ def _fetch_file(name, file, root, record, progress) -> dict:
     "Download, compare and unpack one file of the manifest; its registry record."
     import logging, pooch
     pooch.get_logger().setLevel(logging.ERROR)
-    folder = data_home()/'downloads'/name; folder.mkdir(parents=True, exist_ok=True); known = _hash_of(file) or (record and f'sha256:{record["sha256"]}')
-    try: path = Path(pooch.retrieve(file['url'], known, fname=file['save'], path=folder, downloader=lambda url, out, p: _download(url, out, p, progress)))
+    folder = data_home()/'downloads'/name; folder.mkdir(parents=True, exist_ok=True)
+    known = _hash_of(file) or (record and f'sha256:{record["sha256"]}')
+    get = lambda url, out, pooch: _download(url, out, pooch, progress)
+    try: path = Path(pooch.retrieve(file['url'], known, fname=file['save'], path=folder, downloader=get))
     except ValueError as e:
         (folder/file['save']).unlink(missing_ok=True)
-        raise DataError(f'{file["url"]}: the checksum is not {known}, so the file was thrown away; try again, and if it stays so the file there has changed') from None
+        raise DataError(f'{file["url"]}: the checksum is not {known}, so the file was thrown away; '
+                        'try again, and if it stays so the file there has changed') from None
     done = dict(sha256=pooch.file_hash(str(path)), bytes=path.stat().st_size, when=datetime.date.today().isoformat())
     target = root/file['to'] if file.get('to') else root
     if file.get('unpack', True):
@@ -1149,12 +1304,13 @@ def _fetch_file(name, file, root, record, progress) -> dict:
     return done
 
 @contextmanager
-def _one_at_a_time(name):
-    "Two fetches of one data set must not write into the same file."
+def _one_at_a_time(name, url):
+    "Two fetches must not write into the same file."
     place = data_home()/'downloads'
-    try: place.mkdir(parents=True, exist_ok=True); lock = FileLock(place/f'{name}.lock'); lock.acquire(timeout=0)
+    try: place.mkdir(parents=True, exist_ok=True); lock = FileLock(place/f'{_sha(url)[:16]}.lock'); lock.acquire(timeout=0)
     except Timeout: raise DataError(f'{name} is being fetched by another process; wait for it') from None
-    except OSError as e: raise DataError(f'{place}: cannot be written ({e.strerror or e}); set MCL_REPRO_DATA to a folder you may write to') from None
+    except OSError as e:
+        raise DataError(f'{place}: cannot be written ({e.strerror or e}); set MCL_REPRO_DATA to a folder you may write to') from None
     try: yield
     finally: lock.release()
 
@@ -1170,7 +1326,8 @@ def fetch_dataset(
     records, done, skipped = dict(entry.get('fetched') or {}), [], []
     for file in entry['files']:
         if not force and records.get(file['save'], {}).get('root') == str(root) and root.is_dir(): skipped.append(file['save']); continue
-        with _one_at_a_time(name): records[file['save']] = {**_fetch_file(name, file, root, records.get(file['save']), progress), 'root': str(root)}
+        with _one_at_a_time(name, file['url']): new = _fetch_file(name, file, root, records.get(file['save']), progress)
+        records[file['save']] = {**new, 'root': str(root)}
         _record(name, fetched=records); done.append(file['save'])
     return dict(name=name, folder=str(root), fetched=done, there=skipped, left=entry.get('obtain'))
 
@@ -1180,12 +1337,6 @@ def _status(name:str, entry:dict) -> str:
     root = _root(name, entry)
     if not root.is_dir(): return 'folder is gone' if entry.get('root') else 'not here'
     return 'registered' if entry.get('root') else 'here'
-
-def _split_names(name:str, entry:dict) -> list[str]:
-    if entry.get('kind') == 'embedded':
-        from mcl_repro.world import SPLITS
-        return list(SPLITS)
-    return list(dict.fromkeys(s for l in entry.get('layouts', []) for s in l.get('splits', {})))
 
 def list_datasets() -> list[dict]: # name, kind, role, splits, status, licence, tables
     "All data sets of the manifest and the registry."
@@ -1198,10 +1349,12 @@ def show_dataset(
     "Everything that is known about a data set."
     entry = _entry(name); status = _status(name, entry)
     place = {} if status == 'embedded' else dict(folder=str(_root(name, entry)))
-    return dict(name=name, status=status, **place, **entry, **(dict(get=_how_to_get(name, entry)) if status in ('not here', 'folder is gone') else {}))
+    get = dict(get=_how_to_get(name, entry)) if status in ('not here', 'folder is gone') else {}
+    return dict(name=name, status=status, **place, **entry, **get)
 
-# %% ../nbs/01_data.ipynb #fa2325cf
-def _check(split, check, expected, found): return dict(split=split, check=check, expected=expected, found=found, ok=expected in (None, 'unknown') or expected == found)
+# %% ../nbs/01_data.ipynb #8babd1f7
+def _check(split, check, expected, found) -> dict:
+    return dict(split=split, check=check, expected=expected, found=found, ok=expected in (None, 'unknown') or expected == found)
 
 def _splits_here(name, entry) -> list[str]:
     "Splits one of whose layouts finds all its files; DataError when there is none."
@@ -1229,7 +1382,7 @@ def verify_dataset(
         checks += [dict(split=split, check='picture', expected='readable', found=line, ok=False) for line in bad]
         checks.append(_check(split, 'unreadable pictures', 0, len(bad)))
         if bad: continue
-        content = _sha(content, *(_sha_strings(x) for x in ((data.ids, data.captions) if isinstance(data, Pairs) else (data.ids, data.classnames))))
+        content = _sha(content, _sha_strings(data.ids), _sha_strings(data.captions if isinstance(data, Pairs) else data.classnames))
         recorded = expected.get('sha256') or (entry.get('content') or {}).get(split)
         if recorded in (None, 'unknown'): _record(name, content={**(_entry(name).get('content') or {}), split: content})
         checks.append(_check(split, 'content sha256', recorded, content))
@@ -1238,19 +1391,5 @@ def verify_dataset(
 def _verify_world(splits=None, count=64, size=32) -> list[dict]:
     "The embedded world draws the same twice, and what the manifest says it draws."
     from mcl_repro import world
-    expected = _entry('world').get('content', {})
-    return [_check(s, f'sha256 of {count} images at {size} px', expected.get(s), world.content_hash(s, count, 0, size)) for s in splits or world.SPLITS]
-
-# %% ../nbs/01_data.ipynb #2a16a4d6
-def rich_table(
-    rows: list[dict], # all with the same keys
-    title: str='',    # above the table
-):                    # a rich.table.Table
-    "Rows as a table for a terminal; long texts wrap."
-    from rich.markup import escape
-    from rich.table import Table
-    show = lambda v: 'yes' if v is True else 'no' if v is False else '' if v is None else f'{v:,}' if isinstance(v, int) else escape(str(v))
-    table = Table(title=title or None, title_justify='left')
-    for k in rows[0] if rows else []: table.add_column(k, overflow='fold')
-    for r in rows: table.add_row(*map(show, r.values()))
-    return table
+    expected, check = _entry('world').get('content', {}), f'sha256 of {count} images at {size} px'
+    return [_check(s, check, expected.get(s), world.content_hash(s, count, 0, size)) for s in splits or world.SPLITS]
