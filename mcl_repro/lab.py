@@ -7,7 +7,7 @@ __all__ = ['load_profile', 'stage', 'Node', 'Artefact', 'Store', 'Work', 'StageE
 
 # %% ../nbs/07_lab.ipynb #0d2f3824
 import ast, builtins, copy, errno, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json
-import math, os, platform, re, shutil, signal, subprocess, sys, textwrap, threading, time, traceback, uuid, warnings, weakref
+import logging, math, os, platform, re, shutil, subprocess, sys, textwrap, threading, time, traceback, uuid, warnings, weakref
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -146,7 +146,7 @@ def _imported(node, package):
     if isinstance(node, ast.Import): return {a.asname or a.name.partition('.')[0]: (a.name if a.asname else a.name.partition('.')[0], None) for a in node.names}
     parts = package.split('.'); base = '.'.join(parts[:len(parts) - node.level + 1]) if node.level else ''
     module = '.'.join(filter(None, (base, node.module)))
-    return {a.asname or a.name: (module, a.name) for a in node.names}
+    return {f'*{module}' if a.name == '*' else a.asname or a.name: (module, a.name) for a in node.names}
 
 def _named(node): return node.func if isinstance(node, ast.Call) else node
 
@@ -304,6 +304,12 @@ class _Reach:
         self.seen.add((module.name, name)); nodes = module.defs.get(name)
         for node in nodes or (): self.piece(module, name, node)
         if not nodes and name in module.imports: self.follow(*module.imports[name])
+        elif not nodes: self.stars(module, name)
+
+    def stars(self, module, name):
+        for target, attribute in module.imports.values():
+            if attribute == '*' and target.partition('.')[0] not in self.roots: self.external.add(target.partition('.')[0])
+            elif attribute == '*' and (home := self.module(target)) and (name in home.defs or name in home.imports): self.follow(target, name)
 
     def piece(self, module, label, node):
         if isinstance(node, ast.ClassDef): return self.cls(module, node)
@@ -321,15 +327,15 @@ def mentions(self:_Reach, module, facts):
     new = facts.attributes - self.attributes; self.attributes |= new
     if facts.dynamic and not self.dynamic: self.dynamic, new = True, set(self.pending) | new
     for name in sorted(new & set(self.pending)):
-        for piece in self.pending.pop(name): self.piece(*piece)
+        for piece in self.pending.pop(name, ()): self.piece(*piece)
     for root in self.roots: self.pieces.update(f'{file} {_sha(path.read_bytes())}' for text in new for file, path in _data_files(root).get(text, ()))
 
 @patch
 def follow(self:_Reach, target, attribute=None):
     if target.partition('.')[0] not in self.roots: return self.external.add(target.partition('.')[0])
     if target in _NOT_FOLLOWED or (module := self.module(target)) is None: return
-    if attribute and attribute != '*' and _file_of(f'{target}.{attribute}'): return self.follow(f'{target}.{attribute}')
-    for name in [attribute] if attribute and attribute != '*' else list(module.defs): self.reach(module, name)
+    if attribute and _file_of(f'{target}.{attribute}'): return self.follow(f'{target}.{attribute}')
+    for name in [attribute] if attribute else list(module.defs): self.reach(module, name)
 
 @patch
 def chain(self:_Reach, module, chain, local):
@@ -412,7 +418,7 @@ _NOT_IN_KEY = {'profiles.yaml', 'data_manifest.yaml', 'papers/tables.yaml'}  # s
 # %% ../nbs/07_lab.ipynb #7a3caed0
 _VERSIONS = {'torch': ['torch'], 'torchvision': ['torchvision', 'torch'], 'open_clip': ['open_clip_torch', 'torch'], 'numpy': ['numpy'],
              'PIL': ['pillow'], 'sklearn': ['scikit-learn', 'scipy', 'numpy'], 'scipy': ['scipy', 'numpy'], 'pandas': ['pandas', 'numpy'],
-             'matplotlib': ['matplotlib', 'numpy', 'pillow']}
+             'matplotlib': ['matplotlib', 'numpy', 'pillow'], 'fontTools': ['fonttools']}
 
 @functools.lru_cache(None)
 def _version(package):
@@ -422,14 +428,18 @@ def _version(package):
 _CODE, _STARTED = {}, time.time()
 
 def _changed_since_import(module, file):
-    "The first function of an imported module that is not what its file says by now; None where they agree."
+    "The first function, method or constant of an imported module that is not what its file says by now; None where they agree."
     if module not in sys.modules or os.stat(file).st_mtime < _STARTED: return None
     def codes(code): return [c for k in code.co_consts if hasattr(k, 'co_code') for c in (k, *codes(k))]
-    on_disk = {}
-    for c in codes(compile(Path(file).read_text(encoding='utf-8'), file, 'exec')): on_disk.setdefault(c.co_qualname, []).append(_code(c))
-    for name, value in vars(sys.modules[module]).items():
+    text, live, on_disk = Path(file).read_text(encoding='utf-8'), vars(sys.modules[module]), {}
+    for c in codes(compile(text, file, 'exec')): on_disk.setdefault(c.co_name, []).append(_code(c))
+    classes = [v for v in live.values() if inspect.isclass(v) and v.__module__ == module]
+    for name, value in [i for space in (live, *map(vars, classes)) for i in space.items()]:
         code = getattr(inspect.unwrap(value), '__code__', None) if inspect.isfunction(value) else None
-        if code and code.co_filename == file and _code(code) not in on_disk.get(code.co_qualname, []): return name
+        if code and code.co_filename == file and _code(code) not in on_disk.get(code.co_name, []): return name
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper() and isinstance(node.value, ast.Constant):
+            if live.get(node.targets[0].id) != node.value.value: return node.targets[0].id
 
 def _code_of(function):
     "Hash of everything `function` can reach, and the versions of the packages it imports."
@@ -437,11 +447,13 @@ def _code_of(function):
     known = _CODE.get(function)
     if known and not live and all(_stamp(f) == s for f, s in known[2].items()): return known[:2]
     reach = _Reach({'mcl_repro', name.partition('.')[0]})
-    start = _Live(name, function.__globals__) if live else _module(name)
-    reach.modules[name] = start
+    start = None if live else _module(name)
+    live = start is None or function.__name__ not in start.defs
+    if live: start = reach.modules[name] = _Live(name, function.__globals__)
+    else: reach.module(name)
     for node in _live_source(function) if live else start.defs[function.__name__]: reach.piece(start, function.__name__, node)
     while reach.effects(): pass
-    versions = {p: v for m in sorted(reach.external) for p in _VERSIONS.get(m, ()) if (v := _version(p))}
+    versions = {p: v for m in sorted(reach.external | reach.attributes) for p in _VERSIONS.get(m, ()) if (v := _version(p))}
     files = {f: _stamp(f) for m, v in reach.modules.items() if v and (f := _file_of(m)) and f.endswith('.py')}
     for module in reach.modules:
         if (file := _file_of(module)) in files and (changed := _changed_since_import(module, file)):
@@ -659,6 +671,7 @@ def quarantine(self:Store, stage, key, reason):
 def commit(self:Store, attempt:Path, record:dict)->Artefact:
     "Turn a finished attempt into the artefact: files flushed, record last, one rename. The first of two finishers wins."
     files = _files(attempt)
+    if (attempt/'record.json').exists(): raise StoreError(f"stage {record['stage']} wrote a file record.json; that name is the store's, choose another")
     for path in files.values(): _flush(path)
     record = _seal({**record, 'files': {n: {'sha256': _file_hash(p), 'size': p.stat().st_size} for n, p in files.items()}})
     (attempt/'record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8')
@@ -712,6 +725,19 @@ def _function(spec):
     return function
 
 @contextmanager
+def _seeded(key, versions):
+    "Start the global random generators from the key, so that a careless stage gives the same in every engine; put them back after."
+    import random
+    numpy = importlib.import_module('numpy'); torch = importlib.import_module('torch') if 'torch' in versions else None
+    seed, before = int(key[:8], 16), (random.getstate(), numpy.random.get_state(), torch and torch.get_rng_state())
+    random.seed(seed); numpy.random.seed(seed)
+    if torch: torch.manual_seed(seed)
+    try: yield
+    finally:
+        random.setstate(before[0]); numpy.random.set_state(before[1])
+        if torch: torch.set_rng_state(before[2])
+
+@contextmanager
 def _threads(device, versions):
     "Compute with the number of threads that the key states."
     n = device.get('threads')
@@ -735,7 +761,7 @@ def _run_stage(store, spec, function, attempt, running):
     function = function or _function(spec); attempt.mkdir(parents=True)
     work = Work(attempt, store.scratch(spec['key']), running, spec)
     started, clock = _now(), time.perf_counter(); _reset_peak(spec['device'])
-    with _threads(spec['device'], spec['versions']): result = function(work, **_decode(spec['settings'], inputs))
+    with _threads(spec['device'], spec['versions']), _seeded(spec['key'], spec['versions']): result = function(work, **_decode(spec['settings'], inputs))
     seconds = round(time.perf_counter() - clock, 3)
     kept = {k: spec[k] for k in ('key', 'stage', 'version', 'label', 'settings', 'inputs', 'code', 'versions', 'device')}
     return dict(format=_FORMAT, **kept, result=_plain_result(spec, result), started=started, finished=_now(), seconds=seconds,
@@ -785,21 +811,26 @@ def _git():
 # %% ../nbs/07_lab.ipynb #109f8884
 def _attempt(spec, function=None):
     "Compute one node unless another process has; returns `(state, error)` with state done, failed or lost."
-    store = Store(spec['store']); key = spec['key']
-    attempt, running, failed = (store.folder/p for p in (f'tmp/{key}-{uuid.uuid4().hex[:8]}', f'running/{key}.json', f'failed/{key}.json'))
-    with store.lock(key):
-        if store.read(spec['stage'], key): return 'done', None
-        for dead in store.attempts(key): shutil.rmtree(dead, ignore_errors=True)  # the lock is ours, so nobody works there
-        failed.unlink(missing_ok=True)
-        try:
-            store.commit(attempt, _run_stage(store, spec, function, attempt, running))
-            shutil.rmtree(store.scratch(key), ignore_errors=True)
-            return 'done', None
-        except _Lost: return 'lost', None
-        except Exception as e: return 'failed', _failure(store, spec, e, attempt, failed)
-        finally:
-            shutil.rmtree(attempt, ignore_errors=True)
-            with suppress(OSError): running.unlink(missing_ok=True)
+    store = Store(spec['store'])
+    try:
+        with store.lock(spec['key']):
+            return ('done', None) if store.read(spec['stage'], spec['key']) else _alone(store, spec, function)
+    except OSError as e: return 'failed', _store_error(store, e, f"locking {spec['stage']}")
+
+def _alone(store, spec, function):
+    "The attempt itself, by the only process that holds the lock."
+    key = spec['key']; failed, running = store.folder/'failed'/f'{key}.json', store.folder/'running'/f'{key}.json'
+    for dead in store.attempts(key): shutil.rmtree(dead, ignore_errors=True)  # the lock is ours, so nobody works there
+    failed.unlink(missing_ok=True); attempt = store.folder/'tmp'/f'{key}-{uuid.uuid4().hex[:8]}'
+    try:
+        store.commit(attempt, _run_stage(store, spec, function, attempt, running))
+        shutil.rmtree(store.scratch(key), ignore_errors=True)
+        return 'done', None
+    except _Lost: return 'lost', None
+    except Exception as e: return 'failed', _failure(store, spec, e, attempt, failed)
+    finally:
+        shutil.rmtree(attempt, ignore_errors=True)
+        with suppress(OSError): running.unlink(missing_ok=True)
 
 def _failure(store, spec, e, attempt, failed):
     "Note the failure for `status` and give the error that the run raises in the end."
@@ -916,15 +947,16 @@ def _error(told):
 # %% ../nbs/07_lab.ipynb #f936a91d
 def _cluster(jobs, device):
     "Worker processes on this machine: one thread each, free to have children, one per GPU where there are GPUs."
-    import dask, distributed, logging
+    import dask, distributed
     gpus = _gpus() if device == 'cuda' else []
     jobs = jobs or len(gpus) or os.cpu_count() or 1
     threads = {f'{v}_NUM_THREADS': '1' for v in ('OMP', 'MKL', 'OPENBLAS')}
-    with dask.config.set({'distributed.worker.daemon': False, 'distributed.nanny.pre-spawn-environ': {**threads, 'MALLOC_TRIM_THRESHOLD_': 65536}}):
-        scheduler = {'cls': distributed.Scheduler, 'options': dict(dashboard=False, dashboard_address=None)}
-        def worker(i):
-            own = dict(env={'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]}, resources={'GPU': 1}) if gpus else {}
-            return {'cls': distributed.Nanny, 'options': dict(nthreads=1, memory_limit=0, dashboard=False, silence_logs=logging.ERROR, **own)}
+    dask.config.set({'distributed.worker.daemon': False, 'distributed.scheduler.worker-ttl': None})  # for good: it is read again when a worker is replaced
+    scheduler = {'cls': distributed.Scheduler, 'options': dict(host='127.0.0.1', dashboard=False, dashboard_address=None)}
+    def worker(i):
+        own = dict(env={**threads, 'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]}, resources={'GPU': 1}) if gpus else dict(env=threads)
+        return {'cls': distributed.Nanny, 'options': dict(host='127.0.0.1', nthreads=1, memory_limit=0, dashboard=False, silence_logs=logging.ERROR, **own)}
+    with dask.config.set({'distributed.nanny.pre-spawn-environ': threads}):
         return distributed.SpecCluster({i: worker(i) for i in range(jobs)}, scheduler, name='mcl_repro', silence_logs=logging.ERROR)
 
 def _gpus():
@@ -945,8 +977,12 @@ def _connect(engine, jobs, device):
 
 def _end(client, cluster):
     "Stop the workers at once: whatever they were doing may be killed at any moment."
-    for nanny in list(cluster.workers.values()) if cluster else ():
-        with suppress(Exception): nanny.auto_restart = False; os.kill(nanny.pid, signal.SIGKILL)
+    logging.getLogger('distributed').setLevel(logging.CRITICAL + 1)  # connections that break here do so on purpose
+    async def end_all():
+        import asyncio
+        await asyncio.gather(*(n.close(timeout=.5) for n in cluster.workers.values()), return_exceptions=True)
+    if cluster:
+        with suppress(Exception): cluster.sync(end_all, callback_timeout=5)
     for part in filter(None, (client, cluster)):
         with suppress(Exception): part.close(timeout=5)
 
@@ -962,14 +998,16 @@ def _client(lab):
 def _dask(lab, todo):
     "Compute on the workers of a Dask cluster; returns the errors."
     errors = []
+    if local := next((n.stage for n in todo if n.stage.function.__module__ == '__main__'), None):
+        raise SettingsError(f'stage {local.name!r} stands in a notebook or script, which worker processes cannot import; put it into a module, or use the serial engine')
     with _client(lab) as client:
         from distributed import as_completed
         workers = client.scheduler_info(n_workers=-1)['workers'].values()
         resources = {'GPU': 1} if any(w.get('resources', {}).get('GPU') for w in workers) else None
-        futures = {}
+        futures, run = {}, uuid.uuid4().hex[:8]  # the run in the name: what failed a moment ago must not be taken from memory
         for n in todo:
             before = [futures[k] for k in n.inputs if k in futures]
-            futures[n.key] = client.submit(_remote, _spec(n, lab.store), *before, key=f'{n.stage.name}-{n.key}', pure=False, resources=resources)
+            futures[n.key] = client.submit(_remote, _spec(n, lab.store), *before, key=f'{n.stage.name}-{n.key}-{run}', pure=False, resources=resources)
         nodes = {f.key: n for f, n in zip(futures.values(), todo)}
         for future in as_completed(futures.values()):
             if error := _outcome(lab, nodes[future.key], future): errors.append(error)
@@ -1032,7 +1070,12 @@ def _estimate(entry, past):
     best = max(map(same, past)); near = sorted(r['seconds'] for r in past if same(r) == best)
     return near[len(near)//2]
 
-# %% ../nbs/07_lab.ipynb #1b544d2d
+# %% ../nbs/07_lab.ipynb #80cb0118
+def _there(path, record):
+    "Whether an artefact looks whole, without reading its files."
+    sizes = {n: p.stat().st_size for n, p in _files(path).items()}
+    return _seal(record)['checksum'] == record.get('checksum') and all(sizes.get(n) == f['size'] for n, f in record['files'].items())
+
 def _rows(store, entries):
     "One row for each planned stage: its state, the seconds it took so far, and those it still needs."
     rows, past = [], {}
@@ -1041,7 +1084,7 @@ def _rows(store, entries):
         record = _read_json(store.path(e['stage'], e['key'])/'record.json')
         running = _read_json(store.folder/'running'/f"{e['key']}.json")
         failed = _read_json(store.folder/'failed'/f"{e['key']}.json")
-        if record and _seal(record)['checksum'] == record.get('checksum'): row.update(state='done', seconds=record['seconds'], eta=0.)
+        if record and _there(store.path(e['stage'], e['key']), record): row.update(state='done', seconds=record['seconds'], eta=0.)
         else:
             guess = _estimate(e, past.setdefault((e['stage'], e['device'].get('type')), _past(store, e['stage'], e['device'])))
             if running and _locked(store, e['key']):
@@ -1157,7 +1200,7 @@ def run(self:Lab,
         if todo and not round: self.store.open()
         if not round: _note_plan(self.folder, self.store, self._session, wanted)
         if not todo: break
-        with _shown(self.store, todo, self._progress): errors = (_serial if self.engine == 'serial' else _dask)(self, todo)
+        with _shown(self.store, todo, self._progress): errors = (_serial if self.engine == 'serial' or self.engine == 'dask' and len(todo) == 1 else _dask)(self, todo)
         if len(errors) > 1: errors[0].add_note(f'{len(errors) - 1} more failed; mcl_repro status lists them')
         if errors: raise errors[0]
     found = [self.store.read(n.stage.name, n.key) for n in wanted]

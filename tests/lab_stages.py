@@ -60,11 +60,26 @@ def write(work, *, megabytes):
 @stage
 def fail(work, *, kind, after=None):
     from mcl_repro.errors import TrainingError
+    started('fail')
     if kind == 'user': raise TrainingError('loss is nan at step 3; lower the learning rate')
     if kind == 'nan': return {'loss': float('nan')}
     if kind == 'link': (work.out/'link').symlink_to('/etc/hostname')
+    if kind == 'record': (work.out/'record.json').write_text('{}')
     if kind == 'bug': raise ZeroDivisionError('a bug')
     return {}
+
+
+@stage
+def careless(work, *, name):
+    "Draws from global generators that nobody has seeded."
+    import random
+    return {'numpy': np.random.rand(), 'random': random.random()}
+
+
+def in_worker():
+    "Threads that this process was started with, and whether it is a daemon, which could not have children."
+    import multiprocessing
+    return os.environ.get('OMP_NUM_THREADS'), multiprocessing.current_process().daemon
 
 
 def graph(lab, n=2, **settings):
