@@ -997,7 +997,7 @@ def _client(lab):
 # %% ../nbs/07_lab.ipynb #1ecaa6f9
 def _dask(lab, todo):
     "Compute on the workers of a Dask cluster; returns the errors."
-    errors = []
+    errors = {}
     if local := next((n.stage for n in todo if n.stage.function.__module__ == '__main__'), None):
         raise SettingsError(f'stage {local.name!r} stands in a notebook or script, which worker processes cannot import; put it into a module, or use the serial engine')
     with _client(lab) as client:
@@ -1010,10 +1010,11 @@ def _dask(lab, todo):
             futures[n.key] = client.submit(_remote, _spec(n, lab.store), *before, key=f'{n.stage.name}-{n.key}-{run}', pure=False, resources=resources)
         nodes = {f.key: n for f, n in zip(futures.values(), todo)}
         for future in as_completed(futures.values()):
-            if error := _outcome(lab, nodes[future.key], future): errors.append(error)
-            if errors and isinstance(errors[-1], StoreError): break
-        if len(errors) and isinstance(errors[-1], StoreError): lab.close()
-    return errors
+            node = nodes[future.key]; errors[node.key] = _outcome(lab, node, future)
+            if isinstance(errors[node.key], StoreError): break
+    found = [errors[n.key] for n in todo if errors.get(n.key)]  # in the order of the plan, as in serial
+    if any(isinstance(e, StoreError) for e in found): lab.close()
+    return found
 
 def _outcome(lab, node, future):
     try: state, told = future.result()
