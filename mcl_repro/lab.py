@@ -60,6 +60,7 @@ def _checked(name, old, new):
     if isinstance(old, list) and isinstance(new, tuple): return list(new)
     raise SettingsError(f'setting {name!r} is {type(old).__name__} ({old!r}) in the profile, not {type(new).__name__} ({new!r})')
 
+# %% ../nbs/07_lab.ipynb #9672eca9
 def _override(settings, name, value, profile):
     at = settings; *path, last = name.split('.')
     for step in path: at = at[step] if isinstance(at, dict) and isinstance(at.get(step), dict) else {}
@@ -156,6 +157,7 @@ def _patched(node):
     target = target or (node.args.args and node.args.args[0].annotation)
     return getattr(target, 'id', None)
 
+# %% ../nbs/07_lab.ipynb #0dad9e59
 def _bound(node):
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): return [node.name]
     return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
@@ -202,6 +204,7 @@ def _live_source(value):
     try: return [ast.Expr(ast.Constant(_json(value)))]
     except (TypeError, ValueError): return [ast.Expr(ast.Constant(f'{type(value).__name__} {_array_hash(value)}'))]
 
+# %% ../nbs/07_lab.ipynb #fb86dd5f
 def _code(code):
     "What a function does, without where it stands and its docstring."
     return code.co_code, code.co_names, [_code(c) if hasattr(c, 'co_code') else c for c in code.co_consts[1 if isinstance((code.co_consts or (0,))[0], str) else 0:]]
@@ -246,6 +249,7 @@ def _facts(node, package):
     if found is None: found = node._lab_facts = _gather(node, package)
     return found
 
+# %% ../nbs/07_lab.ipynb #4e763242
 def _gather(node, package):
     facts = _Facts(_sha(_json(_plain_tree(node)))); inner = set()
     for n in ast.walk(node):
@@ -330,6 +334,7 @@ def mentions(self:_Reach, module, facts):
         for piece in self.pending.pop(name, ()): self.piece(*piece)
     for root in self.roots: self.pieces.update(f'{file} {_sha(path.read_bytes())}' for text in new for file, path in _data_files(root).get(text, ()))
 
+# %% ../nbs/07_lab.ipynb #0ecd2367
 @patch
 def follow(self:_Reach, target, attribute=None):
     if target.partition('.')[0] not in self.roots: return self.external.add(target.partition('.')[0])
@@ -357,6 +362,7 @@ def cls(self:_Reach, module, node):
     self.methods(home, [(module, n) for n in functions] + self.patches.get(home, []))
     if any(n.name == '__init_subclass__' for n in functions): self.bases.add(node.name)
 
+# %% ../nbs/07_lab.ipynb #1e287a2e
 @patch
 def methods(self:_Reach, home, functions):
     everything = self.dynamic or self.opaque(*self.classes[home])
@@ -391,6 +397,7 @@ def effects(self:_Reach):
             if any(getattr(b, 'id', None) in self.bases for n in nodes if isinstance(n, ast.ClassDef) for b in n.bases): self.reach(module, name)
     return (len(self.pieces), len(self.seen)) != before
 
+# %% ../nbs/07_lab.ipynb #9bb7db51
 @patch
 def changes(self:_Reach, module, function):
     "Whether `function`, called while a module is imported, mentions a reached name of its own module that is not a function or class."
@@ -402,6 +409,7 @@ def changes(self:_Reach, module, function):
     used = {n for d in nodes for f in [_facts(d, home.package)] for n in f.names | {c[0] for c in f.chains}}
     return any((home.name, n) in self.seen and not isinstance(home.defs[n][0], (ast.FunctionDef, ast.ClassDef)) for n in used & set(home.defs)) if nodes else False
 
+# %% ../nbs/07_lab.ipynb #a50f2a4c
 @functools.lru_cache(None)
 def _data_files(root):
     "Text that may name a data file of the package -> those files."
@@ -425,6 +433,7 @@ def _version(package):
     try: return importlib.metadata.version(package).partition('+')[0]
     except importlib.metadata.PackageNotFoundError: return None
 
+# %% ../nbs/07_lab.ipynb #2fdb3c75
 _CODE, _STARTED = {}, time.time()
 
 def _changed_since_import(module, file):
@@ -441,6 +450,7 @@ def _changed_since_import(module, file):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper() and isinstance(node.value, ast.Constant):
             if live.get(node.targets[0].id) != node.value.value: return node.targets[0].id
 
+# %% ../nbs/07_lab.ipynb #8061a736
 def _code_of(function):
     "Hash of everything `function` can reach, and the versions of the packages it imports."
     name, live = function.__module__, not getattr(sys.modules.get(function.__module__), '__file__', None)
@@ -478,6 +488,7 @@ def _encode(value, leaf, where):
         return {k: _encode(v, leaf, f'{where}.{k}') for k, v in sorted(value.items())}
     raise SettingsError(f'setting {where} is {value!r}; settings are finite numbers, text, truth values, None, data references, nodes, and lists or dicts of these')
 
+# %% ../nbs/07_lab.ipynb #fa607601
 def _decode(value, artefacts):
     if isinstance(value, list): return [_decode(v, artefacts) for v in value]
     if not isinstance(value, dict): return value
@@ -536,10 +547,12 @@ class Artefact:
     def key(self): return self.record['key']
     def __repr__(self): return f"Artefact({self.record['stage']}: {self.record['result']})"
 
+# %% ../nbs/07_lab.ipynb #d93fda61
 def _label(settings, defaults):
     parts = [f'{k}={v}' for k, v in settings.items() if isinstance(v, (str, int, float)) and (k not in defaults or defaults[k] != v)]
     return textwrap.shorten(', '.join(parts), 80, placeholder=', ...')
 
+# %% ../nbs/07_lab.ipynb #9a4a4395
 def _node(function, settings, device):
     if not hasattr(function, 'stage'): raise SettingsError(f'{getattr(function, "__name__", function)!r} is not a stage; put @stage above its definition')
     known = function.stage
@@ -565,7 +578,7 @@ def _write_json(path, value):
     "Write whole or not at all: other processes never see half a file."
     path.parent.mkdir(parents=True, exist_ok=True); part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
     try: part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n', encoding='utf-8'); os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    except BaseException: part.unlink(missing_ok=True); raise
 
 def _read_json(path):
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
@@ -574,6 +587,7 @@ def _read_json(path):
 def _flush(path):
     with open(path, 'rb') as f: os.fsync(f.fileno())
 
+# %% ../nbs/07_lab.ipynb #e962f1c9
 _CHECKED = {}  # file -> (its state on disk, its sha256): each file is read once per process
 
 def _file_hash(path):
@@ -611,6 +625,7 @@ def open(self:Store):
         probe = self.folder/'tmp'/f'.probe-{uuid.uuid4().hex[:8]}'; probe.touch(); probe.unlink()
     except OSError as e: raise _store_error(self, e, 'opening it') from e
 
+# %% ../nbs/07_lab.ipynb #3e3dc502
 def _store_error(store, e, doing, wrote=None):
     "The `StoreError` for an error of the file system."
     if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or 'No space left' in str(e):
@@ -620,6 +635,7 @@ def _store_error(store, e, doing, wrote=None):
         return StoreError(f'store {store.folder}: no permission to write while {doing}; mend the permissions or give another folder')
     return StoreError(f'store {store.folder}: {e} while {doing}; give another folder')
 
+# %% ../nbs/07_lab.ipynb #ea251104
 def _free(folder): return next((shutil.disk_usage(p).free for p in [folder, *folder.parents] if p.exists()), 0)
 
 def _size(n):
@@ -638,6 +654,7 @@ def _files(folder):
         if path.is_file() and (name := path.relative_to(folder).as_posix()) != 'record.json': found[name] = path
     return found
 
+# %% ../nbs/07_lab.ipynb #0634b0d3
 def _damage(path):
     "What is wrong with the artefact at `path`, in words; None where all is well."
     record = _read_json(path/'record.json')
@@ -648,8 +665,12 @@ def _damage(path):
         except OSError: return f'{name} is missing'
         if not ok: return f'{name} has changed'
 
+# %% ../nbs/07_lab.ipynb #b27668c9
 @patch
-def read(self:Store, stage:str, key:str)->Artefact|None:
+def read(self:Store,
+    stage:str,  # the stage's name, such as 'training.train'
+    key:str,    # the node's key
+)->Artefact|None: # None where it is not there
     "The artefact, if it is there and whole; a damaged one is put into quarantine and counts as absent."
     path = self.path(stage, key)
     if not path.is_dir(): return None
@@ -666,9 +687,12 @@ def quarantine(self:Store, stage, key, reason):
         except PermissionError as e: raise _store_error(self, e, f'setting the damaged artefact {stage} {key[:8]} aside') from e
         warnings.warn(f'artefact {stage} {key[:8]} was damaged ({reason}); it is in {place} and will be computed anew', stacklevel=2)
 
-# %% ../nbs/07_lab.ipynb #186d9cd9
+# %% ../nbs/07_lab.ipynb #b8254b07
 @patch
-def commit(self:Store, attempt:Path, record:dict)->Artefact:
+def commit(self:Store,
+    attempt:Path,  # folder with the finished files, below the store's `tmp`
+    record:dict,   # what is known of the attempt; the files are added here
+)->Artefact:
     "Turn a finished attempt into the artefact: files flushed, record last, one rename. The first of two finishers wins."
     files = _files(attempt)
     if (attempt/'record.json').exists(): raise StoreError(f"stage {record['stage']} wrote a file record.json; that name is the store's, choose another")
@@ -724,6 +748,7 @@ def _function(spec):
     if _code_of(function)[0] != spec['code']: raise SettingsError(f"stage {spec['stage']!r}: this worker has other code than the run was planned with; start the workers anew")
     return function
 
+# %% ../nbs/07_lab.ipynb #3606c8b0
 @contextmanager
 def _seeded(key, versions):
     "Start the global random generators from the key, so that a careless stage gives the same in every engine; put them back after."
@@ -737,6 +762,7 @@ def _seeded(key, versions):
         random.setstate(before[0]); numpy.random.set_state(before[1])
         if torch: torch.set_rng_state(before[2])
 
+# %% ../nbs/07_lab.ipynb #0cd15687
 @contextmanager
 def _threads(device, versions):
     "Compute with the number of threads that the key states."
@@ -767,6 +793,7 @@ def _run_stage(store, spec, function, attempt, running):
     return dict(format=_FORMAT, **kept, result=_plain_result(spec, result), started=started, finished=_now(), seconds=seconds,
                 **_peak(spec['device']), hardware=_hardware(spec['device']['type']), git=_git())
 
+# %% ../nbs/07_lab.ipynb #6949a10c
 def _plain_result(spec, result):
     "The result as JSON reads it back, so that a computed and a stored one are the same."
     try:
@@ -894,7 +921,7 @@ class _Cell:
 def _screen(progress):
     "Where progress is to be shown: a terminal, a notebook cell, or nowhere."
     kernel = getattr(getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)(), 'kernel', None)
-    if progress is False or 'IN_TEST' in os.environ: return None
+    if progress is False or os.environ.get('MCL_REPRO_PROGRESS') == '0' or 'IN_TEST' in os.environ: return None
     if kernel is not None: return _Cell
     return _Terminal if progress or sys.stderr.isatty() and sys.stdout.isatty() else None
 
@@ -1141,7 +1168,7 @@ class Lab:
         *, settings:dict|None=None,      # dotted profile setting -> value
         jobs:int|None=None,              # worker processes; more than one means engine 'dask', where the default is one per core or GPU
         threads:int=1,                   # threads of a stage on a CPU; other counts round differently and are other artefacts
-        progress:bool|None=None,         # show progress; default: in terminals and notebooks
+        progress:bool|None=None,         # show progress; default: in terminals and notebooks, unless MCL_REPRO_PROGRESS is 0
     ):
         self.name, self.profile = profile, load_profile(profile, settings, roles)
         self.seeds, self.jobs, self.engine = list(range(_count('seeds', seeds))), jobs, _engine(engine, jobs)
