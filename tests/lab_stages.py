@@ -36,7 +36,7 @@ def fit(work, *, data, seed, steps=5, sleep=0.02):
     if state.exists():
         with np.load(state) as s: first, weights = int(s['step']), s['weights']
     for step in range(first, steps):
-        started(f'fit{seed}.step{step}'); time.sleep(sleep)
+        started(f'fit{seed}.step{step}'); time.sleep(sleep + float(os.environ.get('LAB_SLOW', 0)))
         weights = weights - 0.1*(x*(x@weights)[:, None]).mean(0)
         np.savez(work.scratch/'part.npz', step=step + 1, weights=weights); os.replace(work.scratch/'part.npz', state)
         work.progress(step + 1, steps, 'steps'); die_if(f'fit{seed}.step{step}')

@@ -301,9 +301,10 @@ def test_an_input_damaged_while_the_run_goes_on(bench, undisturbed, monkeypatch)
 # ---- two runs, one store
 
 @pytest.mark.parametrize('engines', [(('serial', 0), ('serial', 0)), (('serial', 0), ('dask', 2))], ids=['serial and serial', 'serial and dask'])
-def test_two_runs_at_once_share_the_work(bench, undisturbed, engines):
+def test_two_runs_at_once_share_the_work(bench, undisturbed, engines, monkeypatch):
     if ('dask', 2) in engines: pytest.importorskip('distributed')
-    processes = [bench.launch(*e) for e in engines]
+    monkeypatch.setenv('LAB_SLOW', '0.4')  # so that they meet
+    processes = [bench.launch(*engines[1])]; bench.wait_for('fit0.step0'); processes.append(bench.launch(*engines[0]))
     outputs = [p.communicate(timeout=60) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
