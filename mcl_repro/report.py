@@ -257,10 +257,10 @@ def _grid(df, spec) -> dict:
     heads = _row_heads(rows, len(spec.rows))
     body = [dict(heads=[(head(i, h[0], spec.rows), h[1]) if h else None for i, h in enumerate(heads[r])], full=[head(i, k, spec.rows) for i, k in enumerate(r)],
                  cells=[cells.get((r, c)) for c in columns]) for r in rows]
-    measured = [c for c in cells.values() if c['ours']]
+    measured = [c for c in cells.values() if c['ours']]; beside = sum(bool(c['paper']) for c in measured)
     return dict(spec=spec, names=[_name('factors', n) for n in spec.rows], across=[_name('factors', n) for n in spec.columns], header=header, body=body,
         leaves=[' / '.join(head(i, k, spec.columns) for i, k in enumerate(c)) for c in columns], constant=_constant(spec, frame, units),
-        measured=len(measured), printed=len(paper), seeds=max([c['seeds'] for c in measured], default=1))
+        measured=beside, own=len(measured) - beside, printed=len(paper), seeds=max([c['seeds'] for c in measured], default=1))
 
 # %% ../nbs/08_report.ipynb #fb8fd9dd
 def _row_heads(rows, depth):
@@ -565,6 +565,8 @@ class _Paper:
 
     @property
     def measured(self): return sum(t['grid']['measured'] for t in self.tables)
+    @property
+    def own(self): return sum(t['grid']['own'] for t in self.tables)
     @property
     def printed(self): return sum(len(t['rows']) for t in _entries('tables').values() if t['paper'] == self.id)
     @property
