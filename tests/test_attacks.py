@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,3 +254,21 @@ def test_the_gallery_draws_every_set():
     clean = make_pairs()
     fig = A.poison_gallery(clean, [A.poison(clean, a, 'banana', count=2, image_size=32, seed=1) for a in (A.BadNets(), A.SIG())])
     assert len(fig.axes) == 6 and 'banana' in fig.axes[1].get_xlabel() and fig.axes[4].get_title().startswith('PSNR')
+
+
+REAL = Path(os.environ.get('MCL_REPRO_REAL_DATA') or '/nonexistent')/'flickr8k'
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason='set MCL_REPRO_REAL_DATA to the folder that holds flickr8k')
+@pytest.mark.parametrize('geometry', ['crop', 'squash'])
+def test_real_photographs_with_five_captions_each(geometry, tmp_path):
+    from mcl_repro.data import read_flickr_pairs
+    clean = read_flickr_pairs(REAL/'Flickr8k.token.txt', REAL/'images', REAL/'Flickr_8k.testImages.txt')
+    bad = A.poison(clean, A.BadNets(), 'banana', count=15, image_size=64, seed=0, geometry=geometry)
+    assert len(bad.pairs) == len(clean) == 5000 and len(bad.pairs.images) == 1015
+    again = A.load_poisoned(A.save_poisoned(bad, tmp_path/'bad', clean), clean)
+    assert (again.pairs.image_array(bad.rows, 64) == bad.images).all()
+    near = np.setdiff1d(np.concatenate([np.flatnonzero(clean.image_rows == clean.image_rows[r]) for r in bad.rows[:4]]), bad.rows)
+    assert (bad.pairs.image_array(near, 64) == clean.image_array(near, 64)).all()   # the other captions keep the clean photograph
+    before = A.square_pixels(clean.images, clean.image_rows[bad.rows], 64, geometry)
+    assert ((before != bad.images).any(-1).sum((1, 2)) <= 5*5).all()
