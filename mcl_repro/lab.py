@@ -207,7 +207,8 @@ def _live_source(value):
 # %% ../nbs/07_lab.ipynb #fb86dd5f
 def _code(code):
     "What a function does, without where it stands and its docstring."
-    return code.co_code, code.co_names, [_code(c) if hasattr(c, 'co_code') else c for c in code.co_consts[1 if isinstance((code.co_consts or (0,))[0], str) else 0:]]
+    has_doc = code.co_flags & 0x4000000 if sys.version_info >= (3, 13) else isinstance(next(iter(code.co_consts), None), str)
+    return code.co_code, code.co_names, [_code(c) if hasattr(c, 'co_code') else c for c in code.co_consts[1 if has_doc else 0:]]
 
 def _json(value, **kwargs): return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, **kwargs)
 
@@ -292,7 +293,7 @@ class _Reach:
     "Everything of the packages `roots` that a function can reach, as hashes of its pieces."
     def __init__(self, roots):
         self.roots, self.seen, self.pieces, self.modules, self.patches, self.classes = roots, set(), set(), {}, {}, {}
-        self.attributes, self.pending, self.dynamic, self.external, self.bases = set(), {}, False, set(), set()
+        self.attributes, self.pending, self.dynamic, self.external, self.bases, self.queue = set(), {}, False, set(), set(), []
 
     def module(self, name):
         if name not in self.modules:
@@ -315,11 +316,15 @@ class _Reach:
             if attribute == '*' and target.partition('.')[0] not in self.roots: self.external.add(target.partition('.')[0])
             elif attribute == '*' and (home := self.module(target)) and (name in home.defs or name in home.imports): self.follow(target, name)
 
-    def piece(self, module, label, node):
-        if isinstance(node, ast.ClassDef): return self.cls(module, node)
-        facts = _facts(node, module.package)
-        piece = f'{module.name}.{label} {facts.digest}'
-        if piece not in self.pieces: self.pieces.add(piece); self.mentions(module, facts)
+    def piece(self, module, label, node): self.queue.append((module, label, node))
+
+    def walk(self):
+        "Take in what is queued, and what that leads to; a queue, because chains of calls are longer than Python's stack."
+        while self.queue:
+            module, label, node = self.queue.pop()
+            if isinstance(node, ast.ClassDef): self.cls(module, node); continue
+            facts = _facts(node, module.package); piece = f'{module.name}.{label} {facts.digest}'
+            if piece not in self.pieces: self.pieces.add(piece); self.mentions(module, facts)
 
 # %% ../nbs/07_lab.ipynb #aa369b2d
 @patch
@@ -353,10 +358,13 @@ def chain(self:_Reach, module, chain, local):
 # %% ../nbs/07_lab.ipynb #d42ed979
 @patch
 def cls(self:_Reach, module, node):
-    home = module.name, node.name; self.classes[home] = module, node
+    home = module.name, node.name
+    if (home, id(node)) in self.seen: return
+    self.seen.add((home, id(node))); self.classes[home] = module, node
     functions = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
     if not hasattr(node, '_lab_head'):
         node._lab_head = copy.copy(node); node._lab_head.body = [n for n in node.body if n not in functions]
+        vars(node._lab_head).pop('_lab_facts', None)
     facts = _facts(node._lab_head, module.package); self.pieces.add(f'{module.name}.{node.name} {facts.digest}')
     self.mentions(module, facts)
     self.methods(home, [(module, n) for n in functions] + self.patches.get(home, []))
@@ -388,13 +396,14 @@ def opaque(self:_Reach, module, node):
 @patch
 def effects(self:_Reach):
     "Statements elsewhere in the reached modules that change a reached name; True if that led to anything new."
-    before = len(self.pieces), len(self.seen)
+    self.walk(); before = len(self.pieces), len(self.seen)
     for module in [m for m in self.modules.values() if m]:
         for changed, called, node in module.effects:
             if any((module.name, n) in self.seen for n in changed & set(module.defs)) or any(self.changes(module, c) for c in called):
                 self.piece(module, getattr(node, 'name', 'effect'), node)
         for name, nodes in list(module.defs.items()):
             if any(getattr(b, 'id', None) in self.bases for n in nodes if isinstance(n, ast.ClassDef) for b in n.bases): self.reach(module, name)
+    self.walk()
     return (len(self.pieces), len(self.seen)) != before
 
 # %% ../nbs/07_lab.ipynb #9bb7db51

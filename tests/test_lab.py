@@ -113,6 +113,7 @@ CASES = {  # what is changed: (before, after, whether the key has to change)
     'unused patched method': ('from fastcore.basics import patch\nclass A: pass\ndef f(w): return A()', 'from fastcore.basics import patch\nclass A: pass\n@patch\ndef m(self: A): return 2\ndef f(w): return A()', False),
     'registered subclass': ('T = []\nclass A:\n  def __init_subclass__(c): T.append(c)\nclass B(A):\n  def m(s): return 1\ndef f(w): return [c().m() for c in T + A.__subclasses__()]', 'T = []\nclass A:\n  def __init_subclass__(c): T.append(c)\nclass B(A):\n  def m(s): return 2\ndef f(w): return [c().m() for c in T + A.__subclasses__()]', True),
     'recursion': ('def f(w): return g()\ndef g(): return f(1) or 1', 'def f(w): return g()\ndef g(): return f(1) or 2', True),
+    'long chain of calls': ('def f(w): return g0()\n' + ''.join(f'def g{i}(): return g{i + 1}()\n' for i in range(1500)) + 'def g1500(): return 1', 'def f(w): return g0()\n' + ''.join(f'def g{i}(): return g{i + 1}()\n' for i in range(1500)) + 'def g1500(): return 2', True),
     'nested function': ('def f(w):\n  def g(): return 1\n  return g()', 'def f(w):\n  def g(): return 2\n  return g()', True),
 }
 
