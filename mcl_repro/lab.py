@@ -871,7 +871,7 @@ def _alone(store, spec, function):
 def _failure(store, spec, e, attempt, failed):
     "Note the failure for `status` and give the error that the run raises in the end."
     name = f"{spec['stage']} ({spec['label']})" if spec['label'] else spec['stage']
-    if _is_full(e): return _store_error(store, e, f'running stage {name}', sum(p.stat().st_size for p in attempt.rglob('*') if p.is_file()))
+    if _is_full(e) or _free(store.folder) < 2**20: return _store_error(store, OSError(errno.ENOSPC, str(e)), f'running stage {name}', sum(p.stat().st_size for p in attempt.rglob('*') if p.is_file()))
     trace = ''.join(traceback.format_exception(e))
     with suppress(OSError): _write_json(failed, dict(stage=spec['stage'], label=spec['label'], key=spec['key'], error=f'{type(e).__name__}: {e}', when=_now(), traceback=trace))
     if isinstance(e, UserError): e.add_note(f'in stage {name}'); return e
@@ -1183,7 +1183,7 @@ class Lab:
         self.seeds, self.jobs, self.engine = list(range(_count('seeds', seeds))), jobs, _engine(engine, jobs)
         self.runs, self.folder, self.store = Path(runs), Path(runs)/profile, Store(store or Path(runs)/'store')
         self._asked, self._threads, self._progress = device, _count('threads', threads), progress
-        self._roles, self._dask, self._session = {}, None, f'{_now()} {uuid.uuid4().hex[:8]}'
+        self._roles, self._dask, self._session = {}, None, os.environ.get('MCL_REPRO_SESSION') or f'{_now()} {uuid.uuid4().hex[:8]}'
         if device != 'auto': self._where
 
     @functools.cached_property

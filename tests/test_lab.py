@@ -193,9 +193,9 @@ def test_an_artefact_as_a_setting_is_its_node(lab):
 
 
 def test_threads_are_part_of_the_key_and_set(tmp_path):
+    torch = pytest.importorskip('torch')
     one, two = (Lab('smoke', device='cpu', runs=tmp_path, threads=t) for t in (1, 2))
     assert one.node(threads_seen).key != two.node(threads_seen).key
-    import torch
     before = torch.get_num_threads()
     assert [lab.run(lab.node(threads_seen)).result['threads'] for lab in (one, two)] == [1, 2] and torch.get_num_threads() == before
 
@@ -379,6 +379,14 @@ def test_status_from_another_process(bench):
     finally: process.kill(); process.wait()
     assert [r['state'] for r in read_status(bench.runs, 'smoke')] == ['done'] + ['waiting']*4  # the dead do not run
     assert read_status(bench.runs, 'mini') == []
+
+
+def test_status_shows_the_latest_session(lab, monkeypatch):
+    monkeypatch.setenv('MCL_REPRO_SESSION', 'a batch')
+    for seed in (0, 1): one = Lab('smoke', device='cpu', runs=lab.runs); one.run(one.node(lab_stages.make, seed=seed))
+    assert [r['label'] for r in read_status(lab.runs, 'smoke')] == ['seed=0', 'seed=1']
+    lab.run(lab.node(lab_stages.make, seed=2))
+    assert [r['label'] for r in read_status(lab.runs, 'smoke')] == [r['label'] for r in lab.status()] == ['seed=2']
 
 
 def test_time_left_comes_from_runs_before(lab):
