@@ -1056,6 +1056,7 @@ def _outcome(lab, node, future):
     try: state, told = future.result()
     except Exception as e:
         if type(e).__name__ != 'KilledWorker': raise
+        if e.task != future.key: return None  # an input's worker, which is told of there
         return StageError(f'stage {node.stage.name} ({node.label}): its worker process died four times; too little memory for {lab.jobs or "this many"} jobs?')
     return _error(told) if told else None
 

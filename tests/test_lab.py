@@ -255,6 +255,16 @@ def test_what_does_not_depend_on_a_failure_still_runs(lab, jobs):
     assert next(r['note'] for r in lab.status() if r['state'] == 'failed') == 'TrainingError: loss is nan at step 3; lower the learning rate'
 
 
+def test_a_stage_that_kills_every_worker_ends_after_four(lab):
+    pytest.importorskip('distributed')
+    lab = Lab('smoke', device='cpu', runs=lab.runs, jobs=1, engine='dask')
+    deadly = lab.node(lab_stages.fail, kind='deadly'); after = lab.node(lab_stages.fail, kind='none', after=deadly)
+    try:
+        with pytest.raises(StageError, match=r'stage lab_stages.fail \(kind=deadly\): its worker process died four times') as e: lab.run(after)
+    finally: lab.close()
+    assert starts(lab) == ['fail']*4 and not hasattr(e.value, '__notes__')
+
+
 # ---- engines
 
 def test_serial_and_dask_give_the_same_records(bench, undisturbed):
