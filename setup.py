@@ -2,6 +2,16 @@
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithManifest(build_py):
+    "Put the data manifest, which stands at the top of the source tree, into the installed package."
+    def run(self):
+        super().run()
+        if not self.editable_mode: self.copy_file("data_manifest.yaml", str(Path(self.build_lib)/"mcl_repro"/"data_manifest.yaml"))
+
+
 
 parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
@@ -17,5 +27,5 @@ setup(
     package_data={"mcl_repro": ["profiles.yaml", "model_configs/*.json", "papers/*.yaml", "templates/*"]},
     install_requires=settings["requirements"].split(), extras_require=extras,
     python_requires=f">={settings['min_python']}",
-    entry_points={"console_scripts": settings["console_scripts"].split("\n")}, zip_safe=False,
+    entry_points={"console_scripts": settings["console_scripts"].split("\n")}, zip_safe=False, cmdclass={"build_py": BuildWithManifest},
 )

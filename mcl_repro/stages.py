@@ -6,18 +6,15 @@
 __all__ = ['load_clip', 'train_and_save', 'clean_clip', 'attack_of', 'poisoned_pairs', 'open_poisoned', 'defender_pairs',
            'finetuned_clip', 'classification', 'retrieval', 'outcomes', 'percent']
 
-# %% ../nbs/09_stages.ipynb #54f1e77a
-from pathlib import Path
-
+# %% ../nbs/09_stages.ipynb #1eca872d
 import numpy as np
 
 from .attacks import TriggeredImages, load_poisoned, make_attack, poison, save_poisoned
-from .clip import Clip, build_clip, embed_images, embed_texts, save_clip, tokenize, zero_shot_weights
-from .data import DataRef, LabelledImages, Pairs, open_data
-from .errors import SettingsError
+from .clip import Clip, build_clip, embed_images, embed_texts, save_clip, zero_shot_weights
+from .data import DataRef, Pairs, open_data
 from .lab import stage
-from .metrics import (Estimate, attack_hits, bootstrap_interval, combine_seeds, correct, hits, paired_bootstrap,
-                               retrieval_attack_hits, retrieval_ranks)
+from .metrics import (attack_hits, bootstrap_interval, combine_seeds, correct, hit_rate, hits, median_rank, retrieval_attack_hits,
+                               retrieval_ranks)
 from .training import Recipe, train, training_set
 
 # %% ../nbs/09_stages.ipynb #a7d3d3d8
@@ -153,7 +150,6 @@ def retrieval(work, *,
 # %% ../nbs/09_stages.ipynb #955457ce
 def _retrieval_summary(outcomes):
     "Means of outcomes, and Hit@10 and MedR of both directions."
-    from mcl_repro.metrics import hit_rate, median_rank
     summary = {k: float(np.mean(v)) for k, v in outcomes.items() if k.startswith(("clean", "attacked"))}
     for way in ("image_to_text", "text_to_image"):
         summary |= {f"{way}_hit10": float(hit_rate(outcomes[way], 10)), f"{way}_medr": float(median_rank(outcomes[way]))}
@@ -171,6 +167,5 @@ def percent(artefacts: list, # one per seed
     ) -> dict: # value, ci_low, ci_high, n_seeds
     "A cell of a table: estimate and interval of a mean outcome, in per cent."
     estimates = [bootstrap_interval(outcomes(a)[name].astype(float)) for a in artefacts]
-    e = combine_seeds(estimates)
-    clip01 = lambda v: round(100 * min(max(float(v), 0.), 1.), places)
-    return dict(value=clip01(e.value), ci_low=clip01(e.ci_low), ci_high=clip01(e.ci_high), n_seeds=len(artefacts))
+    e = combine_seeds(estimates, bounds=(0, 1))
+    return dict(zip(("value", "ci_low", "ci_high"), (round(100 * v, places) for v in e[:3])), n_seeds=len(artefacts))
