@@ -6,11 +6,12 @@
 __all__ = ['STANDARD', 'notebooks_folder', 'find_notebooks', 'notebook_parameters', 'check_parameters', 'run_key', 'Progress',
            'NotebookError', 'NotebookRun', 'notebook_page', 'run_notebooks']
 
-# %% ../nbs/20_batch.ipynb #e1de25d8
-import ast, difflib, hashlib, json, os, platform, re, shlex, signal, sys, threading, time
+# %% ../nbs/20_batch.ipynb #e2a2ba33
+import ast, difflib, hashlib, json, os, platform, re, shlex, signal, sys, threading, time, uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -246,6 +247,8 @@ def _raised(name, place, e) -> Exception:
     where = f" in cell {e.exec_count}" if getattr(e, 'exec_count', None) else ''
     return NotebookError(f'notebook {name!r} stopped{where}: {kind}: {first} (traceback in {place})')
 
+_SESSION = f'{datetime.now(timezone.utc).isoformat(timespec="seconds")} {uuid.uuid4().hex[:8]}'
+
 @contextmanager
 def _environment(**values):
     "Environment variables for the kernel, put back afterwards."
@@ -264,7 +267,9 @@ def _papermill(source, target, parameters, name, progress):
     for log in ('papermill', 'traitlets'): logging.getLogger(log).setLevel(logging.ERROR)
     def on_cell(i, n): progress.cell = f'cell {i + 1} of {n}'
     path = os.pathsep.join(filter(None, (str(Path(errors.__file__).resolve().parent.parent), os.environ.get('PYTHONPATH'))))
-    with _environment(MCL_REPRO_NOTEBOOK=name, PYTHONPATH=path, PYDEVD_DISABLE_FILE_VALIDATION='1'), warnings.catch_warnings():
+    # one session for all kernels, so that `status` shows all their stages; progress is told here and not in the copy
+    ours = dict(MCL_REPRO_NOTEBOOK=name, MCL_REPRO_SESSION=_SESSION, MCL_REPRO_PROGRESS='0')
+    with _environment(**ours, PYTHONPATH=path, PYDEVD_DISABLE_FILE_VALIDATION='1'), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return papermill.execute_notebook(str(source), str(target), parameters=parameters, engine_name=_engine(), kernel_name='python3', language='python',
                                           cwd=str(source.parent), progress_bar=False, on_cell=on_cell)
