@@ -11,6 +11,7 @@ import functools, hashlib, os, re, threading
 from dataclasses import dataclass, fields
 
 import numpy as np
+from fastcore.basics import patch
 
 from .errors import DataError
 
@@ -22,6 +23,7 @@ def _key(*parts):
     "A 128 bit key for a random stream."
     return int.from_bytes(hashlib.sha256('|'.join(map(str, parts)).encode()).digest()[:16], 'little')
 
+# %% ../nbs/00_world.ipynb #09ef74e9
 def _numbers(split:str, seed:int, count:int, stream:int=0):
     "The `count` rows x 64 columns of uint32 that decide everything in a split."
     key = _key(f'world{VERSION}', split, seed, stream)
@@ -29,13 +31,14 @@ def _numbers(split:str, seed:int, count:int, stream:int=0):
            for block in range(-(-count // _BLOCK))] or [np.zeros(0, np.uint64)]
     return np.concatenate(raw).astype('<u8').view('<u4').reshape(-1, _COLUMNS)[:count]
 
-def _fractions(*key, count):
-    "`count` numbers in 0..1 with 24 bits."
-    return (np.random.Philox(key=_key(*key)).random_raw(count) >> np.uint64(40)).astype(float) / 2 ** 24
-
+# %% ../nbs/00_world.ipynb #f6b4e83a
 def _pick(numbers, n):
     "Map uint32 `numbers` evenly to 0 .. n-1."
     return (numbers.astype(np.uint64) * np.uint64(n) >> np.uint64(32)).astype(np.int32)
+
+def _fractions(*key, count):
+    "`count` numbers in 0..1 with 24 bits."
+    return (np.random.Philox(key=_key(*key)).random_raw(count) >> np.uint64(40)).astype(float) / 2 ** 24
 
 # %% ../nbs/00_world.ipynb #24e54510
 @functools.cache
@@ -45,6 +48,19 @@ def _font():
     from fontTools.ttLib import TTFont
     return TTFont(os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf'))
 
+# %% ../nbs/00_world.ipynb #9bbb3d36
+def _quadratic(start, points, steps=8):
+    "Points along a TrueType curve from `start` over control points to the last of `points`."
+    out, p0 = [], np.array(start, float)
+    t = np.arange(1, steps + 1)[:, None] / steps
+    for i, control in enumerate(points[:-1]):
+        c = np.array(control, float)
+        p2 = np.array(points[-1], float) if i == len(points) - 2 else (c + points[i + 1]) / 2
+        out += list(map(tuple, p0 * (1 - t) ** 2 + c * (2 * t * (1 - t)) + p2 * t ** 2))
+        p0 = p2
+    return out
+
+# %% ../nbs/00_world.ipynb #812585c5
 def _glyph(codepoint:int):
     "Closed outlines of a font symbol: a list of float [points,2] in font units, y upwards."
     from fontTools.pens.recordingPen import DecomposingRecordingPen
@@ -60,33 +76,24 @@ def _glyph(codepoint:int):
             points += _quadratic(points[-1], args)
     return out
 
-# %% ../nbs/00_world.ipynb #9bbb3d36
-def _quadratic(start, points, steps=8):
-    "Points along a TrueType curve: halfway between two control points lies a hidden point of the curve."
-    out, p0 = [], np.array(start, float)
-    t = np.arange(1, steps + 1)[:, None] / steps
-    for i, control in enumerate(points[:-1]):
-        c = np.array(control, float)
-        p2 = np.array(points[-1], float) if i == len(points) - 2 else (c + points[i + 1]) / 2
-        out += list(map(tuple, p0 * (1 - t) ** 2 + c * (2 * t * (1 - t)) + p2 * t ** 2))
-        p0 = p2
-    return out
-
 # %% ../nbs/00_world.ipynb #b438322b
 _CIRCLE = np.rint(np.exp(1j * np.arange(48) * (np.pi / 24)).view(float).reshape(-1, 2) * 2 ** 20) / 2 ** 20  # rounded: no math library matters
 
 def _smooth(points, steps=8):
     "Closed Catmull-Rom curve through the points."
-    p1 = np.asarray(points, float); p0, p2, p3 = (np.roll(p1, -k, 0)[:, None] for k in (-1, 1, 2)); p1 = p1[:, None]
+    p1 = np.asarray(points, float)
+    p0, p2, p3 = (np.roll(p1, -k, 0)[:, None] for k in (-1, 1, 2)); p1 = p1[:, None]
     t = (np.arange(steps) / steps)[None, :, None]
     curve = (((-p0 + 3 * p1 - 3 * p2 + p3) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3)) * t + (p2 - p0)) * t / 2 + p1
     return curve.reshape(-1, 2)
 
+# %% ../nbs/00_world.ipynb #fb6aad90
 def _stroke(width, points):
     "Outlines of a thick line: a disc per joint and a rectangle per piece."
     out = [_CIRCLE * (width / 2) + p for p in points]
     for a, b in zip(points[:-1], points[1:]):
-        along = b - a; side = np.array([-along[1], along[0]]) * (width / 2 / np.sqrt(along[0] ** 2 + along[1] ** 2))
+        along = b - a
+        side = np.array([-along[1], along[0]]) * (width / 2 / np.sqrt(along[0] ** 2 + along[1] ** 2))
         out.append(np.stack([a + side, b + side, b - side, a - side]))
     return out
 
@@ -94,6 +101,7 @@ def _stroke(width, points):
 _PIECES = {}    # name -> drawing
 
 def _pieces(table:str):
+    "Names and drawings from lines of `name drawing`."
     return {name: text for name, text in (line.split(None, 1) for line in table.strip().splitlines())}
 
 def _drawing(text:str):
@@ -116,27 +124,27 @@ _FINE = _TEXTURE * _OVERSAMPLE
 def _fill(outlines):
     "Bool [576,576]: where the winding number of the outlines, given in 0..576, is not zero."
     a = np.concatenate(outlines); b = np.concatenate([np.roll(o, -1, 0) for o in outlines])
-    first, last = (np.clip(np.ceil(y - 0.5), 0, _FINE).astype(int) for y in (np.minimum(a[:, 1], b[:, 1]), np.maximum(a[:, 1], b[:, 1])))
+    first, last = (np.clip(np.ceil(y - 0.5), 0, _FINE).astype(int)
+                   for y in (np.minimum(a[:, 1], b[:, 1]), np.maximum(a[:, 1], b[:, 1])))
     rows = last - first; edge = np.repeat(np.arange(len(a)), rows)
     y = np.arange(len(edge)) - np.repeat(np.cumsum(rows) - rows - first, rows)
     (x0, y0), (x1, y1) = a[edge].T, b[edge].T
-    x = x0 + (x1 - x0) * ((y + 0.5 - y0) / (y1 - y0))
-    x = np.clip(np.ceil(x - 0.5), 0, _FINE).astype(int)
+    x = np.clip(np.ceil(x0 + (x1 - x0) * ((y + 0.5 - y0) / (y1 - y0)) - 0.5), 0, _FINE).astype(int)
     out = np.zeros((_FINE, _FINE), bool); top, n = first.min(), last.max() - first.min()
     winding = np.bincount((y - top) * (_FINE + 1) + x, np.where(y1 > y0, 1.0, -1.0), n * (_FINE + 1)).astype(np.int8)
     out[top:top + n] = np.cumsum(winding.reshape(n, -1)[:, :-1], 1, dtype=np.int8) != 0
     return out
 
-# %% ../nbs/00_world.ipynb #1e9c7122
-def _area(points):
-    "Signed area of an outline."
-    (x, y), (x1, y1) = points.T, np.roll(points, -1, 0).T
-    return float((x * y1 - x1 * y).sum() / 2)
-
+# %% ../nbs/00_world.ipynb #9c14c978
 def _fit(outlines, low, high, flip):
     "Scale outlines so that the box from low to high fills the middle 80% of a texture."
     scale = 0.8 * _FINE / (high - low).max() * np.array([1, -1 if flip else 1])
     return [(p - (low + high) / 2) * scale + _FINE / 2 for p in outlines]
+
+def _area(points):
+    "Signed area of an outline."
+    (x, y), (x1, y1) = points.T, np.roll(points, -1, 0).T
+    return float((x * y1 - x1 * y).sum() / 2)
 
 def _union(outlines):
     "Fill outlines of any direction; where several overlap there is no hole."
@@ -153,6 +161,7 @@ def _glyph_masks(codepoint:int, style:str):
     whole = _fill([p for p, area in zip(outlines, areas) if np.sign(area) == outer])
     return whole, whole & ~ink if style == 'solid' else ink
 
+# %% ../nbs/00_world.ipynb #ab56d7cb
 def _drawing_masks(text:str, low, high):
     "(main, detail) of a drawing as bool [576,576]."
     main, detail = np.zeros((2, _FINE, _FINE), bool)
@@ -177,40 +186,44 @@ def _blur(a, radius):
         a = c[k:] - c[:-k] if axis == 0 else c[:, k:] - c[:, :-k]
     return a
 
+# %% ../nbs/00_world.ipynb #b0beb969
 def _lanes(main, detail):
-    "Main, detail, halo and shade as uint8 [192,192,4]; the border is empty."
+    "Main (with detail), detail, halo and shade as uint8 [192,192,4]."
     main, detail = (_shrink(a.view(np.uint8), _OVERSAMPLE, np.uint8) for a in (main, detail))
-    near = _blur(main, 4) / (9 * 9 ** 4)
-    lanes = np.stack([main / 9, detail / 9, np.minimum(1.7 * near, 1), 0.56 + 0.44 * near], -1)
-    lanes[[0, -1]] = 0; lanes[:, [0, -1]] = 0
-    return np.rint(lanes * 255).astype(np.uint8)
+    near = _blur(main, 4) / (9 * 9 ** 4); halo = 0.75 * np.minimum(1.7 * near, 1) * (1 - main / 9)
+    return np.rint(np.stack([main / 9, detail / 9, halo, 0.56 + 0.44 * near], -1) * 255).astype(np.uint8)
 
 # %% ../nbs/00_world.ipynb #e4ec5a9e
 class _Textures:
     "A family of textures at several sizes, drawn when first needed, as flat `texels`."
-    def __init__(self, draw, count, width, levels, dtype):
-        self.draw, self.dtype, self.widths = draw, dtype, width >> np.arange(levels)
+    def __init__(self, draw, count, width, levels, dtype, empty_border=False):
+        self.draw, self.dtype, self.widths, self.empty_border = draw, dtype, width >> np.arange(levels), empty_border
         self.starts = np.concatenate([[0], np.cumsum(count * self.widths ** 2)])
         self.texels, self.finest = np.zeros(self.starts[-1], dtype), np.full(count, levels)
         self.lock = threading.Lock()
 
-    def base(self, which, level):
-        "Where textures `which` begin at `level` (int arrays of the same shape)."
-        low = int(level.min(initial=len(self.widths)))
-        missing = np.unique(which[self.finest[which] > low])
-        if len(missing):
-            with self.lock: 
-                for i in missing: self._store(int(i), low)
-        return (self.starts[level] + which * self.widths[level] ** 2).astype(np.int32)
+# %% ../nbs/00_world.ipynb #d0a0a537
+@patch
+def _store(self:_Textures, i, low):
+    "Draw texture `i` and keep its sizes from level `low` on."
+    a = self.draw(i)
+    for level, width in enumerate(self.widths):
+        if level >= low:
+            words = sum(np.rint(a[..., k]).astype(self.dtype) << self.dtype(16 * k) for k in range(a.shape[-1]))
+            if self.empty_border: words[[0, -1]] = 0; words[:, [0, -1]] = 0
+            at = self.starts[level] + i * width ** 2; self.texels[at:at + width ** 2] = words.ravel()
+        if width > 1: a = _shrink(a, 2, float) / 4
+    self.finest[i] = low
 
-    def _store(self, i, low):
-        a = self.draw(i)
-        for level, width in enumerate(self.widths):
-            if level >= low:
-                words = sum(np.rint(a[..., k]).astype(self.dtype) << self.dtype(16 * k) for k in range(a.shape[-1]))
-                at = self.starts[level] + i * width ** 2; self.texels[at:at + width ** 2] = words.ravel()
-            if width > 1: a = _shrink(a, 2, float) / 4
-        self.finest[i] = low
+@patch
+def base(self:_Textures, which, level):
+    "Where textures `which` begin at `level` (int arrays that broadcast)."
+    low = int(level.min(initial=len(self.widths)))
+    missing = np.unique(which[self.finest[which] > low])
+    if len(missing):
+        with self.lock:
+            for i in missing: self._store(int(i), low)
+    return (self.starts[level] + which * self.widths[level] ** 2).astype(np.int32)
 
 # %% ../nbs/00_world.ipynb #c25da83c
 @dataclass(frozen=True)
@@ -222,6 +235,7 @@ class Kind:
     synonyms: tuple # other names that captions use
     group: str      # 'main', 'things', 'symbols', 'dishes', 'breeds', 'textures' or 'people'
 
+# %% ../nbs/00_world.ipynb #b789b00f
 _KINDS = []
 
 def _add(group:str, table:str):
@@ -230,7 +244,9 @@ def _add(group:str, table:str):
         name, source, colours, synonyms = map(str.strip, line.split('|'))
         _KINDS.append(Kind(name, source, tuple(colours.split()), tuple(filter(None, map(str.strip, synonyms.split(',')))), group))
 
-def _group(*names): return tuple(i for i, kind in enumerate(_KINDS) if kind.group in names)
+def _group(*names): 
+    "Numbers of the kinds of some groups."
+    return tuple(i for i, kind in enumerate(_KINDS) if kind.group in names)
 
 # %% ../nbs/00_world.ipynb #26dd6c8f
 _add('main', '''
@@ -502,7 +518,7 @@ shiba inu | orange: @ears_point // orange: @dog_round // white: @cheeks // black
 
 # %% ../nbs/00_world.ipynb #526b19c4
 _PIECES.update(_pieces('''
-shoulders       + poly 4,100 8,88 30,80 50,84 70,80 92,88 96,100
+shoulders       + poly -6,112 -2,96 8,88 30,80 50,84 70,80 92,88 102,96 106,112
 neck            + poly 41,62 59,62 60,82 50,88 40,82
 head_oval       + oval 50,46,22,29; + oval 27,48,4,6; + oval 73,48,4,6
 head_round      + oval 50,47,26,27; + oval 23,49,4,6; + oval 77,49,4,6
@@ -551,13 +567,13 @@ _INKS = _COLOURS | dict(leaf=(84, 150, 60), cream=(244, 228, 196), tan=(214, 170
                         slate=(112, 126, 146), silver=(184, 186, 190), skin=(236, 196, 178))
 _RGB = np.array(list(_INKS.values()))
 
+# %% ../nbs/00_world.ipynb #13bab3a4
 def _sections(source:str):
     "(paint, drawing or symbol) for each colour of a thing; nothing for textures and persons."
     if source in ('tile', 'person'): return []
     if source.startswith('U+'): return [('*', source)]
     return [tuple(map(str.strip, (s if ':' in s else '*:' + s).split(':'))) for s in source.split('//')]
 
-# %% ../nbs/00_world.ipynb #7e612ee6
 @functools.cache
 def _parts():
     "(what to rasterise, first part per kind, parts per kind, paint per part with -1 for the thing's own, part of each piece)."
@@ -570,6 +586,7 @@ def _parts():
     jobs += [(None, '@' + name) for name in _PIECES]
     return jobs, np.array(first), np.array(count), np.array(paint), pieces
 
+# %% ../nbs/00_world.ipynb #cbdf3aa3
 def _rasterise(part:int):
     "The texture of a part, uint8 [192,192,4]."
     source, text = _parts()[0][part]
@@ -581,10 +598,18 @@ def _rasterise(part:int):
     return _lanes(*_drawing_masks(text, low, high))
 
 @functools.cache
-def _things(): return _Textures(_rasterise, len(_parts()[0]), _TEXTURE, 5, np.uint64)
+def _things(): 
+    "Textures of all parts."
+    return _Textures(_rasterise, len(_parts()[0]), _TEXTURE, 5, np.uint64, empty_border=True)
 
 # %% ../nbs/00_world.ipynb #f660f5e1
 _TILE = 256
+
+def _stretch(lattice, axis):
+    "Interpolate a lattice to 256 along an axis, smoothly, around the torus."
+    n = lattice.shape[axis]; at = np.arange(_TILE) * n / _TILE; i = at.astype(int); t = at - i
+    t = (t * t * (3 - 2 * t)).reshape((-1, 1) if axis == 0 else (1, -1))
+    return np.take(lattice, i, axis) * (1 - t) + np.take(lattice, (i + 1) % n, axis) * t
 
 def _noise(name:str, *grids, stretch=1):
     "Smooth noise in 0..1 on a torus: lattices of the given sizes, each half as strong as the one before."
@@ -594,33 +619,20 @@ def _noise(name:str, *grids, stretch=1):
         out += strength * _stretch(_stretch(lattice, 0), 1); total += strength; strength /= 2
     return out / total
 
-def _stretch(lattice, axis):
-    "Interpolate a lattice to 256 along an axis, smoothly, around the torus."
-    n = lattice.shape[axis]; at = np.arange(_TILE) * n / _TILE; i = at.astype(int); t = at - i
-    t = (t * t * (3 - 2 * t)).reshape((-1, 1) if axis == 0 else (1, -1))
-    return np.take(lattice, i, axis) * (1 - t) + np.take(lattice, (i + 1) % n, axis) * t
-
+# %% ../nbs/00_world.ipynb #da34bf59
 def _ramp(a, low, high):
     "0 below low, 1 above high, smooth between."
     t = np.clip((a - low) / (high - low), 0, 1)
     return t * t * (3 - 2 * t)
 
-def _wave(a): 
-    "Triangle wave with period 1: 1 at whole numbers, 0 between them."
+def _wave(a):
+    "Triangle wave with period 1: 1 at whole numbers, 0 half way between them."
     return np.abs(a % 1 - 0.5) * 2
 
-# %% ../nbs/00_world.ipynb #c0ff5a8d
-def _points(name, count): return _fractions('points', name, count=2 * count).reshape(-1, 2) * _TILE
-
-def _distances(points):
-    "Distances from every texel to its nearest and second nearest point on the torus, and the nearest point's number."
-    at = np.arange(_TILE) + 0.5; nearest = np.full((2, _TILE, _TILE), 1e9); owner = np.zeros((_TILE, _TILE), int)
-    for i, point in enumerate(points):
-        dx, dy = (np.minimum(np.abs(at - p), _TILE - np.abs(at - p)) ** 2 for p in point)
-        d = dx[None] + dy[:, None]; closer = d < nearest[0]
-        nearest[1] = np.where(closer, nearest[0], np.minimum(nearest[1], d))
-        nearest[0] = np.where(closer, d, nearest[0]); owner[closer] = i
-    return np.sqrt(nearest[0]), np.sqrt(nearest[1]), owner
+# %% ../nbs/00_world.ipynb #b949725f
+def _points(name, count): 
+    "Scattered points on a tile, float [count,2]."
+    return _fractions('points', name, count=2 * count).reshape(-1, 2) * _TILE
 
 def _spots(name, count, low, high):
     "Round spots with radii from low to high texels, 0..1."
@@ -633,115 +645,164 @@ def _spots(name, count, low, high):
         out[np.ix_(i, j)] = np.maximum(out[np.ix_(i, j)], np.clip(r - d + 0.5, 0, 1))
     return out
 
+# %% ../nbs/00_world.ipynb #5083222a
+def _distances(points):
+    "Distances from every texel to its nearest and second nearest point on the torus, and the nearest point's number."
+    at = np.arange(_TILE) + 0.5; nearest = np.full((2, _TILE, _TILE), 1e9); owner = np.zeros((_TILE, _TILE), int)
+    for i, point in enumerate(points):
+        dx, dy = (np.minimum(np.abs(at - p), _TILE - np.abs(at - p)) ** 2 for p in point)
+        d = dx[None] + dy[:, None]; closer = d < nearest[0]
+        nearest[1] = np.where(closer, nearest[0], np.minimum(nearest[1], d))
+        nearest[0] = np.where(closer, d, nearest[0]); owner[closer] = i
+    return np.sqrt(nearest[0]), np.sqrt(nearest[1]), owner
+
+# %% ../nbs/00_world.ipynb #35bb17e0
 def _courses(width, height, gap):
     "Rows of bricks or planks, every second one shifted by half: (shade of the brick, 1 where there is a gap)."
     y, x = np.indices((_TILE, _TILE)); row = y // height; x = (x + row % 2 * (width // 2)) % _TILE
     edge = np.minimum(np.minimum(x % width, width - 1 - x % width), np.minimum(y % height, height - 1 - y % height))
     return (row * 37 + x // width * 101) % 64 / 63, (edge < gap).astype(float)
 
-# %% ../nbs/00_world.ipynb #915cf93a
-def _planks():
-    shade, gap = _courses(256, 64, 1); return 0.4 * shade + 0.6 * _noise('grain', 64, 128, stretch=16), gap
-def _bricks():
-    shade, gap = _courses(64, 32, 2); return 0.7 * shade + 0.3 * _noise('clay', 32, 64), gap
-def _pavement():
-    shade, gap = _courses(64, 64, 1); return 0.5 * shade + 0.5 * _noise('pebbles', 32, 64, 128), gap
-def _cloth():
-    y, x = np.indices((_TILE, _TILE)); return 0.4 * ((x + y) // 8 % 2) + 0.4 * (y // 8 % 2) + 0.2 * _noise('fibre', 64), np.zeros((_TILE, _TILE))
+def _laid(size, own, *noise, **options):
+    "Shares of the second and third colour for bricks, planks or flagstones: `own` is how much they differ."
+    shade, gap = _courses(*size); return own * shade + (1 - own) * _noise(*noise, **options), gap
 
-_MATERIALS = dict(  # name: three colours, function for the shares of the second and the third
+def _cloth():
+    "Shares for a woven cloth."
+    y, x = np.indices((_TILE, _TILE))
+    return 0.4 * ((x + y) // 8 % 2) + 0.4 * (y // 8 % 2) + 0.2 * _noise('fibre', 64), np.zeros((_TILE, _TILE))
+
+# %% ../nbs/00_world.ipynb #ee5e1350
+_MATERIALS = dict(
     sky=((95, 160, 225), (150, 200, 240), (250, 250, 250), lambda: (_noise('sky', 2, 4), _ramp(_noise('clouds', 4, 8, 16, 32), 0.55, 0.75))),
-    sunset=((240, 140, 90), (190, 85, 120), (255, 205, 120), lambda: (_noise('dusk', 4, 8, 16, stretch=2), _ramp(_noise('glow', 4, 16, stretch=4), 0.55, 0.8))),
+    sunset=((240, 140, 90), (190, 85, 120), (255, 205, 120), 
+            lambda: (_noise('dusk', 4, 8, 16, stretch=2), _ramp(_noise('glow', 4, 16, stretch=4), 0.55, 0.8))),
     night=((18, 22, 55), (40, 44, 90), (245, 240, 210), lambda: (_noise('dark', 2, 4, 8), _spots('stars', 60, 0.8, 2.4))),
-    grass=((70, 140, 55), (120, 175, 70), (45, 100, 40), lambda: (_noise('blades', 64, 128, stretch=4).T, _ramp(_noise('tufts', 16, 32), 0.6, 0.9))),
-    sand=((226, 200, 150), (205, 172, 120), (240, 222, 180), lambda: (_noise('ripples', 16, 32, 64, stretch=4), _ramp(_noise('grains', 128), 0.7, 1))),
-    water=((40, 110, 165), (65, 150, 190), (200, 230, 240), lambda: (_noise('waves', 16, 32, 64, stretch=4), _ramp(_noise('glints', 32, 64, stretch=4), 0.72, 0.9))),
+    grass=((70, 140, 55), (120, 175, 70), (45, 100, 40), 
+           lambda: (_noise('blades', 64, 128, stretch=4).T, _ramp(_noise('tufts', 16, 32), 0.6, 0.9))),
+    sand=((226, 200, 150), (205, 172, 120), (240, 222, 180), 
+          lambda: (_noise('ripples', 16, 32, 64, stretch=4), _ramp(_noise('grains', 128), 0.7, 1))),
+    water=((40, 110, 165), (65, 150, 190), (200, 230, 240), 
+           lambda: (_noise('waves', 16, 32, 64, stretch=4), _ramp(_noise('glints', 32, 64, stretch=4), 0.72, 0.9))),
     snow=((238, 242, 248), (205, 218, 235), (255, 255, 255), lambda: (_noise('drifts', 4, 8, 16), _noise('powder', 128))),
-    wood=((165, 112, 66), (128, 82, 45), (70, 42, 22), _planks), brick=((160, 76, 58), (124, 52, 42), (200, 190, 178), _bricks),
-    stone=((150, 150, 152), (118, 118, 124), (84, 84, 88), _pavement),
+    wood=((165, 112, 66), (128, 82, 45), (70, 42, 22), lambda: _laid((256, 64, 1), 0.4, 'grain', 64, 128, stretch=16)),
+    brick=((160, 76, 58), (124, 52, 42), (200, 190, 178), lambda: _laid((64, 32, 2), 0.7, 'clay', 32, 64)),
+    stone=((150, 150, 152), (118, 118, 124), (84, 84, 88), lambda: _laid((64, 64, 1), 0.5, 'pebbles', 32, 64, 128)),
     forest=((40, 88, 42), (26, 60, 32), (92, 138, 56), lambda: (_noise('shade', 8, 16, 32), _ramp(_noise('leaves', 16, 32, 64), 0.5, 0.75))),
     cloth=((178, 58, 84), (146, 40, 70), (214, 120, 120), _cloth),
     studio=((246, 246, 244), (226, 228, 230), (255, 255, 255), lambda: (_noise('paper', 2, 4), np.zeros((_TILE, _TILE)))))
 
-# %% ../nbs/00_world.ipynb #897b4d22
-def _marks(name):
-    "(share of the second colour, share of dark) of a texture made of scattered marks or cells."
-    n = _noise
-    if name == 'blotchy': return _ramp(n('blotch', 8, 16, 32), 0.45, 0.6), _ramp(n('stain', 8, 16), 0.62, 0.8)
-    if name == 'marbled': return _ramp(_wave(2 * n('marble', 4, 8, 16, 32) + 0.5), 0.2, 0.8), _ramp(_wave(3 * n('marble', 4, 8, 16, 32)), 0.86, 0.97)
-    if name == 'swirly': return _ramp(_wave(9 * n('swirl', 3, 6)), 0.35, 0.65), 0 * n('swirl', 2)
-    if name == 'veined': return 0.5 * n('leaf', 8, 16), _ramp(np.maximum(1 - np.abs(n('vein', 6, 12, 24) - 0.5) * 22, 1 - np.abs(n('twig', 12, 24) - 0.5) * 16), 0.3, 0.8)
-    if name == 'porous': return n('sponge', 16, 32), _spots('pores', 130, 2, 8)
-    if name == 'sprinkled': return _spots('sprinkles', 150, 2.5, 4.5), _spots('crumbs', 90, 2, 4)
-    if name == 'bubbly': return 0.8 * _spots('bubbles', 60, 4, 20), _spots('bubbles', 60, 4, 20) - _spots('bubbles', 60, 2, 18)
-    if name == 'stratified':
-        layers = 12 * (np.arange(_TILE)[:, None] / _TILE + 0.22 * n('strata', 3, 6)) 
-        return (np.floor(layers) % 12 * 5 % 12) / 12, _ramp(_wave(layers), 0.86, 0.98)
-    y, x = np.indices((10, 8)); hexagons = np.stack([(x * 32 + y % 2 * 16 + 8), y * 25.6 + 8], -1).reshape(-1, 2)
-    near, second, owner = _distances(hexagons if name == 'honeycombed' else _points('cells', 36))
-    return owner * 7 % 11 / 11 * (0.4 if name == 'honeycombed' else 0.6), 1 - _ramp(second - near, 1.5, 5 if name == 'honeycombed' else 4)
+# %% ../nbs/00_world.ipynb #f2dfda6c
+def _layered():
+    "Wavy layers of different shades with dark lines between them."
+    layers = 12 * (np.arange(_TILE)[:, None] / _TILE + 0.22 * _noise('strata', 3, 6))
+    return (np.floor(layers) % 12 * 5 % 12) / 12, _ramp(_wave(layers), 0.86, 0.98)
 
-# %% ../nbs/00_world.ipynb #db633e5c
-def _regular(name):
-    "(share of the second colour, share of dark) of a texture that repeats."
-    y, x = (np.indices((_TILE, _TILE)) + 0.5) / _TILE; zero = np.zeros_like(x)
-    cell = lambda k, shift=0.5: ((x * k + np.floor(y * k) % 2 * shift) % 1 - 0.5, y * k % 1 - 0.5)
-    disc = lambda k, r, shift=0.5: 1 - _ramp(np.sqrt(sum(c * c for c in cell(k, shift))), r - 0.06, r + 0.06)
-    if name == 'banded': return _ramp(_wave(3 * y), 0.4, 0.5), _ramp(_wave(6 * y + 0.25), 0.8, 0.9)
-    if name == 'chequered': return (np.floor(8 * x) + np.floor(8 * y)) % 2, zero
-    if name == 'crosshatched': return zero, np.maximum(*(_ramp(_wave(14 * d), 0.6, 0.8) for d in (x + y, x - y)))
-    if name == 'dotted': return disc(14, 0.24), zero
-    if name == 'polka-dotted': return disc(6, 0.34), zero
-    if name == 'perforated': return 0.4 * disc(8, 0.44, 0), disc(8, 0.3, 0)
-    if name == 'grid': return zero, np.maximum(*(_ramp(_wave(8 * d), 0.78, 0.9) for d in (x, y)))
-    if name == 'meshed': return 1 - np.maximum(*(_ramp(_wave(9 * d), 0.5, 0.66) for d in (x + y, x - y))), zero
-    if name == 'lined': return zero, _ramp(_wave(15 * y), 0.66, 0.84)
-    if name == 'striped': return _ramp(_wave(7 * x), 0.42, 0.58), zero
-    if name == 'zigzagged': return _ramp(_wave(7 * y + 0.7 * _wave(6 * x)), 0.42, 0.58), zero
-    if name == 'woven':
-        over = (np.floor(8 * x) + np.floor(8 * y)) % 2; across = np.where(over > 0, _wave(8 * y), _wave(8 * x))
-        return over, 0.75 * _ramp(across, 0.5, 1)
-    if name == 'scaly':
-        u, v = cell(8); d = np.sqrt(u * u + (v + 0.5) ** 2)
-        return np.clip(0.9 * (1 - d), 0, 1), _ramp(d, 0.44, 0.52) * (1 - _ramp(d, 0.58, 0.7))
-    u, v = cell(3, 0); turns = np.arctan2(v, u) / (2 * np.pi) + 4.5 * np.sqrt(u * u + v * v)
-    return _ramp(_wave(turns), 0.36, 0.64), zero
+def _cells(points, own, low, high):
+    "Cells around points, which differ by up to `own`, with dark borders."
+    near, second, owner = _distances(points)
+    return owner * 7 % 11 / 11 * own, 1 - _ramp(second - near, low, high)
 
-# %% ../nbs/00_world.ipynb #26735995
-_TEXTURE_BY_MARKS = 'blotchy marbled swirly veined porous sprinkled bubbly stratified honeycombed cracked'.split()
+def _hexagons():
+    "Points whose cells are hexagons."
+    y, x = np.indices((10, 8)); return np.stack([x * 32 + y % 2 * 16 + 8, y * 25.6 + 8], -1).reshape(-1, 2)
+
+def _veins():
+    "Dark branching lines."
+    thick, thin = (np.abs(_noise(name, *grids) - 0.5) * k for name, grids, k in (('vein', (6, 12, 24), 22), ('twig', (12, 24), 16)))
+    return 0.5 * _noise('leaf', 8, 16), _ramp(1 - np.minimum(thick, thin), 0.3, 0.8)
+
+# %% ../nbs/00_world.ipynb #02d0501c
+_SCATTERED = dict(
+    blotchy=lambda: (_ramp(_noise('blotch', 8, 16, 32), 0.45, 0.6), _ramp(_noise('stain', 8, 16), 0.62, 0.8)),
+    bubbly=lambda: (0.8 * _spots('bubbles', 60, 4, 20), _spots('bubbles', 60, 4, 20) - _spots('bubbles', 60, 2, 18)),
+    cracked=lambda: _cells(_points('cells', 36), 0.6, 1.5, 4), honeycombed=lambda: _cells(_hexagons(), 0.4, 1.5, 5),
+    marbled=lambda: (_ramp(_wave(2 * _noise('marble', 4, 8, 16, 32) + 0.5), 0.2, 0.8), _ramp(_wave(3 * _noise('marble', 4, 8, 16, 32)), 0.86, 0.97)),
+    porous=lambda: (_noise('sponge', 16, 32), _spots('pores', 130, 2, 8)),
+    sprinkled=lambda: (_spots('sprinkles', 150, 2.5, 4.5), _spots('crumbs', 90, 2, 4)), stratified=_layered, 
+    swirly=lambda: (_ramp(_wave(9 * _noise('swirl', 3, 6)), 0.35, 0.65), np.zeros((_TILE, _TILE))), veined=_veins)
+
+# %% ../nbs/00_world.ipynb #060701e9
+_Y, _X = (np.indices((_TILE, _TILE)) + 0.5) / _TILE
+_NONE = np.zeros((_TILE, _TILE))
+
+def _cell(k, shift=0.5):
+    "Position within a k x k board of squares, -0.5..0.5; every second row is shifted."
+    return (_X * k + np.floor(_Y * k) % 2 * shift) % 1 - 0.5, _Y * k % 1 - 0.5
+
+def _discs(k, radius, shift=0.5):
+    "Discs in the squares of a board."
+    u, v = _cell(k, shift); return 1 - _ramp(np.sqrt(u * u + v * v), radius - 0.06, radius + 0.06)
+
+def _threads(k, low, high, *directions):
+    "Lines across each of the directions, `k` to a tile."
+    return functools.reduce(np.maximum, (_ramp(_wave(k * d), low, high) for d in directions))
+
+# %% ../nbs/00_world.ipynb #1bae5ac3
+def _weave():
+    "Strips that go over and under each other."
+    over = (np.floor(8 * _X) + np.floor(8 * _Y)) % 2
+    return over, 0.75 * _ramp(np.where(over > 0, _wave(8 * _Y), _wave(8 * _X)), 0.5, 1)
+
+def _scales():
+    "Overlapping round scales."
+    u, v = _cell(8); d = np.sqrt(u * u + (v + 0.5) ** 2)
+    return np.clip(0.9 * (1 - d), 0, 1), _ramp(d, 0.44, 0.52) * (1 - _ramp(d, 0.58, 0.7))
+
+def _spirals():
+    "Spirals, one in each square of a board."
+    u, v = _cell(3, 0); turns = np.arctan2(v, u) / (2 * np.pi) + 4.5 * np.sqrt(u * u + v * v)
+    return _ramp(_wave(turns), 0.36, 0.64), _NONE
+
+# %% ../nbs/00_world.ipynb #82205e77
+_REPEATING = dict(
+    banded=lambda: (_threads(3, 0.4, 0.5, _Y), _ramp(_wave(6 * _Y + 0.25), 0.8, 0.9)),
+    chequered=lambda: ((np.floor(8 * _X) + np.floor(8 * _Y)) % 2, _NONE), crosshatched=lambda: (_NONE, _threads(14, 0.6, 0.8, _X + _Y, _X - _Y)),
+    dotted=lambda: (_discs(14, 0.24), _NONE), grid=lambda: (_NONE, _threads(8, 0.78, 0.9, _X, _Y)), lined=lambda: (_NONE, _threads(15, 0.66, 0.84, _Y)),
+    meshed=lambda: (1 - _threads(9, 0.5, 0.66, _X + _Y, _X - _Y), _NONE), perforated=lambda: (0.4 * _discs(8, 0.44, 0), _discs(8, 0.3, 0)), 
+    scaly=_scales, spiralled=_spirals, striped=lambda: (_threads(7, 0.42, 0.58, _X), _NONE), woven=_weave,
+    zigzagged=lambda: (_ramp(_wave(7 * _Y + 0.7 * _wave(6 * _X)), 0.42, 0.58), _NONE)) | {'polka-dotted': lambda: (_discs(6, 0.34), _NONE)}
+
+# %% ../nbs/00_world.ipynb #5e986ea8
+def _tile_names(): 
+    "Materials, then textures."
+    return [*_MATERIALS, *_TEXTURE_NAMES]
 
 def _draw_tile(i):
-    "Lanes of material or texture `i` as float [256,256,2]."
-    names = list(_MATERIALS)
-    if i < len(names): lanes = _MATERIALS[names[i]][3]()
-    else: name = _TEXTURE_NAMES[i - len(names)]; lanes = (_marks if name in _TEXTURE_BY_MARKS else _regular)(name)
-    return np.rint(255 * np.clip(np.stack(lanes, -1), 0, 1))
+    "Lanes of material or texture `i` as float [256,256,2] of whole numbers 0..255."
+    name = _tile_names()[i]
+    shares = _MATERIALS[name][3] if name in _MATERIALS else (_SCATTERED | _REPEATING)[name]
+    return np.rint(255 * np.clip(np.stack(np.broadcast_arrays(*shares()), -1), 0, 1))
 
 @functools.cache
-def _tiles(): return _Textures(_draw_tile, len(_MATERIALS) + len(_TEXTURE_NAMES), _TILE, 7, np.uint32)
+def _tiles(): 
+    "Textures of all materials and textures."
+    return _Textures(_draw_tile, len(_tile_names()), _TILE, 7, np.uint32)
 
 # %% ../nbs/00_world.ipynb #c58ea131
 @dataclass(frozen=True)
 class Place:
-    "Where a thing can be: materials above and below the horizon, how captions say it, colours that would not stand out there."
+    "Where a thing can be."
     name: str
-    upper: str
-    lower: str
-    phrases: tuple
-    hides: tuple
+    upper: str      # material above the horizon
+    lower: str      # material below it
+    phrases: tuple  # how captions say it
+    hides: tuple    # colours that would not stand out
 
 def _places(table:str):
+    "Places from lines of `name | upper | lower | phrases | hidden colours`."
     rows = [[c.strip() for c in line.split('|')] for line in table.strip().splitlines()]
     return [Place(n, u, l, tuple(map(str.strip, p.split(','))), tuple(h.split())) for n, u, l, p, h in rows]
 
+# %% ../nbs/00_world.ipynb #7847f6dd
 _PLACES = _places('''
-sky     | sky    | sky    | in the sky, against a blue sky, under a cloudy sky       | blue turquoise
+sky     | sky    | sky    | in the sky, against a blue sky, up in the air            | blue turquoise
 sunset  | sunset | sunset | at sunset, in the evening light, against a red sky       | orange pink red
-night   | night  | night  | at night, under the stars, in the dark                   | black blue purple
+night   | night  | night  | at night, after dark, in the dark                        | black blue purple
 meadow  | sky    | grass  | on the grass, in a meadow, on a green lawn               | green
 beach   | water  | sand   | on the beach, on the sand, by the sea                    | yellow orange brown
 sea     | sky    | water  | on the water, at sea, in the ocean                       | blue turquoise grey
-winter  | sky    | snow   | in the snow, in winter, on a snowy day                   | white grey
+winter  | sky    | snow   | in the snow, in winter, on a cold day                    | white grey
 table   | studio | wood   | on a wooden table, on wood, on a desk                    | brown orange
 wall    | brick  | brick  | in front of a brick wall, against a wall, on red bricks  | red brown orange
 street  | brick  | stone  | on the pavement, on the street, on stone tiles           | grey
@@ -758,7 +819,7 @@ def _palette():
     out = np.zeros((len(_KINDS), len(_PLACES), 32), np.int8)
     for i, kind in enumerate(_KINDS):
         for j, place in enumerate(_PLACES):
-            usual, every = ([_COLOUR_NAMES.index(c) for c in names if c not in place.hides] for names in (kind.colours or ('white',), _COLOURS))
+            usual, every = ([_COLOUR_NAMES.index(c) for c in names if c not in place.hides] for names in (kind.colours, _COLOURS))
             usual = usual or every
             out[i, j] = [usual[k % len(usual)] if k < 21 else every[(k * 7 + i) % len(every)] for k in range(32)]
     return out
@@ -770,16 +831,17 @@ class Style:
     kinds: tuple = _group('main')       # the classes, as numbers of kinds
     shares: tuple = ()                  # (per mille, first class, last class + 1)...; () means all alike
     places: tuple = tuple(range(13))    # numbers of places
-    tilt: int = 40                      # largest usual rotation in degrees
-    second: int = 25                    # how often a second, small thing stands beside it
-    pattern: int = 20                   # how often the thing is striped, dotted or checkered
-    several: int = 20                   # how often there are two or three of it
+    tilt: int = 30                      # largest usual rotation in degrees
+    second: int = 12                    # how often a second, small thing stands beside it
+    pattern: int = 12                   # how often the thing is striped, dotted or checkered
+    several: int = 8                    # how often there are two or three of it
     wrong: int = 0                      # how many captions belong to another picture
     noisy: int = 0                      # how many captions have boilerplate, hashtags, capitals...
-    mention: int = 45                   # how often a caption names an attribute
+    mention: int = 30                   # how often a caption names an attribute
     balanced: bool = False              # equally many rows per class
     coarse: bool = False                # drawn at 32 pixels and enlarged
 
+# %% ../nbs/00_world.ipynb #957ddfee
 @dataclass(frozen=True)
 class Split:
     "One part of the world, disjoint from all others."
@@ -789,8 +851,9 @@ class Split:
     captions_per_image: int = 1         # five for retrieval
     style: Style = Style()              # what its pictures are like
 
-# %% ../nbs/00_world.ipynb #f7670d4e
-def _named(names): 
+# %% ../nbs/00_world.ipynb #fd564b5c
+def _named(names):
+    "Numbers of kinds by name."
     numbers = {kind.name: i for i, kind in enumerate(_KINDS)}
     return tuple(numbers[name] for name in names.split())
 
@@ -801,43 +864,80 @@ def _mixture(**shares):
         out += ((share, len(kinds), len(kinds) + len(_group(group))),); kinds += _group(group)
     return dict(kinds=kinds, shares=out)
 
+# %% ../nbs/00_world.ipynb #70e50579
 _ABSTRACT = set('heart star crown skull hand lightning arrow scales flag gear wheel'.split()) | {'music note'}
 _EVERYDAY = tuple(i for i in _group('main', 'things') if _KINDS[i].name not in _ABSTRACT)
-_WEB = _mixture(main=700, things=150, symbols=35, dishes=40, breeds=30, textures=35, people=10)
 _CALM = dict(balanced=True, second=0, several=0, pattern=0, tilt=15)
 
+def _at(names): 
+    "Numbers of places by name."
+    return tuple(map(_PLACE.get, names.split()))
+
 _LABELLED = dict(
-    zeroshot=Style(balanced=True),
+    zeroshot=Style(balanced=True, several=0),
     cifar10=Style(_named('airplane automobile bird cat deer dog frog horse ship truck'), coarse=True, **_CALM),
     cifar100=Style(_EVERYDAY, coarse=True, **_CALM),
-    caltech101=Style(_group('main', 'symbols') + _group('things')[-24:], places=(_PLACE['studio'],) * 5 + (_PLACE['table'], _PLACE['sky']), **_CALM),
+    caltech101=Style(_group('main', 'symbols') + _group('things')[-24:], places=_at('studio studio studio studio studio table sky'), **_CALM),
     dtd=Style(_group('textures'), **_CALM),
-    pets=Style(_group('breeds'), places=tuple(map(_PLACE.get, 'meadow street carpet studio winter beach forest'.split())), **_CALM),
-    food101=Style(_group('dishes'), places=tuple(map(_PLACE.get, 'table table carpet studio street'.split())), **{**_CALM, 'tilt': 60, 'several': 15}))
+    pets=Style(_group('breeds'), places=_at('meadow street carpet studio winter beach forest'), **_CALM),
+    food101=Style(_group('dishes'), places=_at('table table carpet studio street'), **_CALM | dict(tilt=60, several=15)))
 
-# %% ../nbs/00_world.ipynb #5e600d5b
+# %% ../nbs/00_world.ipynb #31a64419
+_WEB = Style(**_mixture(main=780, things=105, symbols=30, dishes=30, breeds=20, textures=30, people=5), wrong=5, noisy=22)
+_FACES = Style(_group('people'), tilt=15, second=0, several=0, pattern=0, balanced=True)
+
 def _all_splits():
-    web = Style(**_WEB, wrong=5, noisy=22); few = dict(zeroshot=2000, cifar100=2000, caltech101=2020)
-    yield Split('pretrain', 'pairs', 60_000, style=web)
-    yield Split('train', 'pairs', 10_000, style=web)
-    yield Split('validation', 'pairs', 1_000, style=web)
+    for name, count in (('pretrain', 60_000), ('train', 10_000), ('validation', 1_000)): yield Split(name, 'pairs', count, style=_WEB)
     for name, style in _LABELLED.items():
-        count = few.get(name, 1000)
-        for part in ('_validation', '_test') if name == 'zeroshot' else ('_train', '_test'):
-            yield Split(name + part, 'labelled', 2 * count if part == '_train' else count, style=style)
-    for name, second, test, train in [('flickr8k', 30, 500, 3_000), ('flickr30k', 50, 1_000, 6_000), ('coco', 70, 1_000, 9_000)]:
-        style = Style(second=second, mention=70)
-        yield Split(f'retrieval_{name}', 'retrieval', test, 5, style)
-        yield Split(f'retrieval_{name}_train', 'retrieval', train, 5, style)
-    faces = Style(_group('people'), tilt=15, second=0, several=0, pattern=0, balanced=True)
-    yield Split('faces_train', 'faces', 3_000, style=faces)
-    yield Split('faces_test', 'faces', 150, style=faces)
+        count = dict(zeroshot=2000, cifar100=2000, caltech101=2020).get(name, 1000)
+        if name == 'zeroshot': yield Split('zeroshot_validation', 'labelled', count, style=style)
+        else: yield Split(f'{name}_train', 'labelled', 2 * count, style=style)
+        yield Split(f'{name}_test', 'labelled', count, style=style)
+    for name, second, test, train in (('flickr8k', 30, 500, 3_000), ('flickr30k', 50, 1_000, 6_000), ('coco', 70, 1_000, 9_000)):
+        yield Split(f'retrieval_{name}', 'retrieval', test, 5, Style(tilt=40, second=second, pattern=20, several=20, mention=70))
+        yield Split(f'retrieval_{name}_train', 'retrieval', train, 5, Style(tilt=40, second=second, pattern=20, several=20, mention=70))
+    for name, count in (('faces_train', 3_000), ('faces_test', 150)): yield Split(name, 'faces', count, style=_FACES)
 
-SPLITS = {split.name: split for split in _all_splits()}
+SPLITS = {split.name: split for split in _all_splits()}     # every split by name
 
+# %% ../nbs/00_world.ipynb #2f76655f
 def _split(name):
+    "A split by name, or an error that lists them."
     if name not in SPLITS: raise DataError(f'the world has no split {name!r}; it has: {", ".join(SPLITS)}')
     return SPLITS[name]
+
+# %% ../nbs/00_world.ipynb #09b3b157
+_SKINS = np.array([(255, 224, 196), (241, 194, 158), (224, 172, 130), (198, 134, 90), (150, 96, 62), (98, 62, 44)])
+_HAIRS = dict(black=(30, 26, 28), brown=(92, 58, 34), blond=(226, 190, 110), red=(182, 76, 34), grey=(150, 150, 154), white=(232, 232, 230))
+_STYLES = ('bald', 'short', 'spiky', 'long', 'bobbed', 'curly', 'tied', 'parted')
+_GLASSES, _BEARDS = ('', 'round glasses', 'square glasses', 'sunglasses'), ('', 'a moustache', 'a beard', 'a goatee')
+_HATS, _MOODS = ('', 'a cap', 'a beanie', 'a hat'), ('smiling', 'looking calm', 'looking surprised')
+
+def _features(person):
+    "What one sees of persons int [n,16] in 0..4095: a dict of small int arrays."
+    p = person.T; some = lambda v, percent: np.where(v * 100 < percent * 4096, 1 + v % 3, 0)
+    return dict(skin=p[0] % 6, head=p[1] % 3, style=p[2] % 8, hair=p[3] % 6, glasses=some(p[4], 45), beard=some(p[5], 40),
+                hat=some(p[6], 30), hat_colour=p[7] % 12, iris=p[8] % 4, freckles=(p[9] % 5 == 0) * 1, earrings=(p[10] % 4 == 0) * 1,
+                frame=p[11] % 4, mood=p[12] % 3, shirt=p[13] % 12)
+
+# %% ../nbs/00_world.ipynb #4b87a382
+_FIRST = ('Ada Boris Carla Dmitri Elif Farid Greta Hugo Ines Jonas Kira Luca Mina Nils Olga Pavel Quinn Rosa Stefan Talia '
+          'Ugo Vera Wanda Xavier Yara Zoran Alma Bruno Celia Dario').split()
+_LAST = ('Amberfield Birkwood Coppersmith Dunmore Elderbrook Foxhall Greystone Hollowell Inglewick Juniper Kestrel Lindqvist Marlowe '
+         'Northgate Oakhurst Pemberly Quillfeather Ravenhill Silverton Thornbury').split()
+
+@functools.cache
+def _names():
+    "The names of the 150 invented persons."
+    return tuple(f'{_FIRST[i % 30]} {_LAST[(i + i // 30 * 3 + i // 20) % 20]}' for i in range(150))
+
+@functools.cache
+def _identities():
+    "What is fixed about each of them, int [150,12]."
+    draws = (_fractions('identities', VERSION, count=12 * 600) * 4096).astype(np.int32).reshape(-1, 12)
+    f = _features(np.pad(draws, [(0, 0), (0, 4)]))
+    _, first = np.unique(np.stack([f[k] for k in ('skin', 'style', 'hair', 'glasses', 'beard', 'hat')], 1), axis=0, return_index=True)
+    return draws[np.sort(first)[:len(_names())]]
 
 # %% ../nbs/00_world.ipynb #2eb87ba7
 @dataclass(frozen=True)
@@ -857,27 +957,21 @@ class Scenes:
         columns = self.__dict__.get('columns', {})
         if name in columns: return columns[name]
         raise AttributeError(f'Scenes has no {name!r}')
-    @property
-    def labels(self): 
-        "Class numbers, int32 [n]; `classnames(split)` names them."
-        return self.columns['label']
-    @property
-    def ids(self):
-        "Stable names of the rows."
-        return [f'world{VERSION}-{self.split}-{self.seed}-{row:06d}' for row in self.rows]
 
-# %% ../nbs/00_world.ipynb #d1c69604
-def scenes(split:str,           # a name in `SPLITS`
-           count:int=None,      # rows; default `SPLITS[split].default_count`
-           seed:int=0           # another seed is another draw of the same split
-          )->Scenes:            # a table; row i is the same whatever `count` is
-    "The first `count` scenes of a split; raises `DataError` for an unknown split or a negative count."
-    s = _split(split); count = s.default_count if count is None else count
-    if count < 0: raise DataError(f'a count of scenes cannot be negative: {count}')
-    return _scenes(s, seed, np.arange(count), _numbers(split, seed, count))
+# %% ../nbs/00_world.ipynb #9a5fd48f
+@patch(as_prop=True)
+def labels(self:Scenes)->np.ndarray:
+    "Class numbers, int [n]; `classnames(split)` names them."
+    return self.columns['label']
 
+@patch(as_prop=True)
+def ids(self:Scenes)->list:
+    "Stable names of the rows."
+    return [f'world{VERSION}-{self.split}-{self.seed}-{row:06d}' for row in self.rows]
+
+# %% ../nbs/00_world.ipynb #92d65180
 def _classes(style, rows, group, within):
-    "A class per row: in turn if balanced, otherwise by the shares of the groups of classes."
+    "Class numbers int32 [n]; `group` and `within` are uint32 random numbers."
     if style.balanced: return (rows % len(style.kinds)).astype(np.int32)
     share, first, last = np.array(style.shares or ((1000, 0, len(style.kinds)),)).T
     g = np.searchsorted(np.cumsum(share), _pick(group, int(share.sum())), side='right')
@@ -888,12 +982,12 @@ _PATTERNS = ('striped', 'dotted', 'checkered')
 
 def _scenes(split, seed, rows, numbers):
     "Columns of a split from its random numbers."
-    style, n, left = split.style, len(rows), iter(range(_COLUMNS - _WORDS))
+    style, left = split.style, iter(range(_COLUMNS - _WORDS))
     draw = lambda k: _pick(numbers[:, next(left)], k)
-    spread = lambda k, wide: np.stack([draw(k) for _ in range(wide)], 1)
+    several = lambda k, wide: np.stack([draw(k) for _ in range(wide)], 1)
     chance = lambda percent: draw(1000) < 10 * percent
     label = _classes(style, rows, numbers[:, next(left)], numbers[:, next(left)])
-    kind, place = np.array(style.kinds)[label % len(style.kinds)], np.array(style.places)[draw(len(style.places))]
+    kind, place = np.array(style.kinds)[label], np.array(style.places)[draw(len(style.places))]
     plain = np.isin(kind, _group('main', 'things', 'symbols')); alone = np.isin(kind, _group('textures', 'people'))
     c = dict(label=label, kind=kind, place=place, colour=_palette()[kind, place, draw(32)].astype(np.int32))
     c['horizon'] = np.where(chance(55), 160 + draw(500), 0)
@@ -905,49 +999,39 @@ def _scenes(split, seed, rows, numbers):
     c['flip'] *= ~np.isin(kind, _group('symbols'))     # nobody writes a question mark the other way round
     c['angle'] = (draw(1024) + draw(1024) - 1023) * style.tilt // 360
     c['x'], c['y'] = draw(1024) - 512, draw(1024) - 512
-    c['tint'], c['view'], c['person'] = spread(41, 6) - 20, spread(4096, 4), spread(4096, 16)
-    if split.kind == 'faces':
-        c['label'] = (rows % len(_names())).astype(np.int32); c['person'][:, :12] = _identities()[c['label']]
-    return Scenes(split.name, seed, np.asarray(rows, np.int64), numbers[:, -_WORDS:], c)
+    c['tint'], c['view'], c['person'] = several(41, 6) - 20, several(4096, 4), several(4096, 16)
+    return Scenes(split.name, seed, np.asarray(rows, np.int64), numbers[:, -_WORDS:].copy(), c)
 
-# %% ../nbs/00_world.ipynb #09b3b157
-_SKINS = np.array([(255, 224, 196), (241, 194, 158), (224, 172, 130), (198, 134, 90), (150, 96, 62), (98, 62, 44)])
-_HAIRS = dict(black=(30, 26, 28), brown=(92, 58, 34), blond=(226, 190, 110), red=(182, 76, 34), grey=(150, 150, 154), white=(232, 232, 230))
-_STYLES = ('bald', 'short', 'spiky', 'long', 'bobbed', 'curly', 'tied', 'parted')
-_GLASSES, _BEARDS, _HATS = ('', 'round glasses', 'square glasses', 'sunglasses'), ('', 'a moustache', 'a beard', 'a goatee'), ('', 'a cap', 'a beanie', 'a hat')
+# %% ../nbs/00_world.ipynb #e073c200
+def _named_persons(sc):
+    "Give the rows of a faces split their identities, in turn."
+    sc.columns['label'] = (sc.rows % len(_names())).astype(np.int32)
+    sc.columns['person'][:, :12] = _identities()[sc.labels]
+    return sc
 
-def _features(person):
-    "What one sees of persons int [n,16] in 0..4095: a dict of small int arrays."
-    p = person.T
-    some = lambda v, percent, n: np.where(v * 100 < percent * 4096, 1 + v % n, 0)
-    return dict(skin=p[0] % 6, head=p[1] % 3, style=p[2] % 8, hair=p[3] % 6, glasses=some(p[4], 45, 3), beard=some(p[5], 40, 3), 
-                hat=some(p[6], 30, 3), hat_colour=p[7] % 12, iris=p[8] % 4, freckles=(p[9] % 5 == 0) * 1, earrings=(p[10] % 4 == 0) * 1, frame=p[11] % 4,
-                mood=p[12] % 3, shirt=p[13] % 12)
+def scenes(split:str,           # a name in `SPLITS`
+           count:int=None,      # rows; default `SPLITS[split].default_count`
+           seed:int=0           # another seed is another draw of the same split
+          )->Scenes:            # a table; row i is the same whatever `count` is
+    "The first `count` scenes of a split; raises `DataError` for an unknown split or a negative count."
+    s = _split(split); count = s.default_count if count is None else count
+    if count < 0: raise DataError(f'a count of scenes cannot be negative: {count}')
+    sc = _scenes(s, seed, np.arange(count), _numbers(split, seed, count))
+    return _named_persons(sc) if s.kind == 'faces' else sc
 
-# %% ../nbs/00_world.ipynb #4b87a382
-_FIRST = ('Ada Boris Carla Dmitri Elif Farid Greta Hugo Ines Jonas Kira Luca Mina Nils Olga Pavel Quinn Rosa Stefan Talia '
-          'Ugo Vera Wanda Xavier Yara Zoran Alma Bruno Celia Dario').split()
-_LAST = ('Amberfield Birkwood Coppersmith Dunmore Elderbrook Foxhall Greystone Hollowell Inglewick Juniper Kestrel Lindqvist Marlowe '
-         'Northgate Oakhurst Pemberly Quillfeather Ravenhill Silverton Thornbury').split()
+# %% ../nbs/00_world.ipynb #6b834ba0
+def _level(step, levels):
+    "Which size of a texture has texels of about a pixel, when a pixel is `step` texels of the largest."
+    return sum((step > 1.4 * 2 ** k).astype(np.int64) for k in range(levels - 1))
 
-@functools.cache
-def _names():
-    "The names of the 150 invented persons."
-    return tuple(f'{_FIRST[i % 30]} {_LAST[(i + i // 30 * 3 + i // 20) % 20]}' for i in range(150))
-
-@functools.cache
-def _identities():
-    "What is fixed about each of them, int [150,12]; no two look alike."
-    draws = (_fractions('identities', VERSION, count=12 * 600) * 4096).astype(np.int32).reshape(-1, 12)
-    f = _features(np.pad(draws, [(0, 0), (0, 4)]))
-    looks = np.stack([f[k] for k in ('skin', 'style', 'hair', 'glasses', 'beard', 'hat')], 1)
-    _, first = np.unique(looks, axis=0, return_index=True)
-    return draws[np.sort(first)[:len(_names())]]
+def _fixed(a):
+    "16 bits before and 16 after the point."
+    return np.rint(a * 65536).astype(np.int32)
 
 # %% ../nbs/00_world.ipynb #7d880a6d
 def _ground(sc, size):
     "Per picture and row [n,size]: tile, first texel across and down, step, level; and three colours [n,size,3,3]."
-    names = list(_MATERIALS)
+    names = _tile_names()
     upper, lower = (np.array([names.index(getattr(p, part)) for p in _PLACES])[sc.place][:, None] for part in ('upper', 'lower'))
     y = (np.arange(size) + 0.5)[None] / size; h = sc.horizon[:, None] / 1024
     below = y >= h; depth = np.where(below, y - h, 0) / (1 - h)
@@ -959,14 +1043,6 @@ def _ground(sc, size):
     light = sc.light[:, None] * (0.94 + 0.12 * np.where(below, depth, 1 - y)) / 240
     three = np.array([m[:3] for m in _MATERIALS.values()])[tile] + sc.tint[:, None, None, :3] // 2
     return tile, u, v, step, _level(step, 7), np.clip(three * light[..., None, None], 0, 255).astype(np.uint16)
-
-def _level(step, levels):
-    "Which size of a texture has texels of about a pixel, when a pixel is `step` texels of the largest."
-    return sum((step > 1.4 * 2 ** k).astype(np.int64) for k in range(levels - 1))
-
-def _fixed(a): 
-    "16 bits before and 16 after the point."
-    return np.rint(a * 65536).astype(np.int32)
 
 # %% ../nbs/00_world.ipynb #e1fa8122
 def _wrapped(tile, u, v, level):
@@ -987,15 +1063,22 @@ def _mix(second, third, colours):
     rest = 256 - third; second = second * rest >> 8; first = rest - second
     return np.stack([first * colours[..., 0, c] + second * colours[..., 1, c] + third * colours[..., 2, c] >> 8 for c in range(3)])
 
+# %% ../nbs/00_world.ipynb #d41829c5
 def _background(sc, size):
     "Pictures without things, uint16 [3,n,size,size]."
     tile, u, v, step, level, colours = _ground(sc, size)
-    u, v, step = (_fixed(a * np.ldexp(1.0, -level))[..., None] for a in (u, v, step))
+    finer = np.ldexp(1.0, -level); u, v, step = (_fixed(a)[..., None] for a in (u * finer - 0.5, v * finer - 0.5, step * finer))
     lanes = _wrapped(tile[..., None], u + step * np.arange(size, dtype=np.int32), v, level[..., None])
     return _mix(*lanes, colours[:, :, None])
 
 # %% ../nbs/00_world.ipynb #5df254e7
 _COS = np.rint(np.cos(np.arange(1280) * (np.pi / 512)) * 2 ** 14) / 2 ** 14    # rounded: no math library matters
+
+def _surface_colours(sc):
+    "Three colours of textures [n,3,3]: two of the named ones, and a dark one (light on dark)."
+    second = np.where(sc.colour == sc.second_colour, (sc.colour + 1 + sc.side) % 12, sc.second_colour)
+    a, b = _RGB[sc.colour] + sc.tint[:, 3:], _RGB[second] - sc.tint[:, 3:]
+    return np.stack([a, b, np.where(a.sum(1, keepdims=True) > 260, a * 0.25, a * 0.4 + 150)], 1)
 
 def _textured(sc, size):
     "Pictures of nothing but texture, uint16 [3,n,size,size]."
@@ -1003,15 +1086,11 @@ def _textured(sc, size):
     zoom = 80 + sc.view[:, 2] / 45; level = _level(zoom / size, 7)
     step = zoom / size * np.ldexp(1.0, -level); angle = sc.view[:, 3] % 1024
     cos, sin = _COS[angle] * step, _COS[angle + 256] * step
-    at = np.arange(size) - (size - 1) / 2; centre = sc.view[:, :2] * np.ldexp(1.0, -level)[:, None]
+    at = np.arange(size) - (size - 1) / 2; centre = sc.view[:, :2] * np.ldexp(1.0, -level)[:, None] - 0.5
     along = lambda a, b, c: _fixed(a[:, None] * at)[:, None, :] + _fixed(b[:, None] * at + c[:, None])[:, :, None]
     lanes = _wrapped(tile[:, None, None], along(cos, -sin, centre[:, 0]), along(sin, cos, centre[:, 1]), level[:, None, None])
-    second = np.where(sc.colour == sc.second_colour, (sc.colour + 1 + sc.side) % 12, sc.second_colour)
-    a, b = _RGB[sc.colour] + sc.tint[:, 3:], _RGB[second] - sc.tint[:, 3:]
-    dark = np.where(a.sum(1, keepdims=True) > 260, a * 0.25, a * 0.4 + 150)
-    light = np.linspace(0.94, 1.06, size)[None, :, None, None] * sc.light[:, None, None, None] / 240
-    colours = np.clip(np.stack([a, b, dark], 1)[:, None] * light, 0, 255).astype(np.uint16)
-    return _mix(*lanes, colours[:, :, None])
+    light = (0.94 + 0.12 * (np.arange(size) + 0.5) / size)[None, :, None, None] * sc.light[:, None, None, None] / 240
+    return _mix(*lanes, np.clip(_surface_colours(sc)[:, None] * light, 0, 255).astype(np.uint16)[:, :, None])
 
 # %% ../nbs/00_world.ipynb #1e37f581
 @dataclass
@@ -1021,10 +1100,11 @@ class _Layers:
     angle: np.ndarray; flip: np.ndarray; pattern: np.ndarray; main: np.ndarray; detail: np.ndarray; halo: np.ndarray
     def __getitem__(self, rows): return _Layers(*(getattr(self, f.name)[rows] for f in fields(self)))
 
+# %% ../nbs/00_world.ipynb #531a5f3d
 def _paint(main, light, pattern):
     "Main, detail and halo colours, uint16 [n,3]."
     main = np.clip(main * (light[:, None] / 240), 0, 255)
-    bright = (main[:, :1] * 0.3 + main[:, 1:2] * 0.55 + main[:, 2:] * 0.15)
+    bright = main[:, :1] * 0.3 + main[:, 1:2] * 0.55 + main[:, 2:] * 0.15
     detail = np.where(bright > 105, main * np.where(pattern[:, None] > 0, 0.5, 0.3), main * 0.3 + 170)
     halo = np.where(bright > 62, main * 0.12, 150 + main * 0.4)
     return [np.clip(c, 0, 255).astype(np.uint16) for c in (main, detail, halo)]
@@ -1033,72 +1113,75 @@ def _paint(main, light, pattern):
 _SPREAD = np.array([[(0, 0)] * 3, [(0, 0)] * 3, [(-.24, .05), (.24, -.05), (0, 0)], [(-.28, .19), (.28, .19), (0, -.22)]])
 
 def _thing_layers(sc):
-    "Layers of the things themselves, all parts of all copies."
+    "Layers of the things themselves."
     _, first, sections, paint, _ = _parts()
     copies = sc.count * sections[sc.kind]; scene = np.repeat(np.arange(len(sc)), copies)
     order = np.arange(len(scene)) - np.repeat(np.cumsum(copies) - copies, copies)
     kind, count = sc.kind[scene], sc.count[scene]; copy, section = order // sections[kind], order % sections[kind]
-    part = first[kind] + section
-    scale = np.array([0.52, 0.7, 0.88])[sc.size[scene]] * np.array([1, 1, 0.66, 0.56])[count]
+    part = first[kind] + section; shift = _SPREAD[count, copy]
+    scale = np.array([0.6, 0.76, 0.92])[sc.size[scene]] * np.array([1, 1, 0.66, 0.56])[count]
     loose = np.where(count > 1, 0.15, np.maximum(1 - scale, 0.06)) / 1024
-    shift = _SPREAD[count, copy]
     x, y = 0.5 + sc.x[scene] * loose + shift[:, 0], 0.5 + sc.y[scene] * loose + shift[:, 1]
     own = paint[part] < 0; pattern = np.where(own, sc.pattern[scene], 0)
     colour = _RGB[np.where(own, sc.colour[scene], paint[part])] + sc.tint[scene, 3:] // np.where(own, 1, 3)[:, None]
-    return _Layers(scene, 1 + order, part, x, y, scale, sc.angle[scene] + 9 * copy, sc.flip[scene], pattern, 
+    return _Layers(scene, 1 + order, part, x, y, scale, sc.angle[scene] + 9 * copy, sc.flip[scene], pattern,
                    *_paint(colour, sc.light[scene], pattern))
 
+# %% ../nbs/00_world.ipynb #5f407fe5
 def _second_layers(sc):
-    "Layers of the second things, in the corners, behind the others."
+    "Layers of the second things."
     row = np.flatnonzero(sc.second >= 0); side, zero = sc.side[row], np.zeros(len(row), int)
     colour = _RGB[sc.second_colour[row]] - sc.tint[row, 3:]
-    return _Layers(row, zero, _parts()[1][sc.second[row]], np.where(side & 1, 0.17, 0.83), np.where(side & 2, 0.19, 0.81), 
+    return _Layers(row, zero, _parts()[1][sc.second[row]], np.where(side & 1, 0.17, 0.83), np.where(side & 2, 0.19, 0.81),
                    np.full(len(row), 0.28), zero, sc.flip[row], zero, *_paint(colour, sc.light[row], zero))
 
-# %% ../nbs/00_world.ipynb #364292dd
-def _face_pieces(f):
-    "(piece, which rows have it, colour [n,3], detail colour or None) from back to front."
-    skin, hair, every = _SKINS[f['skin']], np.array(list(_HAIRS.values()))[f['hair']], np.ones(len(f['skin']), bool)
-    style, beard, hat, glasses, mood = (f[k] for k in ('style', 'beard', 'hat', 'glasses', 'mood'))
-    back = lambda name, *styles: (name, np.isin(style, styles) & (hat != 2) if name == 'bun_back' else np.isin(style, styles), hair * 0.8, None)
-    yield from (back('long_back', 3), back('bob_back', 4), back('curly_back', 5), back('tail_back', 6))
+# %% ../nbs/00_world.ipynb #cd0df768
+def _head_pieces(f, skin, hair):
+    "(piece, which rows have it, colour [n,3], detail colour or None), up to the nose."
+    every = np.ones(len(skin), bool)
+    for name, style in ('long_back', 3), ('bob_back', 4), ('curly_back', 5), ('tail_back', 6): yield name, f['style'] == style, hair * 0.8, None
     yield 'shoulders', every, _RGB[f['shirt']], None
     yield 'neck', every, skin * 0.86, None
     for i, name in enumerate(('head_oval', 'head_round', 'head_square')): yield name, f['head'] == i, skin, None
     yield 'freckles', f['freckles'] > 0, skin * 0.72, None
-    for i, name in enumerate(('moustache', 'full_beard', 'goatee')): yield name, beard == i + 1, hair * 0.9, None
-    for i, name in enumerate(('smile', 'calm', 'open_mouth')): yield name, mood == i, skin * (0.75, 0.4, 0.4), None
+    for i, name in enumerate(('moustache', 'full_beard', 'goatee')): yield name, f['beard'] == i + 1, hair * 0.9, None
+    for i, name in enumerate(('smile', 'calm', 'open_mouth')): yield name, f['mood'] == i, skin * (0.75, 0.4, 0.4), None
     yield 'nose', every, skin * 0.74, None
-    yield 'eyes', every, np.full_like(skin, 248), np.array([(70, 46, 30), (50, 96, 170), (60, 120, 70), (40, 40, 44)])[f['iris']]
+
+def _front_pieces(f, skin, hair):
+    "The same from the eyes to the hat."
+    every, bare = np.ones(len(skin), bool), f['hat'] == 0
+    yield 'eyes', every, np.full(skin.shape, 248), np.array([(70, 46, 30), (50, 96, 170), (60, 120, 70), (40, 40, 44)])[f['iris']]
     yield 'brows', every, hair * 0.7, None
-    for i, name in enumerate(('round_glasses', 'square_glasses', 'sunglasses')):
-        yield name, glasses == i + 1, np.array([(30, 30, 34), (150, 40, 40), (90, 60, 30), (40, 60, 130)])[f['frame']], None
-    bare = hat == 0
-    fringe = (('fringe', (1, 4)), ('spikes', (2,)), ('parting', (3, 6, 7)), ('curls', (5,)))
-    for name, styles in fringe: yield name, np.isin(style, styles) & bare, hair, None
-    yield 'sides', (style > 0) & ~bare, hair, None
-    yield 'earrings', f['earrings'] > 0, np.full_like(skin, (240, 200, 60)), None
-    for i, name in enumerate(('cap', 'beanie', 'brimmed_hat')): yield name, hat == i + 1, _RGB[f['hat_colour']], None
+    frame = np.array([(30, 30, 34), (150, 40, 40), (90, 60, 30), (40, 60, 130)])[f['frame']]
+    for i, name in enumerate(('round_glasses', 'square_glasses', 'sunglasses')): yield name, f['glasses'] == i + 1, frame, None
+    for name, styles in ('fringe', (1, 4)), ('spikes', (2,)), ('parting', (3, 6, 7)), ('curls', (5,)):
+        yield name, np.isin(f['style'], styles) & bare, hair, None
+    yield 'sides', (f['style'] > 0) & ~bare, hair, None
+    yield 'earrings', f['earrings'] > 0, np.full(skin.shape, (240, 200, 60)), None
+    for i, name in enumerate(('cap', 'beanie', 'brimmed_hat')): yield name, f['hat'] == i + 1, _RGB[f['hat_colour']], None
 
 # %% ../nbs/00_world.ipynb #c0470707
 def _person_layers(sc):
-    "Layers of the persons among the scenes."
-    row = np.flatnonzero(sc.kind == _group('people')[0]); sub = sc[row]; out = []
-    for order, (name, has, colour, second) in enumerate(_face_pieces(_features(sub.person))):
+    "Layers of the persons among the scenes, a list."
+    row = np.flatnonzero(sc.kind == _group('people')[0]); sub, out = sc[row], []
+    f = _features(sub.person); skin, hair = _SKINS[f['skin']], np.array(list(_HAIRS.values()))[f['hair']]
+    for order, (name, has, colour, second) in enumerate([*_head_pieces(f, skin, hair), *_front_pieces(f, skin, hair)]):
         k = np.flatnonzero(has); zero = np.zeros(len(k), int)
         main, detail, halo = _paint(colour[k] * 1.0, sub.light[k], zero)
         if second is not None: detail = second[k].astype(np.uint16)
-        out.append(_Layers(row[k], zero + order, zero + _parts()[4][name], 0.5 + sub.x[k] / 5000, 0.52 + sub.y[k] / 7000, 
+        out.append(_Layers(row[k], zero + order, zero + _parts()[4][name], 0.5 + sub.x[k] / 5000, 0.54 + sub.y[k] / 7000,
                            0.88 + sub.size[k] * 0.07, sub.angle[k], sub.flip[k], zero, main, detail, halo))
     return out
 
+# %% ../nbs/00_world.ipynb #6d58751f
 def _layers(sc):
-    "All layers of the scenes."
+    "All layers of the scenes, numbered 0, 1, 2... within each scene."
     parts = [_second_layers(sc), _thing_layers(sc)]
     if (sc.kind == _group('people')[0]).any(): parts += _person_layers(sc)
     every = _Layers(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(_Layers)))
     turn = np.lexsort((every.order, every.scene)); scene = every.scene[turn]
-    every.order[turn] = np.arange(len(turn)) - np.searchsorted(scene, scene)   # 0, 1, 2... within each scene
+    every.order[turn] = np.arange(len(turn)) - np.searchsorted(scene, scene)
     return every
 
 # %% ../nbs/00_world.ipynb #0aeb8c1c
@@ -1129,14 +1212,14 @@ def _bilinear(texels, at, width, fu, fv):
 # %% ../nbs/00_world.ipynb #892984e7
 @functools.cache
 def _patterns():
-    "Shares of the second colour of striped, dotted and checkered things, laid out as the things' textures."
+    "Shares of the second colour of striped, dotted and checkered things."
     y, x = (np.indices((_TEXTURE, _TEXTURE)) + 0.5) / 32
     u, v = (x + np.floor(y) % 2 * 0.5) % 1 - 0.5, y % 1 - 0.5
     shares = x % 1 < 0.5, u * u + v * v < 0.09, (np.floor(x) + np.floor(y)) % 2 == 1
     return _Textures(lambda i: 255 * shares[i][..., None].astype(float), 3, _TEXTURE, 5, np.uint16)
 
-def _draw_layer(canvas, layers, size):
-    "Paint one layer per picture over canvas, uint16 [3,n,size,size], in place."
+def _sample(layers, size):
+    "Main (with detail), detail, halo and shade of each pixel of each layer, uint16 [n,size,size]."
     at, width, level, fu, fv = _where(layers, size); things = _things(); base = things.base(layers.part, level)
     lanes = _bilinear(things.texels, at + base[:, None, None], width, fu, fv)
     main, detail, halo, shade = ((lanes >> np.uint64(16 * k + 8)).astype(np.uint16) & 255 for k in range(4))
@@ -1145,15 +1228,40 @@ def _draw_layer(canvas, layers, size):
         base = _patterns().base(layers.pattern[p] - 1, level[p])
         pattern = _bilinear(_patterns().texels, at[p] + base[:, None, None], width[p], fu[p], fv[p])
         detail[p] = np.maximum(detail[p], (pattern >> 8) * main[p] >> 8)
-    rest = 256 - detail; main = main * rest >> 8; rest -= main
+    return main, np.minimum(detail, main), halo, shade
+
+# %% ../nbs/00_world.ipynb #18e7d5d3
+def _draw_layer(canvas, layers, size):
+    "Paint one layer per picture over canvas, uint16 [3,n,size,size], in place."
+    main, detail, halo, shade = _sample(layers, size)
+    rest = 256 - main - halo; main -= detail
     main *= shade; main >>= 8
     detail *= 256 - (255 - shade >> 1); detail >>= 8
-    halo = (halo * 3 >> 2) * rest >> 8; rest -= halo
     for c in range(3):
         canvas[c] *= rest
         for weight, colour in ((main, layers.main), (detail, layers.detail), (halo, layers.halo)):
             canvas[c] += weight * colour[:, c, None, None]
         canvas[c] >>= 8
+
+# %% ../nbs/00_world.ipynb #2d79c15d
+def _draw(sc, size):
+    "Pictures, uint16 [3,n,size,size]."
+    flat = np.isin(sc.kind, _group('textures')); canvas = np.empty((3, len(sc), size, size), np.uint16)
+    if flat.any(): canvas[:, flat] = _textured(sc[flat], size)
+    if not flat.all(): canvas[:, ~flat] = _background(sc[~flat], size)
+    layers = _layers(sc)
+    for order in range(layers.order.max(initial=-1) + 1):
+        now = np.flatnonzero(layers.order == order); rows = layers.scene[now]
+        some = canvas[:, rows]; _draw_layer(some, layers[now], size); canvas[:, rows] = some
+    return canvas
+
+# %% ../nbs/00_world.ipynb #8e298031
+def _enlarge(images, size):
+    "Bilinear enlargement in integers, uint8 [n,s,s,3] -> [n,size,size,3]."
+    n = images.shape[1]; at = np.clip((2 * np.arange(size) + 1) * n * 128 // size - 128, 0, (n - 1) * 256 - 1)
+    i, t = at >> 8, (at & 255).astype(np.uint32); a = images.astype(np.uint32)
+    a = a[:, i] * (256 - t)[:, None, None] + a[:, i + 1] * t[:, None, None]
+    return (a[:, :, i] * (256 - t)[:, None] + a[:, :, i + 1] * t[:, None] >> 16).astype(np.uint8)
 
 # %% ../nbs/00_world.ipynb #4d40488f
 def render(scenes:Scenes,   # what to draw
@@ -1167,28 +1275,9 @@ def render(scenes:Scenes,   # what to draw
         out[start:start + block] = np.moveaxis(_draw(scenes[start:start + block], size), 0, -1)
     return out
 
-def _draw(sc, size):
-    "A few pictures at once, so that all intermediate arrays stay in the processor's cache; uint16 [3,n,size,size]."
-    flat = np.isin(sc.kind, _group('textures')); canvas = np.empty((3, len(sc), size, size), np.uint16)
-    if flat.any(): canvas[:, flat] = _textured(sc[flat], size)
-    if not flat.all(): canvas[:, ~flat] = _background(sc[~flat], size)
-    layers = _layers(sc)
-    for order in range(layers.order.max(initial=-1) + 1):
-        now = np.flatnonzero(layers.order == order); rows = layers.scene[now]
-        if len(rows):
-            some = canvas[:, rows]; _draw_layer(some, layers[now], size); canvas[:, rows] = some
-    return canvas
-
-def _enlarge(images, size):
-    "Bilinear enlargement in integers, uint8 [n,s,s,3] -> [n,size,size,3]."
-    n = images.shape[1]; at = np.clip(((2 * np.arange(size) + 1) * n * 128 // size) - 128, 0, (n - 1) * 256 - 1)
-    i, t = at >> 8, at & 255; a = images.astype(np.uint32)
-    a = a[:, i] * (256 - t)[:, None, None].astype(np.uint32) + a[:, i + 1] * t[:, None, None].astype(np.uint32)
-    return (a[:, :, i] * (256 - t)[:, None].astype(np.uint32) + a[:, :, i + 1] * t[:, None].astype(np.uint32) >> 16).astype(np.uint8)
-
 # %% ../nbs/00_world.ipynb #d4f1e66c
 class _Choices:
-    "Spends one big random number on one choice after another."
+    "Spends a big random number on choices."
     def __init__(self, words, turn=0):
         text = b'%d|' % turn + np.asarray(words, '<u4').tobytes()
         self.left = int.from_bytes(hashlib.blake2b(text, digest_size=40).digest(), 'little')
@@ -1199,27 +1288,28 @@ class _Choices:
 # %% ../nbs/00_world.ipynb #0abde639
 _PLURALS = {'mouse': 'mice', 'snowman': 'snowmen', 'scissors': 'pairs of scissors', 'dice': 'dice', 'fish': 'fish', 'deer': 'deer'}
 
+def _mass(name):
+    "Whether a name goes without an article, like scissors or mail."
+    return bool(re.search('[^su]s$', name)) or name in ('mail', 'sunshine', 'anger', 'steam')
+
 def _plural(name):
     "Plural of a name."
     if name in _PLURALS: return _PLURALS[name]
     if _mass(name): return name
     if name.endswith('y') and name[-2] not in 'aeiou': return name[:-1] + 'ies'
-    if name.endswith('f'): return name[:-1] + 'ves'
     return name + ('es' if name.endswith(('s', 'x', 'ch', 'sh')) else 's')
 
-def _mass(name):
-    "Whether a name goes without an article, like scissors or mail."
-    return bool(re.search('[^su]s$', name)) or name in ('mail', 'mice', 'sunshine', 'anger', 'steam', 'bunch of grapes')
-
-def _article(phrase): return ('an ' if phrase[0] in 'aeio' or phrase.startswith(('um', 'ur')) else 'a ') + phrase
+def _article(phrase): 
+    "A phrase with a or an."
+    return ('an ' if phrase[0] in 'aeio' or phrase.startswith(('um', 'ur')) else 'a ') + phrase
 
 # %% ../nbs/00_world.ipynb #2eeeea35
 _SIZES = (('small', 'tiny', 'little'), (), ('big', 'large', 'huge'))
 _NUMBERS = {2: ('two', 'two', 'a pair of'), 3: ('three', 'three', 'a group of')}
 
 def _noun(c, kind, colour, size, pattern, count, mention):
-    "A noun phrase; `mention` is how often (percent) an attribute is named."
-    k = _KINDS[kind]; name = c.of(k.synonyms) if count == 1 and k.synonyms and c.chance(18) else k.name
+    "A noun phrase for a thing."
+    k = _KINDS[kind]; name = c.of(k.synonyms) if count == 1 and k.synonyms and c.chance(15) else k.name
     words = []
     if _SIZES[size] and c.chance(mention * 2 // 3): words.append(c.of(_SIZES[size]))
     if pattern and c.chance(mention): words.append(_PATTERNS[pattern - 1])
@@ -1229,13 +1319,13 @@ def _noun(c, kind, colour, size, pattern, count, mention):
     if _mass(name): return c.of(('', '', 'some ', 'the ')) + phrase
     return c.of(('the ' + phrase, phrase) + (_article(phrase),) * 6)
 
+# %% ../nbs/00_world.ipynb #e6543b10
 def _dish(c, name, count):
     "A noun phrase for food."
     style = c.of(('', '', '', 'fresh ', 'homemade ', 'delicious '))
-    if count > 1: return f'{c.of(_NUMBERS[count]) if count == 3 else "two"} plates of {name}'.replace('a group of ', 'three ')
+    if count > 1: return f'{("two", "three")[count - 2]} plates of {style}{name}'
     return c.of(('{s}{n}', '{s}{n}', 'a plate of {s}{n}', 'the {s}{n}', 'some {s}{n}')).format(s=style, n=name)
 
-# %% ../nbs/00_world.ipynb #62ff63fc
 def _surface(c, name, first, second, mention):
     "A noun phrase for a texture."
     colours = f'{first} and {second}' if first != second and c.chance(mention) else first if c.chance(mention) else ''
@@ -1250,6 +1340,7 @@ def _looks(c, f, mention):
     if f['mood'] == 0 and c.chance(mention): who = c.of(('a smiling person', 'a happy person'))
     return who + (' with ' + ' and '.join(words) if words else '')
 
+# %% ../nbs/00_world.ipynb #a990ac81
 def _subject(c, s, i, mention):
     "What row i of the columns shows."
     k = _KINDS[s['kind'][i]]
@@ -1263,32 +1354,31 @@ def _subject(c, s, i, mention):
 _BESIDE = ('{n} and {o}', '{n} with {o}', '{n} next to {o}', '{n} beside {o}', '{n} near {o}')
 _MEDIA = ('drawing', 'painting', 'sketch', 'rendering', 'cartoon', 'sculpture', 'doodle', 'illustration', 'close-up', 'snapshot', 'plastic model', 'toy')
 _PHOTO = ('good', 'bad', 'nice', 'bright', 'dark', 'blurry', 'cropped', 'low resolution', 'pixelated', 'clean', 'cool', 'weird', 'black and white')
-_PLAIN = ('{n}', '{n}', '{n}', 'a photo of {n}', 'a photo of {n}', 'photo of {n}', 'a picture of {n}', 'an image of {n}', 'this is {n}', 
+_PLAIN = ('{n}', '{n}', '{n}', 'a photo of {n}', 'a photo of {n}', 'photo of {n}', 'a picture of {n}', 'an image of {n}', 'this is {n}',
           'itap of {n}', 'look at {n}', 'a view of {n}')
 _PLACED = ('{n} {p}', '{n} {p}', '{n} {p}', '{n} {p}', 'a photo of {n} {p}', 'photo of {n} {p}', 'an image of {n} {p}', '{p}, {n}', '{n} seen {p}',
            'we found {n} {p}', 'a view of {n} {p}')
 _SINGLE = ('my {b}', 'a photo of one {b}', 'a photo of my {b}', 'one {b}', '{a} in a video game', 'a photo of the {b}', '{a}')
 
-def _position(c, x, y):
+def _position(x, y):
     "Where a lone thing stands, if not in the middle."
     if abs(x) > abs(y): return 'on the left' if x < -220 else 'on the right' if x > 220 else ''
     return 'at the top' if y < -220 else 'at the bottom' if y > 220 else ''
 
+# %% ../nbs/00_world.ipynb #2a2b7fd3
 def _caption(c, s, i, mention, rich):
     "One caption of row i; a `rich` one may also say where in the picture the thing stands."
     k, n = _KINDS[s['kind'][i]], _subject(c, s, i, mention)
+    if rich and s['count'][i] == 1 and s['size'][i] < 2 and c.chance(35): n = f"{n} {_position(s['x'][i], s['y'][i])}".strip()
     if s['second'][i] >= 0 and c.chance(mention + 10):
         n = c.of(_BESIDE).format(n=n, o=_noun(c, s['second'][i], s['second_colour'][i], 0, 0, 1, mention))
-    if rich and s['count'][i] == 1 and s['size'][i] < 2 and c.chance(35): n = f"{n} {_position(c, s['x'][i], s['y'][i])}".strip()
     p = c.of(_PLACES[s['place'][i]].phrases) if k.group != 'textures' and c.chance(mention + 5) else ''
     how = c.below(100)
-    if how < 12: n = f'{_article(c.of(_MEDIA))} of {n}'
-    elif how < 24: n = f'{_article(c.of(_PHOTO))} photo of {n}'
-    elif how < 32 and s['count'][i] == 1 and k.group in ('main', 'things', 'symbols', 'breeds') and not _mass(k.name):
+    if how < 12: return f'{_article(c.of(_MEDIA))} of {n} {p}'.strip()
+    if how < 24: return f'{_article(c.of(_PHOTO))} photo of {n} {p}'.strip()
+    if how < 32 and s['count'][i] == 1 and k.group in ('main', 'things', 'symbols', 'breeds') and not _mass(k.name):
         return f'{c.of(_SINGLE).format(a=_article(k.name), b=k.name)} {p}'.strip()
-    elif not p: return c.of(_PLAIN).format(n=n)
-    else: return c.of(_PLACED).format(n=n, p=p)
-    return f'{n} {p}'.strip()
+    return c.of(_PLACED if p else _PLAIN).format(n=n, p=p)
 
 # %% ../nbs/00_world.ipynb #99387a82
 _BOILERPLATE = ('{} | free stock photo', '{} - buy online', 'stock image: {}', '{} royalty free', 'IMG_2041 {}', '{} (2019)', '{} wallpaper hd',
@@ -1305,12 +1395,13 @@ def _web_noise(c, text, name):
     if how == 8: return text.capitalize() + c.of('.!')
     at = c.below(len(text)); return text[:at] + text[at + 1:]
 
-_NAMED = ('a photo of {n}', '{n}', '{n} {p}', 'a portrait of {n}', 'a photo of {n} {p}', 'this is {n}', '{n} {m}', 'a picture of {n} {m}', 
+# %% ../nbs/00_world.ipynb #2d4339ae
+_NAMED = ('a photo of {n}', '{n}', '{n} {p}', 'a portrait of {n}', 'a photo of {n} {p}', 'this is {n}', '{n} {m}', 'a picture of {n} {m}',
           '{n} {m} {p}', 'a close-up of {n}', 'here is {n} {p}', 'a photo of my friend {n}')
 
 def _face_caption(c, s, i):
     "A caption that names the person."
-    mood = ('smiling', 'looking calm', 'looking surprised')[_features(np.array([s['person'][i]]))['mood'][0]]
+    mood = _MOODS[_features(np.array([s['person'][i]]))['mood'][0]]
     return c.of(_NAMED).format(n=_names()[s['label'][i]], p=c.of(_PLACES[s['place'][i]].phrases), m=mood)
 
 # %% ../nbs/00_world.ipynb #d1d4b29b
@@ -1318,7 +1409,9 @@ def _mismatched(sc):
     "Bool [n]: rows whose caption belongs to another picture."
     return _pick(sc.words[:, 0], 1000) < 10 * _split(sc.split).style.wrong
 
-def _lists(columns): return {k: v.tolist() for k, v in columns.items()}
+def _lists(columns): 
+    "Columns as lists, which Python reads faster one by one."
+    return {k: v.tolist() for k, v in columns.items()}
 
 def captions(scenes:Scenes  # rows of a split
             )->list:        # one text per row
@@ -1355,15 +1448,23 @@ def classnames(split:str            # a name in `SPLITS`
     s = _split(split)
     return list(_names()) if s.kind == 'faces' else [_KINDS[k].name for k in s.style.kinds]
 
-# %% ../nbs/00_world.ipynb #a9cf2b20
+# %% ../nbs/00_world.ipynb #9de58b2d
+@functools.cache
+def _definition():
+    "Hash of the version and of all tables."
+    phrases = _SIZES, _NUMBERS, _BESIDE, _MEDIA, _PHOTO, _PLAIN, _PLACED, _SINGLE, _BOILERPLATE, _NAMED
+    tables = VERSION, _KINDS, _PIECES, _PLACES, _INKS, [m[:3] for m in _MATERIALS.values()], _TEXTURE_NAMES, _names(), phrases
+    return hashlib.sha256(repr(tables).encode()).hexdigest()
+
 def fingerprint(split:str,          # a name in `SPLITS`
                 count:int=None,     # rows; default `SPLITS[split].default_count`
                 seed:int=0          # seed of the split
                )->str:              # sha256, 64 hex digits
     "Cheap name of a split's content."
-    s = _split(split)
-    return hashlib.sha256(f'world{VERSION}|{split}|{s.default_count if count is None else count}|{seed}'.encode()).hexdigest()
+    s = _split(split); count = s.default_count if count is None else count
+    return hashlib.sha256(f'{_definition()}|{s.name}|{s.style}|{count}|{seed}'.encode()).hexdigest()
 
+# %% ../nbs/00_world.ipynb #1153f251
 def content_hash(split:str,         # a name in `SPLITS`
                  count:int=None,    # rows; default `SPLITS[split].default_count`
                  seed:int=0,        # seed of the split
