@@ -884,7 +884,7 @@ _LABELLED = dict(
 
 # %% ../nbs/00_world.ipynb #31a64419
 _WEB = Style(**_mixture(main=780, things=105, symbols=30, dishes=30, breeds=20, textures=30, people=5), wrong=5, noisy=22)
-_FACES = Style(_group('people'), tilt=15, second=0, several=0, pattern=0, balanced=True)
+_FACES = Style(_group('people'), places=_at('sunset night meadow beach winter wall street forest studio'), tilt=15, second=0, several=0, pattern=0, balanced=True)
 
 def _all_splits():
     for name, count in (('pretrain', 60_000), ('train', 10_000), ('validation', 1_000)): yield Split(name, 'pairs', count, style=_WEB)
