@@ -84,13 +84,13 @@ def build_clip(
     """
     oc = import_open_clip()
     config = model_config(name)
+    tag = _public_tag(oc, name, pretrained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name in mini_models(): model = oc.CLIP(**config)
-        else: model = oc.create_model(name, pretrained=_public_tag(oc, name, pretrained), precision="fp32")
+        model = oc.CLIP(**config) if name in mini_models() else oc.create_model(name, pretrained=tag, precision="fp32")
     size = config["vision_cfg"].get("image_size", 224)
     clip = Clip(model, _tokenizer(oc, name, config), size, oc.OPENAI_DATASET_MEAN, oc.OPENAI_DATASET_STD, name)
-    if pretrained and Path(str(pretrained)).suffix: load_weights(clip, pretrained)
+    if pretrained and not tag: load_weights(clip, pretrained)
     clip.model = clip.model.to(device).eval()
     return clip
 
@@ -98,8 +98,9 @@ def _public_tag(oc, name, pretrained):
     "`pretrained` if it is a tag of open_clip, None if it is nothing or a file; else SettingsError."
     if not pretrained or Path(str(pretrained)).suffix: return None
     tags = oc.list_pretrained_tags_by_model(name)
-    if pretrained not in tags: raise SettingsError(f"unknown weights {pretrained!r} for {name}: open_clip has {', '.join(tags) or 'none'}, or give the path of a .safetensors file")
-    return pretrained
+    if pretrained in tags: return pretrained
+    if Path(str(pretrained)).is_file(): return None
+    raise SettingsError(f"unknown weights {pretrained!r} for {name}: open_clip has {', '.join(tags) or 'none'}, or give the path of a .safetensors file")
 
 def _tokenizer(oc, name, config):
     "CLIP's own byte-pair tokenizer at the model's context length, or what open_clip says for other text towers."
@@ -121,7 +122,7 @@ def read_tensors(path: Path # a `.safetensors` file or a torch file that holds t
     ) -> dict:
     "Tensors of a checkpoint by name. Raises DataError when the file is missing, damaged, or a pickle that wants to run code."
     path = Path(path)
-    if not path.is_file(): raise DataError(f"no checkpoint at {path}: check the path")
+    if not path.is_file(): raise DataError(f"no checkpoint at {path.absolute()}: check the path")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .clip import Clip, encode_text, info_nce, to_pixels, tokenize
-from .errors import SettingsError, TrainingError
+from .errors import SettingsError, TrainingError, UserError
 
 # %% ../nbs/03_training.ipynb #be13c79f
 @dataclass(frozen=True)
@@ -113,7 +113,9 @@ class _LazyBatches(torch.utils.data.Dataset):
     "Batches of an epoch as the items of a data set, so that loader processes read whole batches."
     def __init__(self, data, batches): self.data, self.batches = data, batches
     def __len__(self): return len(self.batches)
-    def __getitem__(self, i): return read_batch(self.data, self.batches[i], "cpu", i)
+    def __getitem__(self, i):
+        try: return read_batch(self.data, self.batches[i], "cpu", i)
+        except UserError as error: return error   # raised in a loader process, its line would drown in a traceback
 
 def iterate(data: TrainingSet, # the pairs
             batches: torch.Tensor, # int64 [steps, b]
@@ -128,6 +130,7 @@ def iterate(data: TrainingSet, # the pairs
     workers = max((os.cpu_count() or 1) - 1, 1) if workers is None else workers
     pin = torch.device(device).type == "cuda"
     for b in torch.utils.data.DataLoader(_LazyBatches(data, batches), batch_size=None, num_workers=workers, pin_memory=pin):
+        if isinstance(b, UserError): raise b
         yield Batch(b.images.to(device, non_blocking=True), b.tokens.to(device, non_blocking=True), b.rows, first_step + b.step)
 
 # %% ../nbs/03_training.ipynb #fba5508a
@@ -244,7 +247,7 @@ def train(
     """Train a CLIP with AdamW and return the history.
 
     Continues from `checkpoint` to the same weights as an undisturbed run on the same machine.
-    Raises TrainingError when the loss is not a finite number, and SettingsError for mixed precision without a GPU.
+    Raises TrainingError when the loss or a weight is not a finite number, and SettingsError for mixed precision without a GPU.
     """
     state = _start(clip, data, recipe)
     if checkpoint: load_checkpoint(state, checkpoint)
@@ -289,14 +292,14 @@ def _train_epoch(state, data, loss, callbacks, progress):
         if progress and (state.step % 10 == 0 or state.step == total): progress(state.step, total, "steps", f"epoch {state.epoch + 1}/{recipe.epochs}")
         if state.stop: break
     _check_finite(losses, state)
+    _check_finite([p.detach().abs().max().float() for p in state.clip.model.parameters()], state, "a weight")   # the last update has no loss after it
     state.epoch += 1
     state.history.append(dict(epoch=state.epoch, step=state.step, loss=torch.stack(losses).mean().item(),
                               logit_scale=state.clip.model.logit_scale.exp().item(), seconds=time.perf_counter() - started))
 
-def _check_finite(losses, state):
-    values = torch.stack(losses)
-    if not torch.isfinite(values).all():
-        raise TrainingError(f"the loss is not a number at step {state.step} (epoch {state.epoch + 1}): lower the learning rate "
+def _check_finite(values, state, what="the loss"):
+    if not torch.isfinite(torch.stack(values)).all():
+        raise TrainingError(f"{what} is not a number at step {state.step} (epoch {state.epoch + 1}): lower the learning rate "
                             f"({state.recipe.learning_rate:g}) or look for damaged images")
 
 # %% ../nbs/03_training.ipynb #1e37180f
