@@ -420,20 +420,21 @@ def run_notebooks(
     if not chosen: raise SettingsError(f'no notebook 1x_<paper>.ipynb in {notebooks_folder(notebooks)}')
     lab = Lab(profile, device, runs, roles=roles, seeds=seeds, settings=overrides)
     jobs = _processes(jobs, lab.device)
-    standard = {'profile': profile, 'device': device, 'jobs': jobs, 'seeds': seeds, 'roles': dict(roles or {}), 'overrides': dict(overrides or {}), 'runs': _from(notebooks_folder(notebooks), runs)}
-    values = _checked(chosen, standard, dict(parameters or {}))
-    for role in roles or {}: lab.role(role)
+    nbs, sources = notebooks_folder(notebooks), {role: lab.role(role).source for role in roles or {}}
+    standard = {'profile': profile, 'device': device, 'jobs': jobs, 'seeds': seeds, 'roles': {role: _from(nbs, s) if os.path.isabs(s) else s for role, s in sources.items()},
+                'overrides': dict(overrides or {}), 'runs': _from(nbs, runs)}
+    values, typed = _checked(chosen, standard, dict(parameters or {})), {**standard, 'roles': dict(roles or {})}
     progress, done = progress or Progress(runs, profile, jobs), []
     for i, (name, path) in enumerate(chosen.items(), 1):
         progress.say(f'[{i}/{len(chosen)}] {name}')
-        done.append(_run_one(name, path, values[name], run_key(path, values[name], lab), _command(name, standard, parameters or {}), folder, force, progress))
+        done.append(_run_one(name, path, values[name], run_key(path, values[name], lab), _command(name, typed, parameters or {}), folder, force, progress))
         report.write_report(folder)
         progress.say(f'[{i}/{len(chosen)}] {name}: {_told(done[-1])}')
     return _no_failure(done)
 
 # %% ../nbs/20_batch.ipynb #0f91ff52
 def _from(nbs, runs):
-    "`runs` as the kernel sees it from the notebooks' folder: relative inside the checkout, so that an executed copy names no folder of this machine."
+    "A path as the kernel sees it from the notebooks' folder: relative inside the checkout, so that an executed copy names no folder of this machine."
     runs, root = Path(runs).absolute(), nbs.parent
     return os.path.relpath(runs, nbs) if runs.is_relative_to(root) else str(runs)
 

@@ -1270,7 +1270,9 @@ def clean_store(
     for e in (e for p in plans for e in p['entries'].values()):
         if datetime.fromisoformat(e['used']).timestamp() >= oldest: wanted.add(e['key'])
     rows = [dict(kind=kind, name=path.relative_to(store.folder).as_posix(), bytes=_bytes(path)) for kind, path in _rubbish(store, wanted)]
-    if delete: _remove(store, rows)
+    try:
+        if delete: _remove(store, rows)
+    except OSError as e: raise _store_error(store, e, 'removing what no profile needs') from e
     return rows
 
 # %% ../nbs/07_lab.ipynb #f9335844

@@ -517,7 +517,8 @@ def _stages(lab, nodes) -> list[dict]:
         stage, key = queue.pop()
         if key in found or not (record := _read_json(lab.store.path(stage, key)/'record.json')): continue
         memory = {k: record[k] for k in ('peak_memory_mb', 'peak_gpu_memory_mb') if k in record}
-        found[key] = {'stage': stage, 'key': key, 'settings': record.get('label', ''), 'seconds': record.get('seconds'), **memory,
+        cut = {k: v for k, v in record.get('result', {}).items() if k in ('captions_cut', 'pairs')}
+        found[key] = {'stage': stage, 'key': key, 'settings': record.get('label', ''), 'seconds': record.get('seconds'), **memory, **cut,
                       'device': record.get('device', {}).get('type'), 'started': record.get('started'), 'commit': record.get('git', {}).get('commit')}
         queue += [(name, k) for k, name in record.get('inputs', {}).items()]
     return sorted(found.values(), key=lambda s: (s['started'] or '', s['stage'], s['key']))
@@ -642,6 +643,7 @@ def _provenance_view(provenance) -> dict:
     for name, s in sorted((provenance.get('notebooks') or {}).items()):
         stages = s.get('stages') or []
         sections[name] = s | {'stages': stages, 'seconds': sum(x.get('seconds') or 0 for x in stages), 'peak': max([x.get('peak_memory_mb') or 0 for x in stages], default=0),
+                              'cut': max([x for x in stages if x.get('captions_cut')], key=lambda x: x['captions_cut'], default=None),
                               'stand_ins': sorted(r for r, d in (s.get('data') or {}).items() if str(d.get('source', '')).startswith('world:')), 'flat': _flat(s.get('settings') or {})}
     return {'sections': sections, 'stand_ins': sorted({r for s in sections.values() for r in s['stand_ins']}), 'roles': sorted({r for s in sections.values() for r in s.get('data') or {}})}
 
