@@ -127,8 +127,8 @@ def data_verify(args):
 def data_add(args):
     from mcl_repro.data import add_dataset
     entry = add_dataset(args.name, args.folder, args.format, parse_pairs(args.option, '--option') or None, args.split)
-    splits = ', '.join(f'{args.name}:{s}' for s in entry['splits'])
-    print(f'added {args.name}; use it as {splits}, for example: mcl_repro run --role ROLE={args.name}:{next(iter(entry["splits"]))}')
+    splits = list(entry.get('splits') or entry['found'])   # a set of the manifest keeps its own `splits`
+    print(f"added {args.name}; use it as {', '.join(f'{args.name}:{s}' for s in splits)}, for example: mcl_repro run --role ROLE={args.name}:{splits[0]}")
 
 # %% ../nbs/21_cli.ipynb #b202586c
 class _Parser(argparse.ArgumentParser):

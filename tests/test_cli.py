@@ -3,6 +3,7 @@ import os, re, subprocess, sys, time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import mcl_repro
 from mcl_repro import cli
@@ -123,3 +124,13 @@ def test_values_are_read_and_never_built(tmp_path):
 def test_a_closed_pipe_is_no_traceback():
     done = subprocess.run(f'"{sys.executable}" -m mcl_repro.cli data list | head -1', shell=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.startswith('name') and 'Traceback' not in done.stderr
+
+
+def test_a_set_of_the_manifest_can_be_added_from_a_folder(tmp_path):
+    folder = tmp_path/'photos'; (folder/'images').mkdir(parents=True)
+    for name in ('a.jpg', 'b.jpg'): Image.new('RGB', (8, 8), 'red').save(folder/'images'/name)
+    (folder/'Flickr8k.token.txt').write_text(''.join(f'{n}.jpg#{i}\tcaption {i} of {n}\n' for n in 'ab' for i in range(5)))
+    (folder/'Flickr_8k.trainImages.txt').write_text('a.jpg\n'); (folder/'Flickr_8k.testImages.txt').write_text('b.jpg\n')
+    done = call('data', 'add', 'flickr8k', str(folder), cwd=tmp_path, MCL_REPRO_DATA=str(tmp_path/'registry'))
+    assert (done.returncode, done.stderr) == (0, '')
+    assert 'flickr8k:train, flickr8k:test' in done.stdout
