@@ -354,7 +354,7 @@ def run_benchmarks(folder: Path, # where `bench.csv` goes; written anew after ev
                    quick: bool = False, # measure little, and judge nothing
                    only: list = () # names of benchmarks; default: all
     ) -> list: # rows
-    "Run benchmarks one after the other. Raises SettingsError for a name that is not known."
+    "Run benchmarks one after the other; one that fails is a row that says so. Raises SettingsError for a name that is not known."
     for name in only:
         if name not in BENCHMARKS: raise SettingsError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -362,7 +362,11 @@ def run_benchmarks(folder: Path, # where `bench.csv` goes; written anew after ev
     for name, function in BENCHMARKS.items():
         if only and name not in only: continue
         print(f"{name} ...", file=sys.stderr, flush=True)
-        rows += [r | dict(met="") if quick else r for r in function(scale)]
+        try: found = function(scale)
+        except Exception as error:
+            print(f"error: {name}: {error}", file=sys.stderr)
+            found = [dict(zip(_COLUMNS, (name, f"failed ({type(error).__name__})", "", "", "", "")))]
+        rows += [r | dict(met="") if quick else r for r in found]
         write_rows(rows, folder/"bench.csv")
     return rows
 
@@ -377,7 +381,7 @@ def show_rows(rows: list):
     for r in (r for r in rows if r["benchmark"] != "machine"):
         if before not in (None, r["benchmark"]): table.add_section()
         style = {"no": "bold red", "yes": "green"}.get(r["met"])
-        table.add_row(r["benchmark"] if r["benchmark"] != before else "", r["quantity"], f"{r['value']:g}", r["unit"], r["target"], r["met"], style=style)
+        table.add_row(r["benchmark"] if r["benchmark"] != before else "", r["quantity"], format(r["value"], "" if r["value"] == "" else "g"), r["unit"], r["target"], r["met"], style=style)
         before = r["benchmark"]
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
@@ -398,7 +402,7 @@ def main(argv: list = None) -> int: # exit code
     show_rows(rows)
     judged = [r["met"] for r in rows if r["met"]]
     print(f"{judged.count('yes')} of {len(judged)} targets met; " if judged else "quick run, nothing is judged; ", Path(args.runs)/"bench"/"bench.csv", sep="")
-    return 0
+    return int(any(r["quantity"].startswith("failed (") for r in rows))
 
 # %% ../nbs/22_bench.ipynb #cd8227e5
 if __name__ == "__main__" and os.path.basename(sys.argv[0]) == "bench.py": sys.exit(main())
