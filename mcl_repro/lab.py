@@ -1179,11 +1179,12 @@ class Lab:
         jobs:int|None=None,              # worker processes; more than one means engine 'dask', where the default is one per core or GPU
         threads:int=1,                   # threads of a stage on a CPU; other counts round differently and are other artefacts
         progress:bool|None=None,         # show progress; default: in terminals and notebooks, unless MCL_REPRO_PROGRESS is 0
+        module:str|None=None,            # the library module that the calling notebook exports to, e.g. 'mcl_repro.ubt'
     ):
         self.name, self.profile = profile, load_profile(profile, settings, roles)
         self.seeds, self.jobs, self.engine = list(range(_count('seeds', seeds))), jobs, _engine(engine, jobs)
         self.runs, self.folder, self.store = Path(runs), Path(runs)/profile, Store(store or Path(runs)/'store')
-        self._asked, self._threads, self._progress = device, _count('threads', threads), progress
+        self._asked, self._threads, self._progress, self.module = device, _count('threads', threads), progress, module
         self._roles, self._dask, self._session = {}, None, os.environ.get('MCL_REPRO_SESSION') or f'{_now()} {uuid.uuid4().hex[:8]}'
         if device != 'auto': self._where
 
@@ -1203,10 +1204,18 @@ def role(self:Lab, name:str): # -> DataRef
         self._roles[name] = resolve(self.profile['roles'][name])
     return self._roles[name]
 
+def _exported(function, module):
+    "The library's copy of a stage that a notebook defines and exports: workers can import it, and its key is the library's."
+    if module is None or function.__module__ != '__main__': return function
+    copy = getattr(importlib.import_module(module), function.__name__, None)
+    if copy is None: return function
+    if _code(copy.__code__) != _code(function.__code__): raise SettingsError(f'stage {function.__name__!r} of this notebook is not the one in {module}: run nbdev_export and restart the kernel')
+    return copy
+
 @patch
 def node(self:Lab, stage, **settings)->Node:
     "A node of `stage`; unknown or missing settings are refused here, before anything runs."
-    node = _node(stage, settings, self._where); node.key
+    node = _node(_exported(stage, self.module), settings, self._where); node.key
     return node
 
 @patch

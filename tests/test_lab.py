@@ -1,5 +1,5 @@
 """Profiles, keys, store, engines, status and cleaning of the lab; the killing is in test_crash.py."""
-import importlib, json, os, signal, subprocess, sys, tempfile, time, warnings
+import importlib, inspect, json, os, signal, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -428,3 +428,18 @@ def test_a_key_of_newer_code_replaces_the_older_in_the_plan(lab, monkeypatch):
     assert newer.key != node.key and newer.slot == node.slot
     lab.run(newer)
     assert [r['name'].split('/')[-1] for r in clean_store(lab.store.folder, lab.runs)] == [node.key]
+
+
+def test_a_stage_that_a_notebook_exports_is_the_librarys(tmp_path):
+    "Workers cannot import a notebook, so a notebook's stage stands for its copy in the library, if it is the same."
+    def in_notebook(source):
+        namespace = dict(vars(lab_stages), __name__='__main__')
+        exec(compile(source, '<cell>', 'exec'), namespace)   # as a kernel runs a cell
+        return namespace['table']
+    source = 'import inspect\n' + inspect.getsource(lab_stages.table)
+    lab = Lab('smoke', 'cpu', tmp_path, module='lab_stages')
+    fits = lab.node(lab_stages.fit, data=lab.node(lab_stages.make, seed=0), seed=0)
+    settings = {name: [fits] for name in lab_stages.table.stage.settings[:1]}
+    assert lab.node(in_notebook(source), **settings).key == lab.node(lab_stages.table, **settings).key
+    changed = source.replace('started(', 'started(1 and ')
+    with pytest.raises(SettingsError, match='run nbdev_export'): lab.node(in_notebook(changed), **settings)
