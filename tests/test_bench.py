@@ -85,9 +85,9 @@ def test_busy_machine_and_single_core_are_not_judged(monkeypatch):
         def close(self): pass
         def answer(self): return 'ready'
     monkeypatch.setattr(bench, '_TrainingProcess', Process)
-    monkeypatch.setattr(bench, '_turn_of', lambda workers, scale: 150. * len(workers) ** .5)
     def met(busy, cores):
-        monkeypatch.setattr(bench, '_busy_cores', lambda: busy); monkeypatch.setattr(bench, '_cores', lambda: cores)
+        monkeypatch.setattr(bench, '_turn_of', lambda workers, scale, others: others.append(busy) or 150. * len(workers) ** .5)
+        monkeypatch.setattr(bench, '_cores', lambda: cores)
         return [r['met'] for r in bench.training_processes(bench.QUICK) if r['target']]
     assert [met(.1, 2), met(.5, 2), met(.1, 1)] == [['yes'], [''], ['']]
 
@@ -106,4 +106,4 @@ def test_training_process_that_dies_is_reported_and_none_is_left(monkeypatch):
 def test_import_times_and_that_help_needs_no_torch():
     rows = {r['quantity']: r for r in bench.import_times(replace(bench.QUICK, turns=1))}
     assert rows['torch modules loaded by mcl_repro --help']['met'] == 'yes'
-    assert rows['python alone']['value'] < rows['mcl_repro --help']['value'] < rows['import mcl_repro.ubt']['value']
+    assert 0 < rows['mcl_repro --help']['value'] < rows['import mcl_repro.ubt']['value']
