@@ -8,7 +8,6 @@ __all__ = ['load_clip', 'train_and_save', 'clean_clip', 'attack_of', 'poisoned_p
 
 # %% ../nbs/09_stages.ipynb #1eca872d
 import numpy as np
-import torch
 
 from .attacks import TriggeredImages, load_poisoned, make_attack, poison, save_poisoned
 from .clip import Clip, build_clip, embed_images, embed_texts, save_clip, zero_shot_weights
@@ -46,11 +45,9 @@ def clean_clip(work, *,
     pretrained: str | None = None, # open_clip tag or checkpoint; then nothing is trained
     pairs: DataRef | None = None, # what to train on otherwise
     recipe: dict | None = None, # settings of `Recipe`
-    threads: int | None = None, # of this training on a CPU; nothing else can run beside it, so it may take more than one
 ):
     "The clean CLIP that attackers start from and defenders compare with: public weights, or trained from scratch."
     seed = (recipe or {}).get("seed", 0)
-    if threads: torch.set_num_threads(threads)
     clip = build_clip(model, pretrained=pretrained, seed=seed, device=work.device)
     if pretrained is None: return train_and_save(work, clip, open_data(pairs), recipe)
     save_clip(clip, work.out/"clip.safetensors")

@@ -1,5 +1,5 @@
 """Profiles, keys, store, engines, status and cleaning of the lab; the killing is in test_crash.py."""
-import importlib, inspect, json, os, signal, subprocess, sys, tempfile, time, warnings
+import importlib, inspect, json, linecache, os, signal, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -433,6 +433,7 @@ def test_a_key_of_newer_code_replaces_the_older_in_the_plan(lab, monkeypatch):
 def test_a_stage_that_a_notebook_exports_is_the_librarys(tmp_path):
     "Workers cannot import a notebook, so a notebook's stage stands for its copy in the library, if it is the same."
     def in_notebook(source):
+        linecache.cache["<cell>"] = len(source), None, source.splitlines(True), "<cell>"
         namespace = dict(vars(lab_stages), __name__='__main__')
         exec(compile(source, '<cell>', 'exec'), namespace)   # as a kernel runs a cell
         return namespace['table']
