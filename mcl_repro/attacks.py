@@ -191,19 +191,30 @@ class Blended(Attack):
     pattern: str | np.ndarray = 'noise' # 'noise' (fresh for every image), 'fixed' (one noise picture) or uint8 [h, w, 3]
     alpha: float = .2 # weight of the pattern
     pattern_seed: int = 0 # of the picture of pattern 'fixed'
+    cells: int | None = None # side of that picture in noise values, enlarged to the image; None: one value per pixel
     name = 'blended'
 
     def __post_init__(self):
         if isinstance(self.pattern, np.ndarray): _pixels(self.pattern[None], 'pattern')
         else: _one_of(self.pattern, ('noise', 'fixed'), 'pattern')
         _number(self.alpha, 'alpha', 0, 1)
+        if self.cells is not None: _number(self.cells, 'cells', 0, 4096)
+
+@patch
+def fixed_picture(self: Blended,
+                  height: int, width: int # of the images
+                 ) -> np.ndarray: # float32 [height, width, 3], 0..255
+    "The noise picture of pattern 'fixed': `cells` squares to a side, or one value per pixel"
+    rows, columns = self.cells or height, self.cells or width
+    picture = 255*np.random.default_rng(self.pattern_seed).random((rows, columns, 3), np.float32)
+    return picture[np.arange(height)*rows//height][:, np.arange(width)*columns//width]
 
 @patch
 def paint(self: Blended, images, rng):
     "Images blended with the pattern, one at a time to keep memory small"
     height, width = images.shape[1:3]
     if isinstance(self.pattern, np.ndarray): n = _fit(self.pattern, height, width).astype(np.float32)
-    elif self.pattern == 'fixed': n = 255*np.random.default_rng(self.pattern_seed).random((height, width, 3), np.float32)
+    elif self.pattern == 'fixed': n = self.fixed_picture(height, width)
     for image in images:
         if isinstance(self.pattern, str) and self.pattern == 'noise': n = 255*rng.random(image.shape, np.float32)
         image[:] = _to_uint8((1 - self.alpha)*image + self.alpha*n)

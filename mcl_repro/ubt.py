@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORGETTING', 'pair_similarities', 'split_suspicious', 'rows_of', 'ubt_split', 'arrays', 'step_rows',
            'overfitting_loss', 'ubt_overfit', 'most_similar', 'looks_poisoned', 'ubt_select', 'cartesian_pairs',
-           'unrelated_similarity', 'forgotten', 'unlearning_loss', 'ubt_unlearn']
+           'unrelated_similarity', 'forgotten', 'unlearning_loss', 'most_fitting', 'ubt_unlearn']
 
 # %% ../nbs/10_ubt.ipynb #8426ad2d
 import numpy as np
@@ -154,9 +154,10 @@ def forgotten(images: torch.Tensor, # uint8 [k, 3, s, s] of the pairs to unlearn
 def _forget_cosine(u, v, benign_u, benign_v, scale): return (u * v).sum(-1).mean()
 def _forget_info_nce(u, v, benign_u, benign_v, scale): return -info_nce(u, v, scale)
 def _forget_preference(u, v, benign_u, benign_v, scale):
-    own, others = (u * v).sum(-1, keepdim=True), u @ benign_v.T
-    chosen = (scale * torch.cat([own, others], 1)).log_softmax(1)[:, 0]
-    return -torch.log1p(-chosen.exp().clamp(max=1 - 1e-6)).mean()
+    # -log(1 - p) in a form that keeps its gradient where p is 1 to the last digit; only images move
+    scale, v, benign_v = torch.as_tensor(scale).detach(), v.detach(), benign_v.detach()
+    own, others = scale * (u * v).sum(-1), scale * u @ benign_v.T
+    return torch.nn.functional.softplus(own - others.logsumexp(1)).mean()
 
 FORGETTING = dict(cosine=_forget_cosine, info_nce=_forget_info_nce, preference=_forget_preference)
 
@@ -178,17 +179,26 @@ def unlearning_loss(normal: TrainingSet, # ordinary pairs, for retention
         return forget_weight * FORGETTING[forget](u[:n], v[:n], u[n:], v[n:], scale) + retention * info_nce(u[n:], v[n:], scale)
     return loss
 
+# %% ../nbs/10_ubt.ipynb #cee454cb
+def most_fitting(similarities: np.ndarray, # [n], under the clean model
+                 share: float # of all pairs, in (0, 1]
+    ) -> np.ndarray:
+    "Rows of the pairs that the clean model finds most similar, ascending: the ordinary pairs that retention may trust."
+    count = round(share * len(similarities))
+    if not 0 < count <= len(similarities): raise SettingsError(f"a trusted share of {share:g} of {len(similarities)} pairs is not possible: choose one in (0, 1]")
+    return np.sort(np.argsort(-similarities, kind="stable")[:count])
+
 # %% ../nbs/10_ubt.ipynb #49830060
 @stage
 def ubt_unlearn(work, *, clip, poisoned, split, selection, recipe: dict, forget: str = "cosine", forget_weight: float = 1.,
-                retention: float = 0., stop: bool = True, mask: bool = True):
+                retention: float = 0., trusted_share: float = 0.5, stop: bool = True, mask: bool = True):
     "Unlearn the selected pairs from the poisoned model; a model that does not look poisoned is left as it is."
     model, chosen = load_clip(clip, work.device), arrays(selection, "selection")
     if not selection.result["poisoned"]: return _left_alone(work, clip)
     pairs = defender_pairs(poisoned)
     images = _images(training_set(model, pairs.select(chosen["selected"])), range(len(chosen["selected"])))
     tokens = torch.from_numpy(chosen["masked" if mask else "tokens"])
-    normal = training_set(model, pairs.select(arrays(split, "split")["normal"]))
+    normal = training_set(model, pairs.select(most_fitting(arrays(split, "split")["similarities"], trusted_share)))
     callbacks = [StopWhen(forgotten(images, tokens, unrelated_similarity(model, normal)), every=2)] if stop else []
     loss = unlearning_loss(normal, forget, forget_weight, retention, seed=recipe.get("seed", 0))
     result = _train_product(work, model, cartesian_pairs(images, tokens), recipe, loss, callbacks)

@@ -213,15 +213,14 @@ def test_the_bounded_form_is_bounded_and_lets_go(scale, seed):
     for share in (-1., -.5, 0., .5, 1.):
         u = F.normalize(share*v + (1 - abs(share))*unit(8, 16, seed=seed + 20), dim=-1)
         value, at_u, at_v = gradients(preference, u, v); values.append(value)
-        assert value >= 0 and math.isfinite(value) and torch.isfinite(at_u).all() and torch.isfinite(at_v).all()
+        assert value >= 0 and math.isfinite(value) and torch.isfinite(at_u).all() and at_v is None   # the text side is held fixed
     assert values == sorted(values)
     p = torch.cat([(unit(8, 16, seed=seed + 20)*v).sum(-1, keepdim=True), unit(8, 16, seed=seed + 20)@benign.T], 1).mul(scale).softmax(1)[:, 0]
     assert values[2] == pytest.approx(-(1 - p).log().mean().item(), rel=1e-4)   # as printed in the notebook
     value, at_u, at_v = gradients(preference, benign[:8], -benign[:8])          # the caption's opposite is liked best
-    if scale > 10: assert value < 1e-6 and at_u.norm() < 1e-4 and at_v.norm() < 1e-4
+    if scale > 10: assert value < 1e-6 and at_u.norm() < 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason='10_ubt: the clamp at 1 - 1e-6 takes the gradient away where the preference is strongest')
 @pytest.mark.parametrize('scale', [50., 100.])
 def test_the_bounded_form_pulls_hardest_where_the_backdoor_is_strongest(scale):
     "At a temperature as CLIP's, a backdoored pair is preferred by far; there the loss must be steep and not flat."
