@@ -190,6 +190,7 @@ class _TrainingProcess:
         self.process.kill()
         with suppress(BrokenPipeError): self.process.communicate()
 
+# %% ../nbs/22_bench.ipynb #db8f2e12
 def _used_seconds():
     "Processor seconds that the whole machine has used so far; nothing where the system does not tell."
     with suppress(OSError, ValueError, AttributeError):
@@ -275,6 +276,7 @@ def _milliseconds(lab, what, settings, cold):
     artefact = lab.run(lab.node(what, **settings))
     return 1000 * (time.perf_counter() - started - (artefact.record["seconds"] if cold else 0))
 
+# %% ../nbs/22_bench.ipynb #b3383986
 @benchmark
 def store_overhead(scale: Scale) -> list:
     "Milliseconds that the store adds to a stage."
