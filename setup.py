@@ -1,7 +1,7 @@
 "Packaging: everything is read from settings.ini, so that names, versions and requirements stand in one place."
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 
@@ -23,7 +23,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     author=settings["author"], author_email=settings["author_email"], url=settings["git_url"],
     license="Apache-2.0", license_files=["LICENSE"], keywords=settings["keywords"],
-    packages=find_packages(include=["mcl_repro", "mcl_repro.*"]), include_package_data=True,
+    packages=find_namespace_packages(include=["mcl_repro", "mcl_repro.*"]), include_package_data=True,
     package_data={"mcl_repro": ["profiles.yaml", "model_configs/*.json", "papers/*.yaml", "templates/*"]},
     install_requires=settings["requirements"].split(), extras_require=extras,
     python_requires=f">={settings['min_python']}",

@@ -786,6 +786,7 @@ def read_class_folders(
     numbers = [i for i, k in enumerate(keys) for _ in found[k]]
     return LabelledImages(files, FileImages(folder, files, check=False), numbers, _names_of(keys, classnames, folder), name or folder.name)
 
+# %% ../nbs/01_data.ipynb #1d8d196e
 def _pictures_in(folder): return sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(_pictures) and not e.name.startswith('.'))
 
 def _by_folder(folder) -> tuple[dict, dict]:
@@ -1314,6 +1315,7 @@ def _one_at_a_time(name, url):
     try: yield
     finally: lock.release()
 
+# %% ../nbs/01_data.ipynb #e51002c6
 def fetch_dataset(
     name: str,           # a data set of the manifest
     progress: bool=True, # show progress bars
