@@ -98,7 +98,7 @@ def most_similar(similarities: np.ndarray, # [n], under the overfitted model
 # %% ../nbs/10_ubt.ipynb #89032bab
 def looks_poisoned(selected: np.ndarray, # similarities of the pairs to unlearn, under the overfitted model
                    normal: np.ndarray, # similarities of the normal pairs, under the same model
-                   quantile: float = 0.75 # of the normal pairs that the median selected pair must exceed
+                   quantile: float = 0.95 # of the normal pairs that the median selected pair must exceed
     ) -> bool:
     "Whether the pairs to unlearn fit the overfitted model better than ordinary pairs do (UBT section V-E, our threshold)."
     return bool(np.median(selected) > np.quantile(normal, quantile))
@@ -116,7 +116,7 @@ def ubt_select(work, *, clip, overfitted, poisoned, split, count: int):
     np.savez(work.out/"selection.npz", before=before, after=after, selected=selected, tokens=tokens.numpy(), masked=masked.numpy())
     top, normal = after[selected], after[rows["normal"]]
     return dict(selected=len(selected), similarity=float(top.mean()), spread=float(top.std()), normal_similarity=float(normal.mean()),
-                upper_quartile=float(np.quantile(normal, .75)), poisoned=looks_poisoned(top, normal))
+                normal_below=float((normal < np.median(top)).mean()), poisoned=looks_poisoned(top, normal))
 
 def _images(data: TrainingSet, rows) -> torch.Tensor:
     "Images of some pairs as uint8 [n, 3, s, s]."

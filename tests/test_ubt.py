@@ -128,17 +128,17 @@ def test_the_whole_defence_is_looked_at():
 def test_a_selection_that_does_not_look_poisoned_leaves_the_weights_as_they_are(made, tmp_path):
     "Judged by the clean model itself, the suspicious pairs are the least similar of all, so nothing can look poisoned."
     selection = artefact(tmp_path/'select', ubt_select, clip=made.clean, overfitted=made.clean, poisoned=made.poisoned, split=made.split, count=6)
-    assert selection.result['poisoned'] is False and selection.result['similarity'] < selection.result['upper_quartile']
+    assert selection.result['poisoned'] is False and selection.result['normal_below'] <= .95
     for name, options in (('printed', {}), ('retention', RETENTION)):
         left = artefact(tmp_path/name, ubt_unlearn, clip=made.victim, poisoned=made.poisoned, split=made.split, selection=selection, recipe=UNLEARN, **options)
         assert left.result == dict(model='smoke-RN', steps=0, refused=True) and weights(left) == weights(made.victim)
         assert [f.name for f in left.path.iterdir()] == ['clip.safetensors'] and load_clip(left).name == 'smoke-RN'
 
 
-def test_the_verdict_depends_on_the_upper_quartile_only():
+def test_the_verdict_compares_the_median_with_the_95th_percentile():
     normal = np.arange(101.)/100
-    assert [looks_poisoned(np.full(5, v), normal) for v in (.74, .75, .76)] == [False, False, True]
-    assert looks_poisoned(np.array([.1, .1, .8, .9, .9]), normal) and not looks_poisoned(np.array([.1, .1, .7, 9., 9.]), normal)   # the median, not the mean
+    assert [looks_poisoned(np.full(5, v), normal) for v in (.94, .95, .96)] == [False, False, True]
+    assert looks_poisoned(np.array([.1, .1, .96, .97, .97]), normal) and not looks_poisoned(np.array([.1, .1, .9, 9., 9.]), normal)   # the median, not the mean
     assert not looks_poisoned(normal, normal)
 
 
