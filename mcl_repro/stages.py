@@ -11,8 +11,9 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from .attacks import TriggeredImages, load_poisoned, make_attack, poison, save_poisoned
+from .attacks import TriggeredImages, load_poisoned, make_attack, mentions, poison, save_poisoned
 from .clip import Clip, build_clip, embed_images, embed_texts, save_clip, zero_shot_weights
 from .data import DataRef, Pairs, open_data
 from .errors import SettingsError
@@ -142,6 +143,7 @@ def retrieval(work, *,
     test: DataRef, # pairs, several captions per image
     attack: dict | None, # trigger for ASR; None measures ranks only
     target_caption: str, # joins the gallery for ASR
+    target: str, # target class name; what names it is left out of the ASR
     seed: int = 0, # of triggers that are random
 ):
     "Ranks of every test query in both directions, and which triggered images retrieve the target caption."
@@ -152,10 +154,12 @@ def retrieval(work, *,
     outcomes = dict(image_to_text=np.asarray(ranks.image_to_text), text_to_image=np.asarray(ranks.text_to_image))
     outcomes["clean"] = hits(ranks.image_to_text, 1)
     if attack is not None:
-        triggered = embed_images(model, TriggeredImages(images, attack_of(attack), model.image_size, seed))
-        target = embed_texts(model, [target_caption])[0]
-        outcomes["attacked"] = retrieval_attack_hits(triggered, texts, target, 1)
-        outcomes["attacked_at_10"] = retrieval_attack_hits(triggered, texts, target, 10)
+        named = np.array([mentions(c, target) for c in pairs.captions])
+        other = np.setdiff1d(np.arange(len(used)), image_rows[named])
+        triggered = embed_images(model, TriggeredImages(images, attack_of(attack), model.image_size, seed, rows=other))
+        gallery, wanted = texts[torch.from_numpy(~named)], embed_texts(model, [target_caption])[0]
+        outcomes["attacked"] = retrieval_attack_hits(triggered, gallery, wanted, 1)
+        outcomes["attacked_at_10"] = retrieval_attack_hits(triggered, gallery, wanted, 10)
     np.savez(work.out/"outcomes.npz", **outcomes)
     return _retrieval_summary(outcomes)
 

@@ -12,7 +12,7 @@ from mcl_repro.clip import build_clip
 from mcl_repro.data import open_data
 from mcl_repro.errors import DataError, SettingsError, TrainingError
 from mcl_repro.lab import Lab
-from mcl_repro.stages import clean_clip
+from mcl_repro.stages import clean_clip, weights_checksum
 from mcl_repro.training import Recipe, iterate, epoch_batches, train, training_set
 from test_batch import STANDARD, write
 from test_data import Server, site, tar_with, toy_archive  # noqa: F401 (fixture)
@@ -273,7 +273,7 @@ def test_a_checkpoint_that_is_a_pickle(tmp_path, name):
     good = lab.run(lab.node(clean_clip, model='smoke-RN', pairs=lab.role('pretrain'), recipe=recipe)); before = state(good.path)
     (tmp_path/name).write_bytes(pickle.dumps(Harm(str(tmp_path/'ran')), protocol=2))
     with pytest.raises(DataError, match=f'^{tmp_path}/{name} is not a file of plain tensors .*; convert it to .safetensors where you trust it, pickles are not loaded here'):
-        lab.run(lab.node(clean_clip, model='smoke-RN', pretrained=str(tmp_path/name)))
+        lab.run(lab.node(clean_clip, model='smoke-RN', pretrained=str(tmp_path/name), checksum=weights_checksum(str(tmp_path/name))))
     assert not (tmp_path/'ran').exists() and state(good.path) == before and len(list(lab.store.objects.glob('*/*'))) == 1
 
 
