@@ -103,16 +103,16 @@ def looks_poisoned(selected: np.ndarray, # similarities of the pairs to unlearn,
     "Whether the pairs to unlearn fit the overfitted model better than ordinary pairs do (UBT section V-E, our threshold)."
     return bool(np.median(selected) > np.quantile(normal, quantile))
 
-# %% ../nbs/10_ubt.ipynb #cb5d63f0
+# %% ../nbs/10_ubt.ipynb #cb733043
 @stage
-def ubt_select(work, *, clip, overfitted, poisoned, split, count: int):
+def ubt_select(work, *, clip, overfitted, poisoned, split, count: int, start_layer: int = -1):
     "Rank the suspicious pairs, select those to unlearn, cut their captions to the relevant tokens, and judge whether they look poisoned."
     victim, fitted, rows = load_clip(clip, work.device), load_clip(overfitted, work.device), arrays(split, "split")
     data = training_set(fitted, defender_pairs(poisoned))
     before, after = pair_similarities(victim, data), pair_similarities(fitted, data)
     selected = most_similar(after, rows["suspicious"], count)
     tokens, images = data.tokens[selected], embed_images(fitted, _images(data, selected))
-    masked = mask_tokens(tokens, token_relevance(fitted, tokens, images))
+    masked = mask_tokens(tokens, token_relevance(fitted, tokens, images, start_layer))
     np.savez(work.out/"selection.npz", before=before, after=after, selected=selected, tokens=tokens.numpy(), masked=masked.numpy())
     top, normal = after[selected], after[rows["normal"]]
     return dict(selected=len(selected), similarity=float(top.mean()), spread=float(top.std()), normal_similarity=float(normal.mean()),
