@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['load_clip', 'train_and_save', 'weights_checksum', 'clean_clip', 'attack_of', 'poisoned_pairs', 'open_poisoned',
-           'defender_pairs', 'finetuned_clip', 'classification', 'retrieval', 'outcomes', 'percent']
+           'defender_pairs', 'finetuned_clip', 'pair_similarities', 'arrays', 'classification', 'retrieval', 'outcomes',
+           'percent']
 
 # %% ../nbs/09_stages.ipynb #732ddbc4
 import hashlib
@@ -14,13 +15,13 @@ import numpy as np
 import torch
 
 from .attacks import TriggeredImages, load_poisoned, make_attack, mentions, poison, save_poisoned
-from .clip import Clip, build_clip, embed_images, embed_texts, save_clip, zero_shot_weights
+from .clip import Clip, build_clip, embed_images, embed_texts, embed_tokens, save_clip, zero_shot_weights
 from .data import DataRef, Pairs, open_data
 from .errors import SettingsError
 from .lab import stage
 from .metrics import (attack_hits, bootstrap_interval, combine_seeds, correct, hit_rate, hits, median_rank, retrieval_attack_hits,
                                retrieval_ranks)
-from .training import Recipe, train, training_set
+from .training import Recipe, TrainingSet, train, training_set
 
 # %% ../nbs/09_stages.ipynb #a7d3d3d8
 def load_clip(artefact, # of a stage that left a `clip.safetensors`
@@ -115,6 +116,20 @@ def finetuned_clip(work, *,
     "Fine-tune a CLIP on a set as it is, poison included."
     return train_and_save(work, load_clip(clip, work.device), defender_pairs(poisoned), recipe)
 
+# %% ../nbs/09_stages.ipynb #10130ef9
+def pair_similarities(clip: Clip, # the model
+                      data: TrainingSet # n pairs
+    ) -> np.ndarray: # float32 [n]
+    "Cosine similarity of every image with its caption."
+    image_embeddings, text_embeddings = embed_images(clip, data.images), embed_tokens(clip, data.tokens)
+    return (image_embeddings[data.image_rows] * text_embeddings).sum(-1).numpy()
+
+def arrays(artefact, # of a stage that left `<name>.npz`
+           name: str # of the file, without ending
+    ) -> dict:
+    "The arrays of a stage's `.npz` file by name."
+    with np.load(artefact.path/f"{name}.npz", allow_pickle=False) as stored: return {k: stored[k] for k in stored.files}
+
 # %% ../nbs/09_stages.ipynb #457f9569
 @stage
 def classification(work, *,
@@ -175,7 +190,7 @@ def _retrieval_summary(outcomes):
 def outcomes(artefact # of `classification` or `retrieval`
     ) -> dict:
     "Per-item outcomes by name."
-    with np.load(artefact.path/"outcomes.npz", allow_pickle=False) as stored: return {k: stored[k] for k in stored.files}
+    return arrays(artefact, "outcomes")
 
 def percent(artefacts: list, # one per seed
             name: str, # `clean` or `attacked`
