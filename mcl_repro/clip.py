@@ -173,16 +173,24 @@ def to_pixels(clip: Clip, # gives mean, std and device
 
 # %% ../nbs/02_clip.ipynb #dc2b9218
 def encode_text(model, # open_clip model
-                tokens: torch.Tensor # int64 [n, context_length] on the model's device
+                tokens: torch.Tensor, # int64 [n, context_length] on the model's device
+                groups: int = 4 # captions of like length go through the transformer together, in so many groups
     ) -> torch.Tensor:
     "Text features float [n, d], not normalised; equal to `model.encode_text`, without computing on padding."
     if not _is_causal(model): return model.encode_text(tokens)
     end = tokens.argmax(-1)
     length = int(end.max()) + 1
     x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-    x = x[torch.arange(len(x), device=x.device), end]
+    order = end.argsort(stable=True) if len(tokens) >= 16 * groups else torch.arange(len(end), device=end.device)
+    parts = [_pooled(model, x[rows], end[rows]) for rows in order.chunk(groups if len(tokens) >= 16 * groups else 1)]
+    x = model.ln_final(torch.cat(parts)[order.argsort()])
     return model.text_projection(x) if isinstance(model.text_projection, torch.nn.Linear) else x @ model.text_projection
+
+def _pooled(model, x, end):
+    "Transformer output at each caption's end, on no more positions than the longest caption needs."
+    length = int(end.max()) + 1
+    x = model.transformer(x[:, :length], attn_mask=model.attn_mask[:length, :length])
+    return x[torch.arange(len(x), device=x.device), end]
 
 def _is_causal(model):
     "Whether a text tower is CLIP's own: causal mask, pooled at the largest token id."
