@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_clip', 'train_and_save', 'save_trained', 'weights_checksum', 'clean_clip', 'attack_of', 'poisoned_pairs',
            'open_poisoned', 'defender_pairs', 'finetuned_clip', 'pair_similarities', 'arrays', 'classification',
-           'retrieval', 'outcomes', 'percent']
+           'retrieval', 'divergence', 'outcomes', 'cell', 'percent']
 
 # %% ../nbs/09_stages.ipynb #732ddbc4
 import hashlib
@@ -19,8 +19,8 @@ from .clip import Clip, build_clip, embed_images, embed_texts, embed_tokens, sav
 from .data import DataRef, Pairs, open_data
 from .errors import SettingsError
 from .lab import stage
-from .metrics import (attack_hits, bootstrap_interval, combine_seeds, correct, hit_rate, hits, median_rank, retrieval_attack_hits,
-                               retrieval_ranks)
+from .metrics import (attack_hits, bootstrap_interval, combine_seeds, correct, hit_rate, hits, median_rank, prediction_kl,
+                               retrieval_attack_hits, retrieval_ranks)
 from .training import Recipe, TrainingSet, train, training_set
 
 # %% ../nbs/09_stages.ipynb #a7d3d3d8
@@ -194,17 +194,40 @@ def _retrieval_summary(outcomes):
         summary |= {f"{way}_hit10": float(hit_rate(outcomes[way], 10)), f"{way}_medr": float(median_rank(outcomes[way]))}
     return summary
 
+# %% ../nbs/09_stages.ipynb #b2f6bbd2
+@stage
+def divergence(work, *,
+    clip, # artefact with the CLIP to measure
+    reference, # artefact with the CLIP it is compared with
+    test: DataRef, # labelled images, used without a trigger
+):
+    "KL divergence between zero-shot predictions on clean images, in nats per image: `forward` is KL(reference || clip)."
+    images, cosines, scales = open_data(test), [], []
+    for artefact in (reference, clip):
+        model = load_clip(artefact, work.device)
+        cosines.append(embed_images(model, images.images) @ zero_shot_weights(model, images.classnames))
+        scales.append(float(model.model.logit_scale.detach().exp()))
+    found = {way: prediction_kl(*cosines, *scales, way) for way in ("forward", "reverse")}
+    np.savez(work.out/"outcomes.npz", **found)
+    return {way: float(v.mean()) for way, v in found.items()}
+
 # %% ../nbs/09_stages.ipynb #514502b1
 def outcomes(artefact # of `classification` or `retrieval`
     ) -> dict:
     "Per-item outcomes by name."
     return arrays(artefact, "outcomes")
 
+def cell(estimates: list, # one `Estimate` per seed
+         scale: float = 1., # 100 for per cent
+         bounds: tuple | None = None, # lowest and highest possible value, before scaling
+         places: int = 4 # digits kept
+    ) -> dict: # value, ci_low, ci_high, n_seeds
+    "A cell of a table from the estimates of all seeds."
+    e = combine_seeds(estimates, bounds=bounds)
+    return dict(zip(("value", "ci_low", "ci_high"), (round(scale * v, places) for v in e[:3])), n_seeds=len(estimates))
+
 def percent(artefacts: list, # one per seed
             name: str, # `clean` or `attacked`
-            places: int = 4 # digits kept
     ) -> dict: # value, ci_low, ci_high, n_seeds
-    "A cell of a table: estimate and interval of a mean outcome, in per cent."
-    estimates = [bootstrap_interval(outcomes(a)[name].astype(float)) for a in artefacts]
-    e = combine_seeds(estimates, bounds=(0, 1))
-    return dict(zip(("value", "ci_low", "ci_high"), (round(100 * v, places) for v in e[:3])), n_seeds=len(artefacts))
+    "A cell with the mean of an outcome, in per cent."
+    return cell([bootstrap_interval(outcomes(a)[name].astype(float)) for a in artefacts], 100, (0, 1))
