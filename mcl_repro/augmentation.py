@@ -54,7 +54,7 @@ def _wordnet():
         from nltk.corpus import wordnet
         wordnet.ensure_loaded()
         return wordnet
-    except (ImportError, LookupError): return None
+    except (ImportError, LookupError, OSError): return None   # not installed, not downloaded, not whole
 
 @cache
 def _wordnet_synonyms(word):
