@@ -47,7 +47,7 @@ def generalisation_gap(kl, # KL(Q||P) in nats, at least 0 (infinity: no bound)
                       ) -> np.ndarray: # at least 0, of the arguments' common shape
     """The term that a PAC-Bayes bound adds to the empirical risk.
 
-    'mcallester': UBT Eq. 8 as in Shalev-Shwartz & Ben-David, Theorem 31.1; 'maurer': Maurer (2004) with Pinsker's inequality.
+    'mcallester': UBT Eq. 8 as in Shalev-Shwartz & Ben-David, Theorem 31.1; 'maurer': Maurer (2004) with Pinsker's inequality, for m >= 8, below that checked in this notebook.
     Falls with `m`, grows with `kl`. Raises SettingsError for arguments out of range and an unknown form.
     """
     kl, m, delta = _inputs(kl=kl, m=m, delta=delta)
@@ -83,11 +83,11 @@ def maurer_bound(kl, # KL(Q||P) in nats
                  empirical=0., # empirical risk of Q, in [0, 1]
                  relaxed: bool=False # with Pinsker's inequality (may exceed 1) instead of the exact inverse
                 ) -> np.ndarray: # bound on the risk
-    "Maurer's PAC-Bayes bound (2004, Theorem 5): the largest risk p with kl(empirical||p) <= (KL + ln(2 sqrt(m)/delta))/m. SettingsError for arguments out of range"
+    "Maurer's PAC-Bayes bound (2004): the largest risk p with kl(empirical||p) <= (KL + ln(2 sqrt(m)/delta))/m. SettingsError for arguments out of range"
     from scipy.special import rel_entr
     q, gap = _inputs(empirical=empirical)[0], generalisation_gap(kl, m, delta, 'maurer')
     if relaxed: return q + gap
-    return _bisect(lambda p: rel_entr(q, p) + rel_entr(1 - q, 1 - p) > 2*gap**2, q + 0*gap, 1.)[()]
+    return _bisect(lambda p: rel_entr(q, p) + rel_entr(1 - q, 1 - p) > 2*gap**2, np.broadcast_arrays(q, gap)[0], 1.)[()]
 
 # %% ../nbs/05b_pac_bayes.ipynb #cc135dd9
 def _lemma1_ratio(x, a, L):
@@ -297,7 +297,7 @@ def sample_size_figure(kls: dict, # what each KL is between -> KL in nats, finit
         asked = numbers[(numbers.panel == 'asked for') & (numbers.series == name)].m.item()
         line, = top.loglog(curve.m, curve.value, mark, label=f'{name}: KL {kls[name]:.3g}, asks for {asked:.3g}')
         top.plot(asked, epsilon, 'o', color=line.get_color())
-    top.axhline(epsilon, color='black', lw=.8); top.axhspan(1, top.get_ylim()[1], color='grey', alpha=.12, lw=0)
+    top.axhline(epsilon, color='black', lw=.8); top.annotate(f'$\\varepsilon$ = {epsilon:g}', (1, epsilon), (-2, 3), xycoords=('axes fraction', 'data'), textcoords='offset points', ha='right', fontsize=8); top.axhspan(1, top.get_ylim()[1], color='grey', alpha=.12, lw=0)
     top.set(ylabel='gap', title='What the bound asks for'); top.legend(fontsize=8)
     for name, part in (points := numbers[numbers.panel == 'ASR']).groupby('series', sort=False):
         part = part.sort_values('m'); error = None if part.low.isna().any() else 100*np.abs(part[['low', 'high']].T.to_numpy() - part.value.to_numpy())
