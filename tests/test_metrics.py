@@ -135,6 +135,15 @@ def test_paired_statistics_other_than_the_mean_use_the_same_draws():
     assert e == M.Estimate(3, 3, 3)   # a shift of all ranks shifts every resampled median alike
 
 
+def test_kl_is_torchs_between_two_softmaxes_each_with_its_own_scale():
+    "Forward is KL(retrained || defended), expectation under the retrained model; scales above 100 count as 100."
+    from torch.nn.functional import kl_div
+    rng = np.random.default_rng(0); retrained, defended = (torch.from_numpy(rng.uniform(-1, 1, (20, 7))) for _ in range(2))
+    p, q = (60*retrained).log_softmax(1), (100*defended).log_softmax(1)
+    for direction, expected in (('forward', kl_div(q, p, log_target=True, reduction='none').sum(1)), ('reverse', kl_div(p, q, log_target=True, reduction='none').sum(1))):
+        assert M.prediction_kl(retrained, defended, 60, 130, direction) == pytest.approx(expected.numpy())
+
+
 def test_kl_is_zero_only_for_equal_predictions_and_never_negative():
     rng = np.random.default_rng(0)
     a, b = rng.uniform(-1, 1, (2, 200, 10))

@@ -40,6 +40,10 @@ def squared_gap(kl, m, delta):
 @every
 def test_the_gap_is_that_of_exact_arithmetic(kl, m, delta):
     assert P.generalisation_gap(kl, m, delta)**2 == pytest.approx(float(squared_gap(kl, m, delta)), rel=1e-12)
+    with localcontext() as c:
+        c.prec = 50
+        maurer = (Decimal(kl) + (2*Decimal(m).sqrt()/Decimal(delta)).ln())/(2*m)
+    assert P.generalisation_gap(kl, m, delta, 'maurer')**2 == pytest.approx(float(maurer), rel=1e-12)
 
 
 @given(kls, sizes, deltas, forms, st.floats(1.01, 100))

@@ -195,3 +195,31 @@ def test_unknown_ids_are_refused_with_a_hint(tmp_path):
     with pytest.raises(SettingsError, match='did you mean ubt.table1'): paper_table('ubt.tabel1')
     with pytest.raises(SettingsError, match='needs a note'): write_table(tidy('ubt.table1', []), 'ubt.table1', tmp_path, '')
     with pytest.raises(UserError, match='there is no run'): write_report(tmp_path/'no')
+
+
+# ---- diagrams
+
+BOXES = [report.Box('a', 0, 0, 'one', 'data'), report.Box('b', 1.5, 0, 'two', 'model'), report.Box('c', 3, 0, 'three', 'decision'), report.Box('d', 1.5, 1.5, 'four', 'attack')]
+ARROWS = [report.Arrow('a', 'b'), report.Arrow('b', 'c', 'yes'), report.Arrow('b', 'd')]
+
+def test_a_diagram_holds_its_boxes_arrows_and_groups_and_is_saved_twice_alike(tmp_path, recwarn):
+    use_style(); fig = report.draw_diagram(BOXES, ARROWS, {'First': ['a', 'b']})
+    said = [t.get_text() for t in fig.axes[0].texts]
+    assert sorted(said) == sorted(['First', 'one', 'two', 'three', 'four', 'yes']) and sum(type(p).__name__ == 'FancyArrowPatch' for p in fig.axes[0].patches) == 3
+    table = report.diagram_table(BOXES, ARROWS)
+    files = [save_figure(fig, 'ubt.fig1', tmp_path/n, table) for n in 'ab']; plt.close(fig)
+    assert files[0].read_bytes() == files[1].read_bytes() and list(pd.read_csv(files[0].with_suffix('.csv')).part) == ['box']*4 + ['arrow']*3 and not recwarn.list
+
+
+@pytest.mark.parametrize('change,says', [
+    (dict(boxes=[*BOXES, BOXES[0]]), "'a' is given twice"), (dict(arrows=[report.Arrow('a', 'e')]), "arrow 'a' to 'e': unknown box 'e'"), (dict(groups={'G': ['z']}), "group 'G': unknown box"),
+    (dict(boxes=[*BOXES, report.Box('e', .3, .2, '')]), "'a' and 'e' overlap"), (dict(boxes=[*BOXES, report.Box('e', 0, 3, 'much too long for such a box')]), "text of box 'e'"),
+    (dict(arrows=[report.Arrow('a', 'c')]), "runs through the box 'b'"), (dict(arrows=[report.Arrow('b', 'c', 'a label that is far too long')]), 'lies on the box'), (dict(boxes=[report.Box('e', 0, 0, '', 'blob')], arrows=[]), "unknown kind 'blob'"), (dict(boxes=[], arrows=[]), 'no boxes')])
+def test_a_diagram_that_could_not_be_read_is_refused(change, says):
+    with pytest.raises(SettingsError, match=re.escape(says)) as e: report.draw_diagram(**{'boxes': BOXES, 'arrows': ARROWS} | change)
+    assert '\n' not in str(e.value)
+    plt.close('all')
+
+
+def test_an_arc_goes_around_a_box_that_a_straight_arrow_hits():
+    plt.close(report.draw_diagram(BOXES, [report.Arrow('a', 'c', bend=-.45)]))
