@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['load_clip', 'train_and_save', 'save_trained', 'weights_checksum', 'clean_clip', 'attack_of', 'poisoned_pairs',
-           'open_poisoned', 'defender_pairs', 'finetuned_clip', 'pair_similarities', 'arrays', 'classification',
-           'retrieval', 'divergence', 'outcomes', 'cell', 'percent']
+           'open_poisoned', 'defender_pairs', 'steganography_encoder', 'attack_settings', 'finetuned_clip',
+           'pair_similarities', 'arrays', 'classification', 'retrieval', 'divergence', 'outcomes', 'cell', 'percent']
 
 # %% ../nbs/09_stages.ipynb #732ddbc4
 import hashlib
@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .attacks import TriggeredImages, load_poisoned, make_attack, mentions, poison, save_poisoned
+from .attacks import TriggeredImages, distortion, load_poisoned, make_attack, mentions, poison, save_poisoned
 from .clip import Clip, build_clip, embed_images, embed_texts, embed_tokens, save_clip, zero_shot_weights
 from .data import DataRef, Pairs, open_data
 from .errors import SettingsError
-from .lab import stage
+from .lab import Artefact, stage
 from .metrics import (attack_hits, bootstrap_interval, combine_seeds, correct, hit_rate, hits, median_rank, prediction_kl,
                                retrieval_attack_hits, retrieval_ranks)
+from .steganography import bit_accuracy, build_steganography, encoder_array, hide, reveal, train_steganography
 from .training import Recipe, TrainingSet, train, training_set
 
 # %% ../nbs/09_stages.ipynb #a7d3d3d8
@@ -75,11 +76,12 @@ def clean_clip(work, *,
     save_clip(clip, work.out/"clip.safetensors")
     return dict(model=clip.name, pretrained=str(pretrained))
 
-# %% ../nbs/09_stages.ipynb #2ce8f17f
-def attack_of(settings: dict # `name` and the settings of the attack's class
+# %% ../nbs/09_stages.ipynb #f06372eb
+def attack_of(settings: dict # `name` and the settings of the attack's class; an artefact stands for the array in its `<setting>.npy`
     ):
     "The attack that a setting describes."
-    return make_attack(**settings)
+    array = lambda field, a: np.load(a.path/f"{field}.npy", allow_pickle=False)
+    return make_attack(**{k: array(k, v) if isinstance(v, Artefact) else v for k, v in settings.items()})
 
 @stage
 def poisoned_pairs(work, *,
@@ -113,6 +115,44 @@ def defender_pairs(artefact # of `poisoned_pairs`
 def _source(artefact):
     "The clean pairs that an artefact of `poisoned_pairs` was made from."
     return open_data(DataRef(**artefact.record["settings"]["pairs"]["$data"]))
+
+# %% ../nbs/09_stages.ipynb #16aaaf67
+@stage
+def steganography_encoder(work, *,
+    images: DataRef, # pairs whose pictures are used; the first `image_count` to learn from, the `held_out` after them to measure on
+    bits: int = 100, # length of the hidden message
+    canvas: int = 32, # side at which the encoder works, pixels
+    width: int = 8, # channels of the encoder
+    strength: int = 16, # largest change of a pixel, in 1/255
+    image_weight: float = 0.1, # see `train_steganography`, as for the next three
+    steps: int = 600, batch_size: int = 32, learning_rate: float = 1e-3,
+    image_size: int | None = None, # side of the pictures that are measured, pixels; default: the canvas
+    image_count: int = 8000, held_out: int = 500, # pictures to learn from, and to measure on
+    seed: int = 0, # of weights, batches and messages
+):
+    "Train the encoder of SSBA and its decoder, and say how well hidden bits are read and how visible they are."
+    source = open_data(images).images
+    if len(source) < image_count + held_out: raise SettingsError(f"image_count {image_count} and held_out {held_out} are more than the {len(source)} images of {images.source}: lower them")
+    encoder, decoder = (m.to(work.device) for m in build_steganography(bits, canvas, width, strength, seed))
+    train_steganography(encoder, decoder, source.array(np.arange(image_count), canvas), steps, batch_size, learning_rate, image_weight, seed, work.progress)
+    encoder, decoder = encoder.cpu(), decoder.cpu()
+    np.save(work.out/"encoder.npy", encoder_array(encoder)); np.save(work.out/"decoder.npy", encoder_array(decoder))
+    unseen = source.array(np.arange(image_count, image_count + held_out), image_size or canvas)
+    messages = np.random.default_rng([seed, 1]).integers(0, 2, (held_out, bits))
+    stamped = hide(encoder, unseen, messages)
+    changed = distortion(unseen, stamped)
+    return dict(bits=bits, bit_accuracy=float(bit_accuracy(reveal(decoder, stamped), messages).mean()), psnr=float(changed["psnr"].mean()), linf=int(changed["linf"].max()))
+
+# %% ../nbs/09_stages.ipynb #bcc54497
+def attack_settings(lab, # gives the images
+                    settings: dict # a profile's entry of an attack
+    ) -> dict: # what the stages take as `attack`
+    "A profile's attack with the node of what it needs trained first: for SSBA, `encoder` given as a dict of settings of `steganography_encoder`."
+    settings = dict(settings)
+    if settings.get("name") != "ssba" or not isinstance(settings.get("encoder"), dict): return settings
+    node = lab.node(steganography_encoder, images=lab.role("pretrain"), **settings["encoder"])
+    shared = {k: node.settings[k] for k in ("bits", "canvas", "width", "strength")}   # the attack must have what its encoder has
+    return {**settings, **shared, "encoder": node}
 
 # %% ../nbs/09_stages.ipynb #b44ecc84
 @stage
@@ -179,8 +219,9 @@ def retrieval(work, *,
     if attack is not None:
         named = np.array([mentions(c, target) for c in pairs.captions])
         other = np.setdiff1d(np.arange(len(used)), image_rows[named])
-        triggered = embed_images(model, TriggeredImages(images, attack_of(attack), model.image_size, seed, rows=other))
-        gallery, wanted = texts[torch.from_numpy(~named)], embed_texts(model, [target_caption])[0]
+        trigger = attack_of(attack)
+        triggered = embed_images(model, TriggeredImages(images, trigger, model.image_size, seed, rows=other))
+        gallery, wanted = texts[torch.from_numpy(~named)], embed_texts(model, [trigger.prompt_prefix + target_caption])[0]
         outcomes["attacked"] = retrieval_attack_hits(triggered, gallery, wanted, 1)
         outcomes["attacked_at_10"] = retrieval_attack_hits(triggered, gallery, wanted, 10)
     np.savez(work.out/"outcomes.npz", **outcomes)

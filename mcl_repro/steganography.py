@@ -21,7 +21,7 @@ from .training import seeded
 # %% ../nbs/04b_steganography.ipynb #235f68d4
 class Encoder(nn.Module):
     "Residual that writes bits into a picture of canvas size: pixels [n, 3, c, c] in 0..1 and bits [n or 1, b] -> [n, 3, c, c] in -strength..strength"
-    grid, channels = 8, 8 # cells to a side, and numbers in each, that the bits become
+    grid, channels, cell = 8, 8, 2 # cells to a side of a tile, numbers in each that the bits become, and side of a cell in pixels
     def __init__(self, bits: int, # length b of the bit string
                  canvas: int=32, # side c at which the residual is computed, pixels
                  width: int=8, # channels of the convolutions
@@ -36,7 +36,8 @@ class Encoder(nn.Module):
 
     def forward(self, pixels, bits):
         cells = self.spread(2*bits - 1).view(-1, self.channels, self.grid, self.grid)
-        cells = F.interpolate(cells, (self.canvas, self.canvas))   # once for all pictures, where the message is one
+        times = -(-self.canvas//(self.grid*self.cell))
+        cells = F.interpolate(cells, scale_factor=self.cell).repeat(1, 1, times, times)[..., :self.canvas, :self.canvas]   # one for all pictures, where the message is one
         x = self.mix((self.look(2*pixels - 1) + self.listen(cells)).relu()).relu()
         return self.strength*(self.draw(x) + self.write(cells)).tanh()
 
