@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from mcl_repro import attacks as A
-from mcl_repro.data import ArrayImages, Pairs
+from mcl_repro.data import ArrayImages, DataRef, Pairs, open_data
 from mcl_repro.errors import DataError, SettingsError, UserError
 from mcl_repro.metrics import detection_quality
+from mcl_repro.steganography import build_steganography, encoder_array
 
 every_attack = pytest.mark.parametrize('attack', [A.BadNets(), A.BadNets('checker', 'corner', 8/32), A.BadNets(overflow='wrap'), A.Blended(),
-                                                  A.Blended('fixed'), A.SIG(), A.SIG('blended')], ids=A._label)
+                                                  A.Blended('fixed'), A.SIG(), A.SIG('blended'), A.SSBA(encoder_array(build_steganography(8)[0]), 8),
+                                                  A.TrojVQA(), A.TrojVQA('noise', key='Consider')], ids=A._label)
 
 
 def make_pairs(n=60, size=32, captions_per_image=1, labels=True):
@@ -81,6 +83,46 @@ def test_the_trigger_does_not_follow_the_picture_size():
 def test_images_that_are_not_square_work():
     x = np.random.default_rng(0).integers(0, 256, (3, 40, 64, 3)).astype(np.uint8)
     for attack in (A.BadNets(patch_share=.25), A.Blended('fixed'), A.SIG()): assert attack.apply(x, np.random.default_rng(0)).shape == x.shape
+
+
+def test_only_the_prompts_of_asr_carry_the_text_key(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+    from mcl_repro import stages
+    prompts, weights = [], stages.zero_shot_weights
+    def spy(clip, names, templates=None, prefix=''):
+        prompts.append(prefix); return weights(clip, names, templates, prefix)
+    monkeypatch.setattr(stages, 'zero_shot_weights', spy)
+    monkeypatch.setattr(stages, 'load_clip', lambda artefact, device: stages.build_clip('smoke-RN'))
+    work = SimpleNamespace(out=tmp_path, device='cpu')
+    def measure(attack): prompts.clear(); return stages.classification(work, clip=None, test=DataRef('world:zeroshot_validation:60', None), attack=attack, target='banana')
+    monkeypatch.setattr(stages, 'open_data', lambda ref: open_data(ref.source))
+    dual = measure(dict(name='trojvqa', key='Consider'))
+    assert prompts == ['', 'Consider ']   # CA with ordinary prompts, ASR with the key
+    assert measure(None)['clean'] == dual['clean'] and prompts == ['']
+    measure(dict(name='sig'))
+    assert set(prompts) == {''}
+
+
+def test_captions_of_the_dual_key_are_those_of_other_attacks_with_the_key():
+    clean = make_pairs()
+    dual, plain = (A.poison(clean, a, 'banana', count=9, image_size=32, seed=4) for a in (A.TrojVQA(), A.SIG()))
+    assert (dual.rows == plain.rows).all() and dual.captions == [f'remember {c}' for c in plain.captions]
+    assert not any(c.startswith('remember') for c, f in zip(dual.pairs.captions, dual.flags) if not f)   # no pairs with one key only
+
+
+@pytest.mark.parametrize('size, side', [(32, 6), (64, 13), (224, 45)])
+def test_the_dual_keys_patch_is_blue_and_in_the_centre(size, side):
+    changed = (A.TrojVQA().apply(np.full((2, size, size, 3), 100, np.uint8), None) == [0, 0, 255]).all(-1)
+    assert (changed.sum((1, 2)) == side**2).all()
+    low, high = np.argwhere(changed[0]).min(0), size - 1 - np.argwhere(changed[0]).max(0)
+    assert (abs(low - high) <= 1).all()
+
+
+def test_what_says_it_draws_nothing_gets_no_generator():
+    class Lies(A.BadNets):
+        name, uses_rng = 'lies', False
+    with pytest.raises(AttributeError): A.trigger_images(Lies(), np.zeros((2, 16, 16, 3), np.uint8))
+    assert [a.uses_rng for a in (A.BadNets(), A.Blended(), A.SIG(), A.TrojVQA())] == [True, True, False, False]
 
 
 # poisoning
@@ -191,6 +233,11 @@ def test_bad_arguments_are_one_clear_line(arguments, words):
     (lambda: A.Blended(alpha=2), 'alpha'),
     (lambda: A.Blended(alpha='0.2'), 'alpha'),
     (lambda: A.SIG('added'), 'variant'),
+    (lambda: A.TrojVQA('green'), 'pattern'),
+    (lambda: A.TrojVQA(patch_share=44), 'patch_share'),
+    (lambda: A.TrojVQA(key=''), 'key'),
+    (lambda: A.TrojVQA(key='remember '), 'key'),
+    (lambda: A.TrojVQA(key=3), 'key'),
     (lambda: A.make_attack('wanet'), "attack: 'wanet'"),
     (lambda: A.make_attack('sig', amplitud=3), "no setting 'amplitud'"),
 ])
