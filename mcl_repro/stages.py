@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['load_clip', 'train_and_save', 'save_trained', 'weights_checksum', 'clean_clip', 'attack_of', 'poisoned_pairs',
            'open_poisoned', 'defender_pairs', 'steganography_encoder', 'attack_settings', 'finetuned_clip',
-           'pair_similarities', 'arrays', 'classification', 'retrieval', 'divergence', 'outcomes', 'cell', 'percent']
+           'pair_similarities', 'arrays', 'classification', 'retrieval', 'divergence', 'noise_size', 'outcomes', 'cell',
+           'percent']
 
 # %% ../nbs/09_stages.ipynb #732ddbc4
 import hashlib
@@ -19,8 +20,9 @@ from .clip import Clip, build_clip, embed_images, embed_texts, embed_tokens, sav
 from .data import DataRef, Pairs, open_data
 from .errors import SettingsError
 from .lab import Artefact, stage
-from .metrics import (attack_hits, bootstrap_interval, combine_seeds, correct, hit_rate, hits, median_rank, prediction_kl,
+from .metrics import (attack_hits, bootstrap_interval, clean_accuracy, combine_seeds, correct, hit_rate, hits, median_rank, prediction_kl,
                                retrieval_attack_hits, retrieval_ranks)
+from .pac_bayes import noise_tolerance
 from .steganography import bit_accuracy, build_steganography, encoder_array, hide, reveal, train_steganography
 from .training import Recipe, TrainingSet, train, training_set
 
@@ -251,6 +253,25 @@ def divergence(work, *,
     found = {way: prediction_kl(*cosines, *scales, way) for way in ("forward", "reverse")}
     np.savez(work.out/"outcomes.npz", **found)
     return {way: float(v.mean()) for way, v in found.items()}
+
+# %% ../nbs/09_stages.ipynb #846ac209
+@stage
+def noise_size(work, *,
+    clip, # artefact with the CLIP that is blurred
+    test: DataRef, # labelled images, for calibration only
+    images: int, # how many of them are used
+    candidates: list, # relative sizes of the noise, see `noise_tolerance`
+    points: float = 0.02, # accuracy that may be lost
+    draws: int = 2, # per candidate
+):
+    "The largest relative noise on the weights at which a model keeps its zero-shot accuracy up to `points`."
+    model, data = load_clip(clip, work.device), open_data(test)
+    pixels, labels = data.images.array(np.arange(min(images, len(data))), model.image_size), data.labels[:images]
+    def accuracy(weights):
+        model.model.load_state_dict(weights)
+        return clean_accuracy(embed_images(model, pixels) @ zero_shot_weights(model, data.classnames, ["a photo of a {}."]), labels)
+    found, tried = noise_tolerance(accuracy, {k: v.clone() for k, v in model.model.state_dict().items()}, tuple(candidates), points, draws)
+    return dict(relative=found, tried=[[r, a] for r, a in tried.items()])
 
 # %% ../nbs/09_stages.ipynb #514502b1
 def outcomes(artefact # of `classification` or `retrieval`
