@@ -13,9 +13,9 @@ from mcl_repro.clip import embed_images, embed_tokens, info_nce
 from mcl_repro.data import ArrayImages, Pairs
 from mcl_repro.errors import SettingsError
 from mcl_repro.lab import Lab, stage
-from mcl_repro.stages import clean_clip, finetuned_clip, load_clip, open_poisoned, poisoned_pairs
+from mcl_repro.stages import arrays, clean_clip, finetuned_clip, load_clip, open_poisoned, poisoned_pairs
 from mcl_repro.training import train, training_set
-from mcl_repro.ubt import (FORGETTING, arrays, cartesian_pairs, looks_poisoned, most_similar, overfitting_loss, split_suspicious, ubt_overfit,
+from mcl_repro.ubt import (FORGETTING, cartesian_pairs, looks_poisoned, most_similar, overfitting_loss, split_suspicious, ubt_overfit,
                            ubt_select, ubt_split, ubt_unlearn, unlearning_loss)
 
 HERE = Path(__file__).parent
@@ -39,7 +39,7 @@ def graph(lab):
     victim = lab.node(finetuned_clip, clip=clean, poisoned=poisoned, recipe=dict(epochs=1, batch_size=32, learning_rate=3e-4))
     split = lab.node(ubt_split, clip=clean, poisoned=poisoned, share=.15)
     overfitted = lab.node(ubt_overfit, clip=victim, poisoned=poisoned, split=split, recipe=OVERFIT)
-    selection = lab.node(as_if_poisoned, selection=lab.node(ubt_select, clip=victim, overfitted=overfitted, poisoned=poisoned, split=split, count=6))
+    selection = lab.node(as_if_poisoned, selection=lab.node(ubt_select, overfitted=overfitted, poisoned=poisoned, split=split, count=6))
     unlearn = lab.node(ubt_unlearn, clip=victim, poisoned=poisoned, split=split, selection=selection, recipe=UNLEARN, **RETENTION)
     return SimpleNamespace(clean=clean, poisoned=poisoned, victim=victim, split=split, selection=selection, unlearn=unlearn)
 
@@ -81,10 +81,10 @@ def defend(folder, made, poisoned):
     "All stages of the defence; the results and the bytes of all files."
     split = artefact(folder/'split', ubt_split, clip=made.clean, poisoned=poisoned, share=.15)
     overfitted = artefact(folder/'overfit', ubt_overfit, clip=made.victim, poisoned=poisoned, split=split, recipe=OVERFIT)
-    selection = artefact(folder/'select', ubt_select, clip=made.victim, overfitted=overfitted, poisoned=poisoned, split=split, count=6)
+    selection = artefact(folder/'select', ubt_select, overfitted=overfitted, poisoned=poisoned, split=split, count=6)
     found = SimpleNamespace(path=selection.path, result=dict(selection.result, poisoned=True))
     stages = [split, overfitted, selection] + [artefact(folder/name, ubt_unlearn, clip=made.victim, poisoned=poisoned, split=split, selection=found, recipe=UNLEARN, **options)
-                                               for name, options in (('printed', {}), ('retention', RETENTION), ('whole captions', dict(RETENTION, mask=False)))]
+                                               for name, options in (('printed', {}), ('retention', RETENTION), ('whole captions', dict(RETENTION, mask='none')))]
     return [s.result for s in stages], {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob('out/*'))}
 
 
@@ -110,6 +110,7 @@ def test_the_code_of_the_defence_mentions_no_trigger_flag_or_attack_success():
     judges = {'classification', 'retrieval', 'outcomes', 'percent', 'open_poisoned', 'load_poisoned', 'poison', 'Poisoned', 'poisoned_pairs', 'attack_of', 'make_attack', 'attack_hits',
               'retrieval_attack_hits', 'TriggeredImages', 'trigger_images', 'finetuned_clip', 'clean_clip', 'open_data'}
     for f in functions():
+        if isinstance(f, ast.FunctionDef) and f.args.args and f.args.args[0].arg == 'lab': continue   # puts stages together, computes nothing
         parents = {child: node for node in ast.walk(f) for child in ast.iter_child_nodes(node)}
         for node in ast.walk(f):
             if isinstance(node, ast.Attribute): assert node.attr not in secret, f'{f.name} uses .{node.attr}'
@@ -121,13 +122,14 @@ def test_the_code_of_the_defence_mentions_no_trigger_flag_or_attack_success():
 
 def test_the_whole_defence_is_looked_at():
     assert {'ubt_split', 'ubt_overfit', 'ubt_select', 'ubt_unlearn'} <= {f.name for f in functions()} and len(functions()) > 15
+    assert [f.name for f in functions() if isinstance(f, ast.FunctionDef) and f.args.args and f.args.args[0].arg == 'lab'] == ['ubt_nodes', 'unlearned']
 
 
 # ---- when it refuses
 
 def test_a_selection_that_does_not_look_poisoned_leaves_the_weights_as_they_are(made, tmp_path):
     "Judged by the clean model itself, the suspicious pairs are the least similar of all, so nothing can look poisoned."
-    selection = artefact(tmp_path/'select', ubt_select, clip=made.clean, overfitted=made.clean, poisoned=made.poisoned, split=made.split, count=6)
+    selection = artefact(tmp_path/'select', ubt_select, overfitted=made.clean, poisoned=made.poisoned, split=made.split, count=6)
     assert selection.result['poisoned'] is False and selection.result['normal_below'] <= .95
     for name, options in (('printed', {}), ('retention', RETENTION)):
         left = artefact(tmp_path/name, ubt_unlearn, clip=made.victim, poisoned=made.poisoned, split=made.split, selection=selection, recipe=UNLEARN, **options)
@@ -249,6 +251,36 @@ def test_retention_adds_the_contrastive_loss_of_ordinary_pairs(made):
             assert value(forget=forget, retention=.5) - value(forget=forget, retention=1e-9) == pytest.approx(.5*keep, abs=1e-3)
             assert value(forget=forget, forget_weight=3.) == pytest.approx(3*value(forget=forget), rel=1e-4)
     with pytest.raises(SettingsError, match="unknown way to forget 'erase': use one of cosine, info_nce, preference"): unlearning_loss(data, 'erase')
+
+
+# ---- what is masked, and how much is used
+
+def test_masks_choose_between_whole_and_masked_captions_and_images(made):
+    chosen = arrays(made.selection, 'selection'); images = torch.zeros(6, 3, 32, 32, dtype=torch.uint8)
+    for mask in ubt.MASKS:
+        found, tokens = ubt._masked_pairs(made.selection, images, mask, None)
+        assert torch.equal(tokens, torch.from_numpy(chosen['masked' if mask in ('text', 'both') else 'tokens']))
+        assert bool(found.any()) == (mask in ('image', 'both')) and found.shape == images.shape and found.dtype == torch.uint8
+    assert (chosen['tokens'] != chosen['masked']).any() and chosen['masked_images'].shape == (6, 32, 32, 3)
+    found, tokens = ubt._masked_pairs(made.selection, images, 'text', 2)
+    assert len(found) == len(tokens) == 2
+    with pytest.raises(SettingsError, match="unknown mask 'words': use one of text, image, both, none"): ubt._masked_pairs(made.selection, images, 'words', None)
+    for count in (0, 7):
+        with pytest.raises(SettingsError, match=f'cannot unlearn {count} of 6 selected pairs'): ubt._masked_pairs(made.selection, images, 'text', count)
+
+
+def test_fewer_pairs_get_as_many_steps(made, tmp_path):
+    found = SimpleNamespace(path=made.selection.path, result=dict(made.selection.result, poisoned=True))
+    steps = [artefact(tmp_path/str(k), ubt_unlearn, clip=made.victim, poisoned=made.poisoned, split=made.split, selection=found, recipe=UNLEARN, stop=False, count=k).result['steps'] for k in (None, 1, 3)]
+    assert steps == [6, 6, 6]
+
+
+def test_relevance_of_images_needs_a_tower_it_knows(made):
+    "A ResNet is asked for maps, a ViT for patches; a layer that is not there is named."
+    model = load_clip(made.victim); images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    texts = embed_tokens(model, torch.from_numpy(arrays(made.selection, 'selection')['tokens'][:2]))
+    assert ubt.image_relevance(model, images, texts, 'layer2').shape == (2, 4, 4) and ubt.image_relevance(model, images, texts, 'layer1').shape == (2, 8, 8)
+    with pytest.raises(SettingsError, match="no 'layer7'"): ubt.image_relevance(model, images, texts, 'layer7')
 
 
 # ---- killed
