@@ -136,12 +136,12 @@ def roclip_loss(steps_per_epoch: int, # of the training it is for
                 every: int = 2, # matching epochs are every, 2 * every, ...
                 zero_gradient: bool = False, # in matching epochs the text tower's gradients are zeros, as in the public code, not absent
                 seed: int = 0, # of the image augmentation
-                augment=None # function (images, seed) -> images; default: the policy of RoCLIP
+                image_policy: str | None = "roclip" # see `augment_images`; None leaves images as they are
     ):
     "The loss of RoCLIP for `train`; the model must have a pool, see `attach_pool`."
-    augment = augment or (lambda images, seed: augment_images(images, "roclip", seed))
     def loss(clip: Clip, batch: Batch):
-        u, v = embed_batch(clip, augment(batch.images, seeded(seed, 4, batch.step)), batch.tokens)
+        images = augment_images(batch.images, image_policy, seeded(seed, 4, batch.step)) if image_policy else batch.images
+        u, v = embed_batch(clip, images, batch.tokens)
         scale = clip.model.logit_scale.exp()
         if not matches(batch.step, steps_per_epoch, every): return info_nce(u, v, scale)
         nearest = nearest_captions(clip, u)
@@ -160,16 +160,17 @@ def roclip(work, *,
     every: int = 2, # matching epochs are every, 2 * every, ...
     pool_start: str = "random", # `random` as the public code, or `captions`
     zero_gradient: bool = False, # see `roclip_loss`
-    augment: bool = True, # captions once, images in every step
+    augment_text: bool = True, # captions by EDA, once
+    image_policy: str | None = "roclip", # see `augment_images`, in every step; None leaves images as they are
 ):
     "RoCLIP: train a clean CLIP on pairs as they are, in every other epoch against the most similar captions of a pool."
     numbers = Recipe(**recipe)
     if not 0 < every <= numbers.epochs: raise SettingsError(f"matching every {every} epochs never happens in {numbers.epochs}: choose every from 1 to {numbers.epochs}")
     model, pairs = load_clip(clip, work.device), defender_pairs(poisoned)
-    if augment: pairs = replace(pairs, captions=augment_captions(list(pairs.captions), numbers.seed, letterless="keep"))
+    if augment_text: pairs = replace(pairs, captions=augment_captions(list(pairs.captions), numbers.seed, letterless="keep"))
     data = training_set(model, pairs)
     attach_pool(model, data, pool_size, pool_start, numbers.seed)
-    loss = roclip_loss(len(epoch_batches(len(data), numbers, 0)), every, zero_gradient, numbers.seed, None if augment else lambda images, seed: images)
+    loss = roclip_loss(len(epoch_batches(len(data), numbers, 0)), every, zero_gradient, numbers.seed, image_policy)
     history = train(model, data, numbers, loss=loss, checkpoint=work.scratch/"checkpoint.safetensors", progress=work.progress)
     detach_pool(model)
     return save_trained(work, model, data, history)

@@ -88,22 +88,28 @@ def run(folder, f, **settings):
     return SimpleNamespace(path=folder/'out', result=f(work, **settings))
 
 
+def plain(settings): return {k: dict(v) if isinstance(v, dict) else v for k, v in settings.items()}
+
+
 def steps(made, poisoned, done):
     "Every defence stage with its settings in profile smoke, in an order in which later ones find what they need in `done`: name -> (stage, settings)."
     s, victim = SETTINGS, dict(clip=made.victim, poisoned=poisoned)
     suspect = lambda selection: SimpleNamespace(path=selection.path, result=dict(selection.result, poisoned=True))   # a model as small as this does not look poisoned
     unlearn = lambda options: (ubt.ubt_unlearn, dict(victim, split=done['ubt_split'], selection=suspect(done['ubt_select']), recipe=dict(options['recipe']), **{k: v for k, v in options.items() if k != 'recipe'}))
-    isolation = dict(recipe=dict(s.abl.recipe), share=s.abl.share)
+    isolation = plain(s.abl)
     yield 'ubt_split', lambda: (ubt.ubt_split, dict(clip=made.clean, poisoned=poisoned, share=s.ubt.suspicious_share))
     yield 'ubt_overfit', lambda: (ubt.ubt_overfit, dict(victim, split=done['ubt_split'], recipe=dict(s.ubt.overfit), normal_weight=s.ubt.normal_weight))
-    yield 'ubt_select', lambda: (ubt.ubt_select, dict(victim, overfitted=done['ubt_overfit'], split=done['ubt_split'], count=s.ubt.unlearn_count, start_layer=s.ubt.relevance_start_layer))
+    yield 'ubt_select', lambda: (ubt.ubt_select, dict(poisoned=poisoned, overfitted=done['ubt_overfit'], split=done['ubt_split'], count=s.ubt.unlearn_count, start_layer=s.ubt.relevance_start_layer,
+                                                          image_layer=s.ubt.image_layer, image_share=s.ubt.image_share))
     yield 'ubt_unlearn', lambda: unlearn(s.ubt.unlearn)
     yield 'ubt_unlearn, retention', lambda: unlearn(s.ubt.retention)
+    yield 'ubt_unlearn, both masks', lambda: unlearn(dict(s.ubt.unlearn, mask='both'))
     yield 'abl', lambda: (baselines.abl, dict(victim, **isolation))
     yield 'abl, constraint', lambda: (baselines.abl, dict(victim, **isolation, ascent='constraint'))
     yield 'abl, text mask', lambda: (baselines.abl, dict(victim, **isolation, text_mask=True))
-    yield 'roclip', lambda: (baselines.roclip, dict(clip=made.clean, poisoned=poisoned, recipe=dict(s.roclip.recipe), pool_size=s.roclip.pool_size, every=s.roclip.every))
-    yield 'cleaned_clip', lambda: (cleanclip.cleaned_clip, dict(clip=made.victim, pairs=made.clean_pairs, **{k: dict(v) if isinstance(v, dict) else v for k, v in s.cleanclip.items()}))
+    yield 'roclip', lambda: (baselines.roclip, dict(clip=made.clean, poisoned=poisoned, **plain(s.roclip)))
+    yield 'roclip, images too', lambda: (baselines.roclip, dict(clip=made.clean, poisoned=poisoned, **{**plain(s.roclip), 'image_policy': 'roclip'}))
+    yield 'cleaned_clip', lambda: (cleanclip.cleaned_clip, dict(clip=made.victim, pairs=made.clean_pairs, **plain(s.cleanclip)))
 
 
 WITHOUT_PAIRS = {'cleaned_clip'}   # it has clean pairs of its own
@@ -118,7 +124,7 @@ def test_no_defence_looks_at_what_a_defender_does_not_have(made, tmp_path, monke
         assert done[name].result and files, f'{name} left nothing'
         assert (sealed._asked > before) != (name in WITHOUT_PAIRS), f'{name} asked for the pairs {sealed._asked - before} times'
         if 'clip.safetensors' in files: assert load_clip(done[name]).name == SETTINGS.model.name and (done[name].path/'clip.safetensors').read_bytes() != (made.victim.path/'clip.safetensors').read_bytes()
-    assert len(done) == 10 and sum((d.path/'clip.safetensors').exists() for d in done.values()) == 8
+    assert len(done) == 12 and sum((d.path/'clip.safetensors').exists() for d in done.values()) == 10
 
 
 def test_every_stage_of_the_defences_is_run():
@@ -129,7 +135,7 @@ def test_every_stage_of_the_defences_is_run():
 
 CHEATS = dict(
     flags=lambda work, clip, poisoned: stages.open_poisoned(poisoned).flags,
-    rows=lambda work, clip, poisoned: ubt.open_poisoned(poisoned).rows,
+    rows=lambda work, clip, poisoned: stages.open_poisoned(poisoned).rows,
     images=lambda work, clip, poisoned: stages.open_poisoned(poisoned).images,
     captions=lambda work, clip, poisoned: stages.open_poisoned(poisoned).captions,
     target=lambda work, clip, poisoned: stages.open_poisoned(poisoned).target,
@@ -217,7 +223,7 @@ def test_without_a_mask_other_towers_will_do(made, tmp_path, towers):
 def test_more_than_is_suspicious_cannot_be_selected(made, tmp_path, untrained):
     split = run(tmp_path/'split', ubt.ubt_split, clip=made.clean, poisoned=made.poisoned, share=.02)
     with pytest.raises(SettingsError, match='cannot select 9 of 8 suspicious pairs'):
-        run(tmp_path/'select', ubt.ubt_select, clip=made.victim, overfitted=made.victim, poisoned=made.poisoned, split=split, count=9)
+        run(tmp_path/'select', ubt.ubt_select, overfitted=made.victim, poisoned=made.poisoned, split=split, count=9)
 
 
 @pytest.mark.parametrize('name', ['abl', 'roclip'])
