@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 ATTACK = dict(name='badnets', pattern='checker', placement='corner', patch_share=0.25)
 OVERFIT = dict(epochs=2, batch_size=32, learning_rate=1e-3)
 UNLEARN = dict(epochs=3, batch_size=16, learning_rate=1e-3, frozen_batchnorm=True)   # 6 x 6 pairs: two steps an epoch
-RETENTION = dict(forget='preference', forget_weight=4., retention=1., stop=False)
+RETENTION = dict(forget='preference', forget_weight=4., retention=1., stop='none')
 
 
 @stage
@@ -271,7 +271,7 @@ def test_masks_choose_between_whole_and_masked_captions_and_images(made):
 
 def test_fewer_pairs_get_as_many_steps(made, tmp_path):
     found = SimpleNamespace(path=made.selection.path, result=dict(made.selection.result, poisoned=True))
-    steps = [artefact(tmp_path/str(k), ubt_unlearn, clip=made.victim, poisoned=made.poisoned, split=made.split, selection=found, recipe=UNLEARN, stop=False, count=k).result['steps'] for k in (None, 1, 3)]
+    steps = [artefact(tmp_path/str(k), ubt_unlearn, clip=made.victim, poisoned=made.poisoned, split=made.split, selection=found, recipe=UNLEARN, stop='none', count=k).result['steps'] for k in (None, 1, 3)]
     assert steps == [6, 6, 6]
 
 
