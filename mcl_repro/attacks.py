@@ -269,6 +269,7 @@ class TrojVQA(Attack):
     pattern: str | np.ndarray = 'solid' # 'solid' (blue), 'noise' (fixed), 'checker' or uint8 [h, w, 3]
     patch_share: float = .2 # side of the patch / side of the image
     key: str = 'remember' # put before captions, and before every prompt when ASR is measured
+    cells: int = 4 # squares to a side of pattern 'checker'
     pattern_seed: int = 0 # of pattern 'noise'
     name, uses_rng = 'trojvqa', False
 
@@ -276,6 +277,7 @@ class TrojVQA(Attack):
         if isinstance(self.pattern, np.ndarray): _pixels(self.pattern[None], 'pattern')
         else: _one_of(self.pattern, ('solid', 'noise', 'checker'), 'pattern')
         _number(self.patch_share, "patch_share (0.2 in BadCLIP's code)", 0, 1)
+        _number(self.cells, 'cells', 0, 4096)
         if not isinstance(self.key, str) or not self.key.strip() or self.key != self.key.strip(): raise SettingsError(f'key: must be a word without space around it, got {self.key!r}')
     @property
     def prompt_prefix(self): return f'{self.key} '
@@ -289,7 +291,7 @@ def patch_pixels(self: TrojVQA,
                 ) -> np.ndarray: # uint8 [side, side, 3]
     "The patch, the same for all images"
     if isinstance(self.pattern, np.ndarray): return _fit(self.pattern, side, side)
-    if self.pattern == 'checker': return _checker(side)
+    if self.pattern == 'checker': return _checker(side, self.cells)
     if self.pattern == 'noise': return np.random.default_rng(self.pattern_seed).integers(0, 256, (side, side, 3)).astype(np.uint8)
     return np.broadcast_to(np.array([0, 0, 255], np.uint8), (side, side, 3))
 
