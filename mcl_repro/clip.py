@@ -7,8 +7,8 @@ __all__ = ['import_torchvision', 'import_open_clip', 'mini_models', 'model_confi
            'read_tensors', 'load_weights', 'tokenize', 'to_pixels', 'encode_text', 'embed_images', 'embed_tokens',
            'embed_texts', 'imagenet_templates', 'zero_shot_weights', 'info_nce']
 
-# %% ../nbs/02_clip.ipynb #c49615ec
-import importlib, json, sys
+# %% ../nbs/02_clip.ipynb #ba915fcb
+import functools, importlib, json, sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -106,7 +106,10 @@ def _tokenizer(oc, name, config):
     "CLIP's own byte-pair tokenizer at the model's context length, or what open_clip says for other text towers."
     text = config["text_cfg"]
     if "hf_model_name" in text or "hf_tokenizer_name" in text: return oc.get_tokenizer(name)
-    return oc.SimpleTokenizer(context_length=text.get("context_length", 77))
+    return _byte_pairs(text.get("context_length", 77))
+
+@functools.cache
+def _byte_pairs(context_length): return import_open_clip().SimpleTokenizer(context_length=context_length)   # reading its 49,000 pairs takes longer than building a small model
 
 # %% ../nbs/02_clip.ipynb #f8316eae
 def save_clip(clip: Clip, # the model to store
@@ -244,6 +247,9 @@ def imagenet_templates() -> list:
     "The 80 prompt templates of OpenAI's ImageNet evaluation, as strings with `{}` for the class name."
     return [template("{}") for template in import_open_clip().OPENAI_IMAGENET_TEMPLATES]
 
+@functools.lru_cache(maxsize=4)
+def _prompt_tokens(tokenizer, prompts): return tokenizer(list(prompts))   # the same prompts are asked of one model after the other
+
 def zero_shot_weights(clip: Clip, # the model
                       classnames: list, # c class names
                       templates: list = None, # strings with `{}`; default: OpenAI's 80
@@ -251,8 +257,8 @@ def zero_shot_weights(clip: Clip, # the model
     ) -> torch.Tensor:
     "Class vectors of the zero-shot classifier, unit length, float32 [d, c]. Source: CLIP's prompt ensembling."
     templates = templates or imagenet_templates()
-    prompts = [prefix + t.format(name) for name in classnames for t in templates]
-    means = embed_texts(clip, prompts).view(len(classnames), len(templates), -1).mean(1)
+    prompts = tuple(prefix + t.format(name) for name in classnames for t in templates)
+    means = embed_tokens(clip, _prompt_tokens(clip.tokenizer, prompts)).view(len(classnames), len(templates), -1).mean(1)
     return F.normalize(means, dim=-1).T
 
 # %% ../nbs/02_clip.ipynb #fd425fbe
