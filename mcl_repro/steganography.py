@@ -36,8 +36,8 @@ class Encoder(nn.Module):
 
     def forward(self, pixels, bits):
         cells = self.spread(2*bits - 1).view(-1, self.channels, self.grid, self.grid)
-        times = -(-self.canvas//(self.grid*self.cell))
-        cells = F.interpolate(cells, scale_factor=self.cell).repeat(1, 1, times, times)[..., :self.canvas, :self.canvas]   # one for all pictures, where the message is one
+        times = self.canvas//(self.grid*self.cell)
+        cells = F.interpolate(cells, scale_factor=self.cell).repeat(1, 1, times, times)   # one for all pictures, where the message is one
         x = self.mix((self.look(2*pixels - 1) + self.listen(cells)).relu()).relu()
         return self.strength*(self.draw(x) + self.write(cells)).tanh()
 
@@ -49,10 +49,12 @@ class Decoder(nn.Module):
                  width: int=32 # channels of the first convolution
                 ):
         super().__init__()
-        self.bits, self.canvas = bits, canvas
-        self.layers = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 2*width, 3, 2, 1), nn.ReLU(),
-                                    nn.Conv2d(2*width, 2*width, 3, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(128*width, bits))
-    def forward(self, pixels): return self.layers(2*pixels - 1)
+        self.bits, self.canvas, self.tile = bits, canvas, Encoder.grid*Encoder.cell//4   # side of a tile after two halvings
+        self.layers = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 2*width, 3, 2, 1), nn.ReLU(), nn.Conv2d(2*width, 2*width, 3, 1, 1), nn.ReLU())
+        self.read = nn.Linear(2*width*self.tile**2, bits)
+    def forward(self, pixels):
+        x = self.layers(2*pixels - 1)
+        return self.read(x.unflatten(3, (-1, self.tile)).unflatten(2, (-1, self.tile)).mean((2, 4)).flatten(1))   # tiles laid over each other
 
 # %% ../nbs/04b_steganography.ipynb #e5a210f7
 def _whole(value, name: str, low: int, high: int):
@@ -64,6 +66,7 @@ def check_encoder(bits: int, canvas: int, width: int, strength: int):
     "`SettingsError` for settings that no encoder can have"
     _whole(bits, 'bits (length of the hidden message)', 1, 1024)
     _whole(canvas, 'canvas (side at which the residual is computed, pixels)', 16, 1024)
+    if canvas % (tile := Encoder.grid*Encoder.cell): raise SettingsError(f'canvas: must be a multiple of the {tile} px of a tile, got {canvas}')
     _whole(width, 'width (channels of the encoder)', 1, 1024)
     _whole(strength, 'strength (largest change of a pixel, in 1/255)', 1, 255)
 
@@ -152,9 +155,9 @@ def steganography_loss(encoder: Encoder, decoder: Decoder,
     residual = encoder(pixels/255, bits)
     stamped = (pixels + residual).clamp(0, 255)
     stamped = stamped + (stamped.round() - stamped).detach()   # rounding, with the gradient of doing nothing
-    return F.binary_cross_entropy_with_logits(decoder(stamped/255), bits) + image_weight*(residual/encoder.strength).square().mean()
-
-def _ramp(step: int, steps: int) -> float: return min(max((step/steps - .1)/.5, 0.), 1.)
+    wrong = F.binary_cross_entropy_with_logits(decoder(stamped/255), bits)
+    heard = (1 - wrong.detach()/math.log(2)).clamp(0)
+    return wrong + image_weight*heard*(residual/encoder.strength).square().mean()
 
 # %% ../nbs/04b_steganography.ipynb #8e5389f3
 def train_steganography(encoder: Encoder, decoder: Decoder, # trained in place, on one device
@@ -175,7 +178,7 @@ def train_steganography(encoder: Encoder, decoder: Decoder, # trained in place, 
         optimizer.param_groups[0]['lr'] = learning_rate*.5*(1 + math.cos(math.pi*step/steps))
         pixels = images[torch.randint(len(images), (batch_size,), generator=rng)].to(device)
         bits = torch.randint(2, (batch_size, encoder.bits), generator=rng).float().to(device)
-        loss = steganography_loss(encoder, decoder, pixels, bits, image_weight*_ramp(step, steps))
+        loss = steganography_loss(encoder, decoder, pixels, bits, image_weight)
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]): raise TrainingError(f'steganography: the loss is not a number at step {step + 1}; lower the learning rate ({learning_rate:g}) or look for damaged images')

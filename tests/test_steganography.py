@@ -84,6 +84,7 @@ def test_an_encoder_survives_as_an_array(trained):
 @pytest.mark.parametrize('call, error, words', [
     (lambda e, d: S.build_steganography(0), SettingsError, 'bits .*1 to 1024, got 0'),
     (lambda e, d: S.build_steganography(8, canvas=8), SettingsError, 'canvas'),
+    (lambda e, d: S.build_steganography(8, canvas=40), SettingsError, 'multiple of the 16 px'),
     (lambda e, d: S.build_steganography(8, strength=.5), SettingsError, 'strength'),
     (lambda e, d: S.build_steganography(8, strength=256), SettingsError, 'strength'),
     (lambda e, d: S.encoder_from(S.encoder_array(e), 9), SettingsError, 'encoder: needs .* bits=9'),
