@@ -223,6 +223,18 @@ def test_the_bounded_form_is_bounded_and_lets_go(scale, seed):
     if scale > 10: assert value < 1e-6 and at_u.norm() < 1e-4
 
 
+@pytest.mark.parametrize('scale', [1., 14., 100.])
+def test_the_form_unrelated_ends_at_the_level_of_unrelated_captions(scale):
+    "Never below zero, text side held fixed; the weight on the pull is the logistic of how far the own caption stands above the average of the others."
+    benign, v, u = unit(64, 16), unit(8, 16, seed=1), unit(8, 16, seed=2)
+    value, at_u, at_v = gradients(lambda u, v: FORGETTING['unrelated'](u, v, None, benign, scale), u, v)
+    above = (u*v).sum(-1) - (u@benign.T).mean(1)
+    assert value == pytest.approx(F.softplus(scale*above).mean().item()) and value >= 0 and at_v is None
+    assert torch.allclose(at_u, (scale*torch.sigmoid(scale*above)/8)[:, None]*(v - benign.mean(0)), atol=1e-9)
+    far = F.normalize(benign.mean(0) - v, dim=-1); value, at_u, _ = gradients(lambda u, v: FORGETTING['unrelated'](u, v, None, benign, scale), far, v)
+    if scale > 50: assert value < 1e-6 and at_u.norm() < 1e-4
+
+
 @pytest.mark.parametrize('scale', [50., 100.])
 def test_the_bounded_form_pulls_hardest_where_the_backdoor_is_strongest(scale):
     "At a temperature as CLIP's, a backdoored pair is preferred by far; there the loss must be steep and not flat."
@@ -250,7 +262,7 @@ def test_retention_adds_the_contrastive_loss_of_ordinary_pairs(made):
         for forget in FORGETTING:
             assert value(forget=forget, retention=.5) - value(forget=forget, retention=1e-9) == pytest.approx(.5*keep, abs=1e-3)
             assert value(forget=forget, forget_weight=3.) == pytest.approx(3*value(forget=forget), rel=1e-4)
-    with pytest.raises(SettingsError, match="unknown way to forget 'erase': use one of cosine, info_nce, preference"): unlearning_loss(data, 'erase')
+    with pytest.raises(SettingsError, match="unknown way to forget 'erase': use one of cosine, info_nce, preference, unrelated"): unlearning_loss(data, 'erase')
 
 
 # ---- what is masked, and how much is used
