@@ -32,9 +32,10 @@ def split_suspicious(similarities: np.ndarray, # [n], under the clean model
 # %% ../nbs/10_ubt.ipynb #c347b2dc
 @stage
 def ubt_split(work, *, clip, poisoned, share: float):
-    "Similarity of every pair under the clean model, and the suspicious share."
-    clip = load_clip(clip, work.device)
-    similarities = pair_similarities(clip, training_set(clip, defender_pairs(poisoned)))
+    "Similarity of every pair under the clean model, and the suspicious share. Refuses text towers whose words cannot be weighed later on."
+    model = load_clip(clip, work.device)
+    token_relevance(model, torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1))
+    similarities = pair_similarities(model, training_set(model, defender_pairs(poisoned)))
     suspicious, normal = split_suspicious(similarities, share)
     np.savez(work.out/"split.npz", similarities=similarities, suspicious=suspicious, normal=normal)
     return dict(suspicious=len(suspicious), highest_similarity=float(similarities[suspicious].max()))

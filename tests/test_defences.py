@@ -199,13 +199,19 @@ class Towers(torch.nn.Module):
 @pytest.fixture
 def towers(monkeypatch):
     like = build_clip('smoke-RN'); torch.manual_seed(0)
-    monkeypatch.setattr(baselines, 'load_clip', lambda artefact, device='cpu': Clip(Towers(), like.tokenizer, 32, like.mean, like.std, 'towers'))
+    for module in (baselines, ubt): monkeypatch.setattr(module, 'load_clip', lambda artefact, device='cpu': Clip(Towers(), like.tokenizer, 32, like.mean, like.std, 'towers'))
 
 
 def test_a_text_mask_needs_a_text_transformer(made, tmp_path, untrained, towers):
     with pytest.raises(SettingsError, match="needs CLIP's own text transformer"):
         run(tmp_path/'abl', baselines.abl, clip=made.victim, poisoned=made.poisoned, recipe=dict(SETTINGS.abl.recipe), share=.05, text_mask=True)
     assert not list((tmp_path/'abl'/'out').iterdir())
+
+
+def test_ubt_needs_a_text_transformer_and_says_so_first(made, tmp_path, towers, monkeypatch):
+    monkeypatch.setattr(ubt, 'pair_similarities', lambda *a: pytest.fail('worked before it refused'))
+    with pytest.raises(SettingsError, match="needs CLIP's own text transformer"):
+        run(tmp_path/'split', ubt.ubt_split, clip=made.clean, poisoned=made.poisoned, share=.05)
 
 
 def test_a_block_that_the_text_tower_does_not_have_is_refused(made, tmp_path, untrained):
