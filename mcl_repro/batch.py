@@ -206,7 +206,7 @@ def _killed_after(kernel):
 class Progress:
     "One line that says how far the batch is: rewritten in a terminal, every half minute elsewhere."
     def __init__(self, runs, profile, jobs=1, out=None):
-        self.runs, self.profile, self.jobs, self.out = runs, profile, jobs, out or sys.stderr
+        self.runs, self.profile, self.jobs, self.out = Path(runs).resolve(), profile, jobs, out or sys.stderr   # papermill changes the working directory
         self.live, self.name, self.cell, self.began, self.over = self.out.isatty(), '', '', time.time(), threading.Event()
 
     def say(self, text, end='\n'):

@@ -234,3 +234,9 @@ def test_the_papers_notebooks_have_their_parameters():
     for name, path in find_notebooks().items():
         known = notebook_parameters(path); check_parameters(name, known, batch.STANDARD)
         assert set(batch.STANDARD) <= set(known), name
+
+
+def test_progress_finds_its_run_from_another_folder(tmp_path, monkeypatch):
+    "papermill changes the working directory while a notebook runs; a relative folder must still be the one that was meant."
+    monkeypatch.chdir(tmp_path); progress = Progress('runs', 'smoke', out=io.StringIO()); monkeypatch.chdir(tmp_path.parent)
+    assert progress.runs == tmp_path/'runs'
