@@ -125,7 +125,7 @@ def token_relevance(clip: Clip, # a CLIP with open_clip's own text transformer
         out = torch.zeros(tokens.shape, dtype=torch.float32)
         for rows in _batches(len(tokens), batch_size):
             ids = tokens[rows].to(clip.device)
-            with recorded_attention(blocks) as seen: v = F.normalize(encode_text(model, ids, groups=1), dim=-1)
+            with recorded_attention(blocks) as seen: v = F.normalize(encode_text(model, ids, groups=len(ids)), dim=-1)   # so many groups: nothing is reordered
             score = model.logit_scale.exp()*(v*_plain(image_embeddings[rows], v)).sum()
             (end, own), length = _caption_places(ids), seen[0].shape[-1]
             r = _rollout(seen, score, F.one_hot(end, length).to(v))

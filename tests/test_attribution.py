@@ -242,3 +242,14 @@ def test_towers_of_another_kind_are_refused():
     with pytest.raises(SettingsError, match='text transformer'): A.token_relevance(clip, sentences(2), unit(2))
     clip = tiny(); clip.model.transformer.resblocks[-1].attn = torch.nn.Identity()
     with pytest.raises(SettingsError, match='plain attention blocks'): A.token_relevance(clip, sentences(2), unit(2))
+
+
+def test_many_captions_of_different_lengths_keep_their_own_relevance():
+    "The text tower may put captions of like length together; what is recorded inside must still belong to the right caption."
+    from mcl_repro.clip import build_clip, embed_texts, tokenize
+    clip = build_clip('smoke-RN', seed=3); texts = [' '.join(['red', 'cup', 'on', 'grass', 'near', 'a', 'tree'][:1 + i % 7]) + f' {i}' for i in range(80)]
+    ids, u = tokenize(clip, texts)[0], F.normalize(torch.randn(80, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    for start in (-1, 0):
+        whole = A.token_relevance(clip, ids, u, start)
+        assert torch.allclose(whole, torch.cat([A.token_relevance(clip, ids[i:i + 1], u[i:i + 1], start) for i in range(80)]), atol=1e-5)
+        assert (whole[ids == 49407] == 0).all() and (whole[ids == 0] == 0).all()
