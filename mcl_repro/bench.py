@@ -298,7 +298,7 @@ def store_overhead(scale: Scale) -> list:
 _HELP = ["-m", "mcl_repro.cli", "--help"]
 _COMMANDS = {
     "python alone": ["-c", "pass"], "import torch": ["-c", "import torch"], "import mcl_repro.ubt": ["-c", "import mcl_repro.ubt"],
-    "import mcl_repro.ubt and build a CLIP": ["-c", "import mcl_repro.ubt as u; u.build_clip('smoke-RN')"], "mcl_repro --help": _HELP}
+    "import mcl_repro.ubt and build a CLIP": ["-c", "import mcl_repro.ubt; from mcl_repro.clip import build_clip; build_clip('smoke-RN')"], "mcl_repro --help": _HELP}
 _COUNT_TORCH = """import sys, mcl_repro.cli as cli
 try: cli.main(['--help'])
 except SystemExit: print(sum(m.partition('.')[0] == 'torch' for m in sys.modules))"""
