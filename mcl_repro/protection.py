@@ -4,25 +4,31 @@
 
 # %% ../nbs/04d_protection.ipynb #4f8e42d0
 from __future__ import annotations
-import functools, hashlib, json, os, shutil
-from dataclasses import dataclass, field
+import functools, hashlib, io, json, math, os, shutil, tarfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from fastcore.basics import patch
 
+from .augmentation import _resize_matrix
 from .clip import Clip
-from .data import Images, Pairs, _check_unique, _rows, _sha, read_json
+from .data import (Images, Pairs, _check_unique, _rows, _sha, read_coco_pairs, read_csv_pairs, read_flickr_pairs, read_json,
+                            read_webdataset_pairs, write_csv_pairs)
 from .errors import DataError, SettingsError, StoreError
-from .training import TrainingSet, training_set
+from .training import TrainingSet, seeded, training_set
 
 # %% auto #0
-__all__ = ['CANDIDATES', 'create_noise', 'open_noise', 'Protection', 'save_protection', 'load_protection', 'add_noise',
-           'ProtectedImages', 'trigger_slots', 'has_room', 'with_triggers', 'candidate_tokens', 'trigger_text',
-           'survives_as_text']
+__all__ = ['CANDIDATES', 'PUBLISHED', 'HACKER_CHANGES', 'create_noise', 'open_noise', 'Protection', 'save_protection',
+           'load_protection', 'add_noise', 'ProtectedImages', 'trigger_slots', 'has_room', 'with_triggers',
+           'candidate_tokens', 'trigger_text', 'survives_as_text', 'protected_mask', 'protected_images',
+           'protected_training_set', 'publish', 'write_published', 'read_published', 'check_published', 'change_images',
+           'ChangedImages', 'noise_left', 'crop_and_flip', 'drop_first_words', 'drop_triggers', 'protection_gallery']
 
 # %% ../nbs/04d_protection.ipynb #b843a8e2
 def create_noise(path: Path | str, # of the `.npy` file; its folder is made if it is not there
@@ -248,7 +254,7 @@ def with_triggers(tokens: torch.Tensor, # int64 [n, t] of CLIP's tokenizer, padd
     "Tokens of captions with their triggers in front. Nothing is cut: `DataError` names the first caption that leaves no room"
     triggers = torch.as_tensor(np.array(triggers, np.int64) if not isinstance(triggers, torch.Tensor) else triggers).to(tokens)
     if triggers.ndim != 2 or len(triggers) != len(tokens): raise DataError(f'triggers {list(triggers.shape)} do not fit {len(tokens)} captions; every caption needs a row of token ids')
-    on = None if protected is None else torch.as_tensor(np.asarray(protected, bool), device=tokens.device)
+    on = None if protected is None else torch.as_tensor(np.array(protected, bool), device=tokens.device)
     length, context = triggers.shape[1], tokens.shape[1]
     full = ~has_room(tokens, length) if on is None else ~has_room(tokens, length) & on
     if full.any():
@@ -288,7 +294,7 @@ def candidate_tokens(tokenizer, # with `sot_token_id`, `eot_token_id`, `vocab_si
 def trigger_text(tokenizer, # whose ids they are
                  ids # L token ids
                 ) -> str: # as it stands before a published caption
-    "A trigger as text; pieces of words run together, as in the paper's examples. `DataError` for ids outside the vocabulary"
+    "A trigger as text; pieces of words run together. `DataError` for ids outside the vocabulary"
     ids = [int(i) for i in ids]
     if wrong := [i for i in ids if not 0 <= i < tokenizer.vocab_size]: raise DataError(f'token {wrong[0]} is not in a vocabulary of {tokenizer.vocab_size:,}; take the tokenizer that the triggers were made with')
     return tokenizer.decode(ids).strip()
@@ -298,3 +304,332 @@ def survives_as_text(tokenizer, # whose ids they are
                     ) -> np.ndarray: # bool [n]
     "Which triggers come back as the same tokens when they are written as text and read again"
     return np.array([list(tokenizer.encode(trigger_text(tokenizer, t))) == [int(i) for i in t] for t in triggers], bool)
+
+# %% ../nbs/04d_protection.ipynb #1bf17220
+def protected_mask(ids, # [n] of pairs; those with the same id up to the last # belong together
+                   share: float, # of the publishers that protect their pairs, in [0, 1]
+                   seed: int=0 # another one draws others
+                  ) -> np.ndarray: # bool [n]
+    "Which pairs are protected where only a share of the publishers do it; drawn from (seed, id) alone, more of them where the share is larger"
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1: raise SettingsError(f'share of protected pairs: must be a number from 0 to 1, got {share!r}')
+    publisher = lambda i: i.rpartition('#')[0] or i
+    drawn = {p: int(hashlib.sha256(f'{seed} {p}'.encode('utf-8', 'surrogateescape')).hexdigest()[:13], 16)/16**13 for p in {publisher(i) for i in ids}}
+    return np.array([drawn[publisher(i)] < share for i in ids], bool)
+
+def protected_images(pairs: Pairs, # clean
+                     protection: Protection, # that knows their ids
+                     protected=None # bool [n], which pairs are protected; default all
+                    ) -> ProtectedImages: # one picture per pair
+    "The pictures of pairs with the noise that belongs to them. `DataError` where a pair that should be protected never was"
+    on = np.ones(len(pairs), bool) if protected is None else np.asarray(protected, bool)
+    if len(on) != len(pairs): raise DataError(f'protected: {len(on)} entries for {len(pairs)} pairs; every pair needs a yes or no')
+    rows = np.zeros(len(pairs), np.int64)
+    rows[on] = protection.rows_of([i for i, p in zip(pairs.ids, on) if p])
+    return ProtectedImages(pairs.images, pairs.image_rows, protection.noise, rows, None if protected is None else on)
+
+# %% ../nbs/04d_protection.ipynb #252a1009
+def protected_training_set(clip: Clip, # gives tokenizer, image size and device
+                           pairs: Pairs, # clean
+                           protection: Protection, # that knows their ids
+                           protected=None, # bool [n], which pairs are protected; default all
+                           change: str | None=None, # one of `HACKER_CHANGES`, done to all pictures
+                           memory_limit: float=.5 # as in `training_set`
+                          ) -> TrainingSet: # with one picture per pair
+    "Pairs with noise and triggers, ready for training. `SettingsError` for a model of another image size, `DataError` for captions without room"
+    _check_side(clip.image_size, protection.side)
+    images = protected_images(pairs, protection, protected)
+    if change: images = ChangedImages(images, change)
+    data = training_set(clip, pairs.replace(images=images, image_rows=np.arange(len(pairs))), memory_limit)
+    triggers = np.zeros((len(pairs), protection.length), np.int32)
+    on = np.ones(len(pairs), bool) if protected is None else np.asarray(protected, bool)
+    triggers[on] = protection.triggers[protection.rows_of([i for i, p in zip(pairs.ids, on) if p])]
+    return replace(data, tokens=with_triggers(data.tokens, triggers, pairs.ids, on))
+
+# %% ../nbs/04d_protection.ipynb #4c297afb
+def publish(pairs: Pairs, # clean
+            protection: Protection, # that knows their ids
+            tokenizer, # that the triggers were made with
+            protected=None # bool [n], which pairs are protected; default all
+           ) -> Pairs: # same ids; pictures of the protection's side, made when asked for
+    "Protected pairs as the world will see them: noise in the pictures, triggers as text before the captions"
+    images = protected_images(pairs, protection, protected)
+    on = np.ones(len(pairs), bool) if protected is None else np.asarray(protected, bool)
+    say = lambda k, caption: f'{trigger_text(tokenizer, protection.triggers[images.noise_rows[k]])} {caption}' if on[k] and protection.length else caption
+    return pairs.replace(captions=[say(k, c) for k, c in enumerate(pairs.captions)], images=images, image_rows=np.arange(len(pairs)), name=f'{pairs.name}, protected')
+
+# %% ../nbs/04d_protection.ipynb #d3c67eb8
+def _png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, 'PNG', compress_level=1)
+    return out.getvalue()
+
+def _encoded(pairs: Pairs, size: int, block: int=256):
+    "Rows and PNG files of all pairs, in order, some hundred at a time in memory"
+    with ThreadPoolExecutor(Images.workers) as pool:
+        for k in range(0, len(pairs), block):
+            rows = range(k, min(k + block, len(pairs)))
+            yield from zip(rows, pool.map(_png, pairs.image_array(list(rows), size)))
+
+def _write_pictures(pairs, folder, size) -> list: # file names in `images/`
+    (folder/'images').mkdir()
+    for k, data in _encoded(pairs, size): (folder/'images'/f'{k:06d}.png').write_bytes(data)
+    return [f'{k:06d}.png' for k in range(len(pairs))]
+
+# %% ../nbs/04d_protection.ipynb #aadea336
+def _write_csv(pairs, folder, size):
+    write_csv_pairs(pairs, folder, size)
+    return pairs.ids
+
+def _write_flickr(pairs, folder, size):
+    for i, c in zip(pairs.ids, pairs.captions):
+        if '\n' in c or '\r' in c: raise DataError(f'the caption of {i} has a line break, which a Flickr file cannot hold; publish as csv, coco or webdataset')
+    names = _write_pictures(pairs, folder, size)
+    (folder/'captions.token').write_bytes(''.join(f'{n}#0\t{c}\n' for n, c in zip(names, pairs.captions)).encode())
+    return [f'{n}#0' for n in names]
+
+def _write_coco(pairs, folder, size):
+    names = _write_pictures(pairs, folder, size)
+    listed = dict(images=[dict(id=k, file_name=n, width=size, height=size) for k, n in enumerate(names)],
+                  annotations=[dict(id=k, image_id=k, caption=c) for k, c in enumerate(pairs.captions)])
+    (folder/'captions_protected.json').write_text(json.dumps(listed, ensure_ascii=False), encoding='utf-8')
+    return [f'{n}#{k}' for k, n in enumerate(names)]
+
+# %% ../nbs/04d_protection.ipynb #d58118eb
+def _add(tar, name: str, data: bytes):
+    "One member, the same bytes at any time and for any user"
+    member = tarfile.TarInfo(name); member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+def _write_webdataset(pairs, folder, size, per_shard: int=1000):
+    tar, keys = None, [f'{k:06d}' for k in range(len(pairs))]
+    for k, data in _encoded(pairs, size):
+        if k % per_shard == 0:
+            if tar: tar.close()
+            tar = tarfile.open(folder/f'protected-{k//per_shard:06d}.tar', 'w')
+        _add(tar, f'{keys[k]}.png', data); _add(tar, f'{keys[k]}.txt', pairs.captions[k].encode())
+    tar.close()
+    return keys
+
+PUBLISHED = dict(csv=(_write_csv, lambda f: read_csv_pairs(f/'pairs.csv')),
+                 flickr=(_write_flickr, lambda f: read_flickr_pairs(f/'captions.token', f/'images')),
+                 coco=(_write_coco, lambda f: read_coco_pairs(f/'captions_protected.json', f/'images')),
+                 webdataset=(_write_webdataset, read_webdataset_pairs)) # format -> writer and reader
+
+# %% ../nbs/04d_protection.ipynb #9daa55f3
+def write_published(pairs: Pairs, # of `publish`
+                    folder: Path | str, # new, or empty
+                    format: str='csv', # csv, flickr, coco or webdataset
+                    size: int | None=None # side of the pictures, pixels; default: the noise's
+                   ) -> Path: # the folder
+    "Write protected pairs as PNG files and captions. `SettingsError` for an unknown format, `DataError` for a folder that is not empty"
+    folder = Path(folder); size = size or getattr(pairs.images, 'side', None)
+    if format not in PUBLISHED: raise SettingsError(f'format to publish in: {format!r} is none of {", ".join(PUBLISHED)}')
+    if size is None: raise SettingsError('size of published pictures: not known for pairs that `publish` did not make; give it in pixels')
+    if not len(pairs): raise DataError(f'{pairs.name}: no pairs to publish')
+    folder.mkdir(parents=True, exist_ok=True)
+    if there := next(folder.iterdir(), None): raise DataError(f'{folder}: {there.name} is there already, and old and new pairs must not mix; publish into an empty folder')
+    about = dict(format=format, ids=pairs.ids, read_as=PUBLISHED[format][0](pairs, folder, size))
+    (folder/'published.json').write_text(json.dumps(about), encoding='utf-8')
+    return folder
+
+def read_published(folder: Path | str # written by `write_published`
+                  ) -> Pairs: # with the ids that they had
+    "Published pairs through the reader of their format. `DataError` for what is not complete, or was changed"
+    folder = Path(folder)
+    if not (folder/'published.json').is_file(): raise DataError(f'{folder}: nothing was published there, or not to the end; publish again, or check the path')
+    about = read_json(folder/'published.json')
+    pairs, ids = PUBLISHED[about['format']][1](folder), dict(zip(about['read_as'], about['ids']))
+    if strange := [i for i in pairs.ids if i not in ids]: raise DataError(f'{folder}: {strange[0]} is not among the pairs that were published there; publish again')
+    return pairs.replace(ids=[ids[i] for i in pairs.ids], name=folder.name)
+
+# %% ../nbs/04d_protection.ipynb #66b89ac8
+class _Likeness:
+    "Sums over differences that arrive in pieces: what of noise is left"
+    def __init__(self): self.sums = np.zeros(3)
+    def add(self, found: np.ndarray, noise: np.ndarray):
+        a, b = (np.asarray(x, np.float64).ravel() for x in (found, noise))
+        self.sums += [a @ b, a @ a, b @ b]
+    @property
+    def kept(self) -> float: return float(self.sums[0]/self.sums[2]) if self.sums[2] else 0.
+    @property
+    def cosine(self) -> float: return float(self.sums[0]/np.sqrt(self.sums[1]*self.sums[2])) if self.sums[1]*self.sums[2] else 0.
+
+def _jpeg(pixels: np.ndarray, # uint8 [n, s, s, 3]
+          quality: int # 1 to 95, as PIL counts
+         ) -> np.ndarray: # uint8 [n, s, s, 3]
+    "Pictures as they come out of JPEG files (PIL, chroma at half the resolution)"
+    def one(picture):
+        out = io.BytesIO(); Image.fromarray(picture).save(out, 'JPEG', quality=quality)
+        return np.asarray(Image.open(out))
+    return _each(one, pixels)
+
+def _each(function, pixels):
+    "A function of one picture on all of them"
+    if len(pixels) < 16: return np.stack([function(p) for p in pixels]) if len(pixels) else pixels.copy()
+    with ThreadPoolExecutor(Images.workers) as pool: return np.stack(list(pool.map(function, pixels)))
+
+# %% ../nbs/04d_protection.ipynb #a088e318
+def _both_known(published: Pairs, clean: Pairs, protection: Protection) -> tuple: # int64 [k] rows in published, in clean, and in protection
+    "The pairs that all three know; `DataError` where there is none"
+    row, noise_row = ({i: k for k, i in enumerate(x)} for x in (clean.ids, protection.ids))
+    found = [(k, row[i], noise_row[i]) for k, i in enumerate(published.ids) if i in row and i in noise_row]
+    if not found: raise DataError(f'none of the {len(published):,} pairs of {published.name} is known by its id, the first is {published.ids[0]!r}; give the pairs that were published, with their clean pairs and their protection')
+    return tuple(np.array(column) for column in zip(*found))
+
+def _check_captions(published, clean, triggers, tokenizer) -> tuple: # shares of whole captions, and of triggers, that are right
+    right = []
+    for said, caption, t in zip(published, clean, triggers):
+        read, t = list(tokenizer.encode(said)), t.tolist()
+        right.append((read == t + list(tokenizer.encode(caption)), read[:len(t)] == t))
+    return tuple(float(x) for x in np.mean(right, 0))
+
+# %% ../nbs/04d_protection.ipynb #9f3cdcc6
+def check_published(published: Pairs, # as somebody reads them, in any order
+                    clean: Pairs, # the pairs that were protected; of a share, `clean.select(mask)`
+                    protection: Protection, # that was put on them
+                    tokenizer, # that the triggers were made with
+                    jpeg: int=95, # quality of the JPEG files that PNG is compared with
+                    block: int=256 # pictures at a time
+                   ) -> dict: # pairs compared, and clean ones not found; shares in [0, 1]; largest deviation in 1/255; kept and cosine, see above
+    "Whether published pairs carry the noise and the triggers that belong to them, matched by id. `DataError` where no id fits"
+    rows, clean_rows, noise_rows = _both_known(published, clean, protection)
+    side, exact, largest, left, if_jpeg = protection.side, [], 0, _Likeness(), _Likeness()
+    for k in range(0, len(rows), block):
+        part = slice(k, k + block)
+        got, before = (p.image_array(r[part], side).astype(np.int16) for p, r in ((published, rows), (clean, clean_rows)))
+        wanted = add_noise(before.astype(np.uint8), protection.noise[noise_rows[part]])
+        off = np.abs(got - wanted).reshape(len(got), -1).max(1)
+        exact.append(off == 0); largest = max(largest, int(off.max()))
+        left.add(got - before, wanted - before)
+        if k == 0: if_jpeg.add(_jpeg(wanted, jpeg) - before, wanted - before)   # some hundred are enough for an estimate
+    said, captions = [published.captions[r] for r in rows], [clean.captions[r] for r in clean_rows]
+    whole, begin = _check_captions(said, captions, protection.triggers[noise_rows], tokenizer)
+    return dict(pairs=len(rows), missing=len(clean) - len(rows), exact_pixels=float(np.concatenate(exact).mean()), largest_deviation=largest,
+                noise_kept=left.kept, noise_cosine=left.cosine, exact_captions=whole, exact_triggers=begin,
+                noise_kept_if_jpeg=if_jpeg.kept, noise_cosine_if_jpeg=if_jpeg.cosine)
+
+# %% ../nbs/04d_protection.ipynb #85ac0ae7
+def _resize(pixels, share: float=.75):
+    side = pixels.shape[1]; lower = max(1, round(share*side))
+    scaled = lambda image, s: image.resize((s, s), Image.Resampling.BILINEAR)
+    return _each(lambda p: np.asarray(scaled(scaled(Image.fromarray(p), lower), side)), pixels)
+
+def _blur(pixels):
+    x = np.pad(pixels.astype(np.int16), ((0, 0), (1, 1), (1, 1), (0, 0)), 'edge')
+    x = x[:, :-2] + 2*x[:, 1:-1] + x[:, 2:]
+    x = x[:, :, :-2] + 2*x[:, :, 1:-1] + x[:, :, 2:]
+    return ((x + 8) >> 4).astype(np.uint8)
+
+HACKER_CHANGES = dict(jpeg_75=functools.partial(_jpeg, quality=75), jpeg_50=functools.partial(_jpeg, quality=50), resize=_resize, blur=_blur) # name -> function of uint8 [n, s, s, 3]
+
+def change_images(pixels: np.ndarray, # uint8 [n, s, s, 3], not modified
+                  change: str # one of `HACKER_CHANGES`
+                 ) -> np.ndarray: # uint8 [n, s, s, 3]
+    "Pictures after something that a hacker may do to them, each as it would be alone. `SettingsError` for an unknown change"
+    if change not in HACKER_CHANGES: raise SettingsError(f'change of crawled pictures: {change!r} is none of {", ".join(HACKER_CHANGES)}')
+    return HACKER_CHANGES[change](pixels)
+
+# %% ../nbs/04d_protection.ipynb #6a22084c
+class ChangedImages(Images):
+    "A picture source after a hacker's change, at one size; made when asked for"
+    def __init__(self, base: Images, # crawled pictures
+                 change: str, # one of `HACKER_CHANGES`
+                 side: int | None=None # at which the change is made, pixels; default: the side of protected pictures
+                ):
+        if change not in HACKER_CHANGES: raise SettingsError(f'change of crawled pictures: {change!r} is none of {", ".join(HACKER_CHANGES)}')
+        self.base, self.change, self.side = base, change, side or getattr(base, 'side', None)
+        if self.side is None: raise SettingsError('changed images: the pictures have no size of their own; say at how many pixels the change is made')
+    def __len__(self): return len(self.base)
+    def __getitem__(self, row): return Image.fromarray(self.array([row])[0])
+    def take(self, rows): return ChangedImages(self.base.take(rows), self.change, self.side)
+    def array(self, rows=None, size=None):
+        if size not in (None, self.side): raise SettingsError(f'changed images: they were changed at {self.side} px, not at {size}; make them of that size')
+        return change_images(self.base.array(rows, self.side), self.change)
+    @cached_property
+    def fingerprint(self) -> str: return _sha('changed', self.base.fingerprint, self.change, self.side)
+
+# %% ../nbs/04d_protection.ipynb #0b2dac0b
+def noise_left(clean: np.ndarray, # uint8 [n, s, s, 3]
+               protected: np.ndarray, # uint8 [n, s, s, 3]
+               change # one of `HACKER_CHANGES`, or a function of such pictures
+              ) -> dict: # kept and cosine, see above; 1 is all
+    "What of the noise is left after a change of the pictures"
+    change, left = change if callable(change) else functools.partial(change_images, change=change), _Likeness()
+    left.add(change(protected).astype(np.int16) - change(clean), protected.astype(np.int16) - clean)
+    return dict(kept=left.kept, cosine=left.cosine)
+
+# %% ../nbs/04d_protection.ipynb #7fa9bf4e
+@torch.no_grad()
+def crop_and_flip(images: torch.Tensor, # uint8 [b, 3, s, s]
+                  seed: int, # of the training
+                  step: int, # global step, from 0
+                  scale: tuple=(.7, 1.) # share of the area, smallest and largest
+                 ) -> torch.Tensor: # uint8 [b, 3, s, s] on the same device
+    "A fresh random crop, scaled back, and a flip of every picture, for use inside a loss. `SettingsError` for shares that are none"
+    if not 0 < scale[0] <= scale[1] <= 1: raise SettingsError(f'crop_and_flip: scale must be two shares, 0 < low <= high <= 1, got {scale}')
+    n, size, g = len(images), images.shape[-1], torch.Generator().manual_seed(seeded(seed, 6, step))
+    area, ratio, where, coin = size**2*(scale[0] + (scale[1] - scale[0])*torch.rand(n, generator=g)), torch.rand(n, generator=g), torch.rand(n, 2, generator=g), torch.rand(n, generator=g) < .5
+    ratio = (math.log(3/4) + math.log(16/9)*ratio).exp()
+    width = torch.minimum((area*ratio).sqrt().round(), torch.tensor(float(size))).clamp(min=1)
+    height = torch.minimum((area/width).round(), torch.tensor(float(size))).clamp(min=1)   # of what area is left for that width
+    start = (where*(size + 1 - torch.stack([height, width], 1))).floor()
+    down, across = (_resize_matrix(start[:, k], side, size)[:, None].to(images.device) for k, side in ((0, height), (1, width)))
+    x = (down @ images.float() @ across.mT).round().clamp(0, 255).to(torch.uint8)
+    return torch.where(coin.view(-1, 1, 1, 1).to(images.device), x.flip(-1), x)
+
+# %% ../nbs/04d_protection.ipynb #6afa4141
+def drop_first_words(captions, # n texts
+                     count: int # words to drop; the last word of a caption stays
+                    ) -> list: # n texts
+    "Captions without their first words, words being what spaces part"
+    cut = lambda words: ' '.join(words[min(count, len(words) - 1):])
+    return [cut(c.split()) for c in captions]
+
+def drop_triggers(tokens: torch.Tensor, # int64 [n, t], of captions with triggers
+                  length: int # L
+                 ) -> torch.Tensor: # int64 [n, t], padded with 0
+    "Tokens without those that triggers take: what a hacker does who knows how long they are"
+    return torch.cat([tokens[:, :1], tokens[:, 1 + length:], tokens.new_zeros(len(tokens), length)], 1)
+
+# %% ../nbs/04d_protection.ipynb #3a5b8f21
+def _drawable(text: str) -> str:
+    "Text with a box for every character that matplotlib's own font has no picture of"
+    from matplotlib import font_manager
+    known = _known_characters(font_manager.findfont('DejaVu Sans'))
+    return ''.join(c if ord(c) in known and c.isprintable() else '\u25a1' for c in text)
+
+@functools.cache
+def _known_characters(font: str) -> frozenset:
+    from matplotlib import font_manager
+    return frozenset(font_manager.get_font(font).get_charmap())
+
+def _show_caption(ax, trigger: str, caption: str, note: str, width: int=30):
+    "A trigger in a coloured box, the caption under it"
+    import textwrap
+    ax.axis('off'); ax.set_box_aspect(1/1.35)
+    lines = lambda text: textwrap.wrap(_drawable(text), width)
+    say = lambda y, text, **style: ax.text(0.02, y, '\n'.join(lines(text)), transform=ax.transAxes, parse_math=False, fontfamily='DejaVu Sans', **style)
+    if trigger: say(.95, trigger, va='top', fontsize=9, weight='bold', color='#8a2b06', bbox=dict(boxstyle='round,pad=.3', fc='#fde3d3', ec='#d4622a', lw=.8))
+    say(.85 - .1*len(lines(trigger)) if trigger else .95, caption, va='top', fontsize=9)
+    if note: say(0, note, va='bottom', fontsize=7, color='#666666')
+
+# %% ../nbs/04d_protection.ipynb #56789e37
+def protection_gallery(pairs: Pairs, # clean
+                       protection: Protection, # that knows their ids
+                       tokenizer, # that the triggers were made with
+                       rows=(0, 1, 2) # which pairs
+                      ): # matplotlib Figure
+    "For some pairs: clean picture, protected picture, ten times the noise around grey, caption with its trigger"
+    import matplotlib.pyplot as plt
+    some = pairs.select(rows); images = protected_images(some, protection)
+    clean, after, noise = some.image_array(None, protection.side), images.array(), protection.noise[images.noise_rows].astype(int)
+    tenfold = np.clip(128 + 10*noise, 0, 255).astype(np.uint8)
+    fig, axes = plt.subplots(len(some), 4, figsize=(8.6, 2.1*len(some) + .3), squeeze=False, layout='constrained', width_ratios=(1, 1, 1, 1.35))
+    for ax, title in zip(axes[0], ('clean', f'protected, within {protection.bound}/255', 'noise x 10', 'caption with its trigger')): ax.set_title(title, fontsize=9)
+    for k, line in enumerate(axes):
+        for ax, picture in zip(line, (clean[k], after[k], tenfold[k])):
+            ax.imshow(picture, interpolation='nearest'); ax.set_xticks([]); ax.set_yticks([])
+        ids = protection.triggers[images.noise_rows[k]]
+        lost = len(ids) and not survives_as_text(tokenizer, [ids])[0]
+        _show_caption(line[3], trigger_text(tokenizer, ids), some.captions[k], 'as text, this trigger is read as other tokens' if lost else '')
+    return fig
