@@ -401,7 +401,7 @@ def hacker_clip(work, *,
     data, curves = open_data(pairs), []
     made = None if protection is None else load_protection(protection.path, check=False)
     seen = found_pairs(hacker, data, made, **(found or {}))
-    if recipe is None: return save_trained(work, hacker, seen, [dict(step=0, loss=0., logit_scale=float(hacker.model.logit_scale.exp()))])
+    if recipe is None: return save_trained(work, hacker, seen, [dict(step=0, loss=0., logit_scale=hacker.model.logit_scale.exp().item())])
     measure = [] if test is None else [Record(lambda state, known=_resident(open_data(test), hacker.image_size): clean_ranks(state.clip, known))]
     history = train(hacker, seen, Recipe(**recipe), loss=cropping(contrastive_loss, seed) if crop else contrastive_loss, callbacks=measure,
                     checkpoint=work.scratch/"checkpoint.safetensors", progress=work.progress)
