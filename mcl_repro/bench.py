@@ -6,25 +6,28 @@
 __all__ = ['FULL', 'QUICK', 'BENCHMARKS', 'Scale', 'row', 'benchmark', 'in_turns', 'ratio_rows', 'bare_loop', 'training_speed',
            'overlap_speed', 'training_processes', 'time_shares', 'copied_weights', 'store_overhead', 'process_times',
            'import_times', 'world_rendering', 'write_embeddings', 'naive_consistency', 'naive_correlation',
-           'detection_scale', 'machine_rows', 'write_rows', 'run_benchmarks', 'show_rows', 'main']
+           'detection_scale', 'loop_triggers', 'protection_speed', 'machine_rows', 'write_rows', 'run_benchmarks',
+           'show_rows', 'main']
 
-# %% ../nbs/22_bench.ipynb #c7ee0770
-import argparse, csv, functools, importlib, json, operator, os, shutil, subprocess, sys, tempfile, time
+# %% ../nbs/22_bench.ipynb #cf8fcef4
+import argparse, csv, functools, importlib, json, operator, os, shutil, subprocess, sys, tempfile, threading, time
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 import mcl_repro
-from . import cfbd
-from .clip import build_clip, info_nce, save_clip, to_pixels
+from . import cfbd, mem, training
+from .clip import build_clip, embed_images, encode_text, info_nce, save_clip, to_pixels
 from .data import open_data, resolve
 from .errors import SettingsError, UserError
 from .lab import Lab, _git, _hardware, _peak, _threads, _version, stage
 from .metrics import detection_rates
+from .protection import with_triggers
 from .stages import poisoned_pairs
 from .training import Callback, Recipe, contrastive_loss, epoch_batches, train, training_set
 from .world import render, scenes
@@ -44,13 +47,15 @@ class Scale:
     width: int = 1024          # of these embeddings
     hidden: int = 512          # units of the mapping network, as in profile paper; twice as many take nearly twice as long
     naive_pairs: int = 2000    # of the embeddings that the naive formula is computed for
+    surrogate: str = "small-RN"  # architecture that protection_speed makes noise and triggers with
+    protected: int = 10_000    # pairs whose protection is watched for memory; also a tenth of them
     folder: str | None = None  # where temporary stores go: on the disk that results go to; default: the system's
 
     def __post_init__(self):
         if self.pairs < 20_000: raise SettingsError(f"{self.pairs:,} pairs are too few for detection_scale, which measures a hundredth of them too: raise --pairs to 20,000 at least")
 
 FULL = Scale()
-QUICK = Scale(model="smoke-RN", batch_size=32, steps=3, turns=2, seconds=0.5, stages=4, images=128, pairs=20_000, width=128, hidden=64, naive_pairs=100)
+QUICK = Scale(model="smoke-RN", batch_size=32, steps=3, turns=2, seconds=0.5, stages=4, images=128, pairs=20_000, width=128, hidden=64, naive_pairs=100, surrogate="smoke-RN", protected=320)
 
 # %% ../nbs/22_bench.ipynb #c785e18b
 _COLUMNS = ("benchmark", "quantity", "value", "unit", "target", "met")
@@ -571,6 +576,141 @@ def detection_scale(scale: Scale) -> list:
         return [*rows, *times, row("detection_scale", "kept busy by others", busy, "cores"), *_memory_rows(sizes, told), *_found_rows(folder, poisoned),
                 *_naive_rows(folder, scale, np.random.default_rng(0))]
 
+# %% ../nbs/22_bench.ipynb #de5020ab
+def loop_triggers(clip, # the surrogate, in evaluation mode
+                  material: mem.Material, # numbers of the search, allowed tokens
+                  images: torch.Tensor, # uint8 [b, 3, s, s], with their noise
+                  tokens: torch.Tensor, # int64 [b, t], clean captions
+                  triggers: torch.Tensor, # int64 [b, L], now
+                  encode = None, # function tokens -> text features; default: open_clip's
+                  once: bool = False # embed the pictures once and not for each candidate
+    ) -> tuple: # triggers int64 [b, L], and their loss
+    "Better triggers by a plain loop over candidates that computes everything anew. Chooses like `mem.batch_triggers` with a beam of 1. Source: MEM 3.3."
+    search, known = material.search, embed_images(clip, images)
+    @torch.no_grad()
+    def loss(triggers):
+        u = known if once else embed_images(clip, images)
+        v = (encode or clip.model.encode_text)(with_triggers(tokens, triggers))
+        return float(info_nce(u, torch.nn.functional.normalize(v, dim=-1), clip.model.logit_scale.exp()))
+    gradient = mem.trigger_gradient(clip, with_triggers(tokens, triggers), known, search.length)
+    candidates = mem.hotflip(gradient, clip.model.token_embedding.weight.detach(), material.allowed, search.candidates)
+    best = loss(triggers)
+    for place in range(search.length):
+        before = triggers
+        for candidate in candidates[:, place].T:
+            other = before.clone(); other[:, place] = candidate
+            value = loss(other)
+            if value < best: triggers, best = other, value
+    return triggers, best
+
+# %% ../nbs/22_bench.ipynb #1a05e921
+def _material(clip, pairs, search):
+    "Pairs of the embedded world for a search, five captions a picture, with the start of their triggers."
+    found = open_data(f"world:retrieval_flickr8k_train:{-(-pairs // 5)}")
+    material = mem.Material(found, training_set(clip, found), search, mem.allowed_tokens(clip.tokenizer, search))
+    return material, torch.from_numpy(mem.first_triggers(clip.tokenizer, len(found), search)).long()
+
+class _Protecting:
+    "The parts of a round, each as a function without arguments: a surrogate that has been trained for an epoch, and a batch with its first noise."
+    def __init__(self, scale):
+        self.clip, self.recipe = build_clip(scale.surrogate), Recipe(epochs=1, batch_size=scale.batch_size, learning_rate=1e-3)
+        self.material, triggers = _material(self.clip, scale.batch_size * scale.steps, mem.Search())
+        clean, self.rows = self.material.clean, torch.arange(scale.batch_size)
+        self.data = replace(clean, tokens=with_triggers(clean.tokens, triggers))
+        self.images, self.tokens, self.triggers = clean.images[clean.image_rows[self.rows]], clean.tokens[self.rows], triggers[self.rows]
+        self.before = torch.zeros(self.images.shape, dtype=torch.int8)
+        self.surrogate()
+        self.before = self.noise()
+        self.noisy = (self.images.short() + self.before).clamp(0, 255).to(torch.uint8)
+
+    def surrogate(self): train(self.clip, self.data, self.recipe); self.clip.model.eval()
+    def noise(self): return mem.update_noise(self.clip, self.images, self.before, self.tokens, self.triggers, self.material.search)
+    def text(self): return mem.batch_triggers(self.clip, self.material, self.images, self.before, self.tokens, self.triggers, self.rows)
+    def loop(self, ours=False, once=False):
+        encode = functools.partial(encode_text, self.clip.model) if ours else None
+        return loop_triggers(self.clip, self.material, self.noisy, self.tokens, self.triggers, encode, once)
+
+# %% ../nbs/22_bench.ipynb #ebf23f43
+def _protection_times(scale):
+    "Rows on the seconds of a round's parts, and on the search for triggers against the loops."
+    name, parts, search = "protection_speed", _Protecting(scale), mem.Search()
+    different = (parts.text()[0] != parts.loop()[0]).sum()
+    count, trained = scale.batch_size, len(epoch_batches(len(parts.data), parts.recipe, 0)) * scale.batch_size
+    ways = [(parts.surrogate, trained), (parts.noise, count), (parts.text, count), (parts.loop, count), (lambda: parts.loop(ours=True), count), (lambda: parts.loop(ours=True, once=True), count)]
+    speeds = in_turns(min(scale.turns, 5), *[_pairs_per_second(*way) for way in ways])
+    seconds = [1000 / np.median(s) for s in speeds]
+    whats = ["surrogate, one epoch", f"noise, {search.noise_steps} steps", f"text search, {search.length} places, {search.candidates} candidates"]
+    unit, ours = "s per 1,000 pairs", speeds[2]
+    return [*[row(name, what, s, unit) for what, s in zip(whats, seconds)], row(name, "one round altogether", sum(seconds[:3]), unit),
+            row(name, "text search by the plain loop", seconds[3], unit), *ratio_rows(name, "text search: ours / plain loop", ours, speeds[3], ">= 3"),
+            *ratio_rows(name, "text search: ours / loop without padding", ours, speeds[4], ""),
+            *ratio_rows(name, "text search: ours / loop without padding, pictures embedded once", ours, speeds[5], ""),
+            row(name, "tokens that the plain loop chose otherwise", different, "tokens", "= 0")]
+
+# %% ../nbs/22_bench.ipynb #d5c4ae35
+def _anonymous_mebibytes():
+    "Resident memory of this process that is no page of a file, now; None where the system does not tell."
+    with suppress(OSError, StopIteration):
+        line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon"))
+        return int(line.split()[1]) / 1024
+
+class _Watch(threading.Thread):
+    "Looks at the anonymous memory every few milliseconds and keeps the highest, `peak`."
+    def __init__(self, seconds=0.005):
+        super().__init__(daemon=True)
+        self.seconds, self.over, self.peak = seconds, threading.Event(), _anonymous_mebibytes()
+    def run(self):
+        while self.peak is not None and not self.over.wait(self.seconds): self.peak = max(self.peak, _anonymous_mebibytes())
+    def __enter__(self): self.start(); return self
+    def __exit__(self, *_): self.over.set(); self.join()
+
+# %% ../nbs/22_bench.ipynb #2d0a320b
+def _lazy_round(scale, clip, pairs, folder):
+    "One round of MEM over so many pairs, with noise in mapped files and pictures read when they are due."
+    material, _ = _material(clip, pairs, mem.Search(noise_steps=1, length=1))
+    recipe = Recipe(epochs=1, batch_size=scale.batch_size, learning_rate=1e-3)
+    rounds = mem.Rounds(clip, material, Path(folder), recipe, scale.steps, stop_below=0.)
+    train(clip, rounds.data, recipe, callbacks=[rounds])
+
+def _protect_on_request(lines, answer):
+    "The life of a protecting process: settings, then one line per round with the number of pairs; it answers with peaks of memory."
+    settings = json.loads(next(lines))
+    scale = Scale(**settings["scale"])
+    with _threads(dict(threads=1), ("torch",)), patch.object(training, "_free_memory", lambda device: 0), _Watch() as watch:
+        clip = build_clip(scale.surrogate)
+        def peaks(): return dict(anonymous=watch.peak, resident=_peak_mebibytes())
+        answer(peaks())
+        for line in lines: _lazy_round(scale, clip, int(line), settings["folder"]); answer(peaks())
+
+# %% ../nbs/22_bench.ipynb #d6065d5d
+def _protecting_peaks(scale, pairs):
+    "Peaks of a fresh process before any pair and after a round."
+    with tempfile.TemporaryDirectory(dir=scale.folder) as folder:
+        process = _Process("_protect_on_request", dict(folder=str(folder), scale=asdict(scale)), "protecting")
+        with closing(process):
+            before = process.answer()
+            process.tell(pairs)
+            return before, process.answer()
+
+def _protection_memory(scale):
+    "Rows on the memory of a round for a tenth of the pairs and for all; nothing where the system does not tell."
+    name, sizes = "protection_speed", (scale.protected // 10, scale.protected)
+    (before, few), (_, many) = told = [_protecting_peaks(scale, n) for n in sizes]
+    if before["anonymous"] is None: return []
+    growth = 2**20 * (many["anonymous"] - few["anonymous"]) / (sizes[1] - sizes[0])
+    side = build_clip(scale.surrogate).image_size
+    return [row(name, "anonymous memory before any pair", before["anonymous"], "MiB"),
+            *[row(name, f"peak anonymous memory, {n:,} pairs", t["anonymous"], "MiB") for n, (_, t) in zip(sizes, told)],
+            row(name, f"peak anonymous memory, {sizes[1]:,} / {sizes[0]:,} pairs", many["anonymous"] / few["anonymous"], "ratio", "< 1.1"),
+            row(name, "growth of the peak per pair", growth, "bytes"), row(name, "noise of a pair, old and new, and its picture: not kept", 3 * 3 * side**2, "bytes"),
+            *[row(name, f"peak resident memory, mapped files included, {n:,} pairs", t["resident"], "MiB") for n, (_, t) in zip(sizes, told)]]
+
+@benchmark
+def protection_speed(scale: Scale) -> list:
+    "Seconds of a round of MEM by its parts, one thread; the search for triggers against plain loops; memory with the number of pairs."
+    with _threads(dict(threads=1), ("torch",)): rows = _protection_times(scale)
+    return rows + _protection_memory(scale)
+
 # %% ../nbs/22_bench.ipynb #f9a03abf
 def machine_rows() -> list:
     "The machine, the versions and the load, as rows without target."
@@ -631,7 +771,7 @@ def show_rows(rows: list):
 # %% ../nbs/22_bench.ipynb #556d278d
 def main(argv: list = None) -> int: # exit code
     "The command line of `make bench`; expected errors are one line on stderr."
-    parser = argparse.ArgumentParser(prog="python -m mcl_repro.bench", description="Time the training loop, the store, the imports, the drawing and the search for poison.")
+    parser = argparse.ArgumentParser(prog="python -m mcl_repro.bench", description="Time the training loop, the store, the imports, the drawing, the search for poison and the protection of pairs.")
     parser.add_argument("only", nargs="*", metavar="BENCHMARK", help=f"one or more of {', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="measure little, to see that everything works")
     parser.add_argument("--pairs", type=int, metavar="N", help=f"embeddings for detection_scale (default: {FULL.pairs:,}, 12.3 GB on disk)")

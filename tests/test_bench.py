@@ -9,6 +9,7 @@ import torch
 
 import mcl_repro
 from mcl_repro import bench
+from mcl_repro.clip import embed_tokens
 
 ROOT = Path(mcl_repro.__file__).parent.parent
 
@@ -171,3 +172,64 @@ def test_detection_is_not_judged_on_a_busy_machine_or_a_single_core(monkeypatch,
     quiet = met(.1, 2)
     assert list(quiet.values()) == ['yes', 'yes', 'yes'] and '3,000,000 pairs, start to end' in quiet
     assert list(met(.5, 2).values()) == list(met(.1, 1).values()) == ['', '', 'yes'], 'memory is judged all the same'
+
+
+def test_loop_and_search_choose_the_same_triggers():
+    parts = bench._Protecting(bench.QUICK)
+    found, loss = parts.text()
+    for way in (dict(), dict(ours=True), dict(ours=True, once=True)):
+        looped, loop_loss = parts.loop(**way)
+        assert torch.equal(looped, found) and loop_loss == pytest.approx(loss, abs=1e-4)
+    clip, tokens = parts.clip, bench.with_triggers(parts.tokens, parts.triggers)
+    before = bench.info_nce(bench.embed_images(clip, parts.noisy), embed_tokens(clip, tokens), clip.model.logit_scale.exp())
+    assert loss < before.item() and (found != parts.triggers).any()
+
+
+def test_loop_computes_everything_for_each_candidate(monkeypatch):
+    parts, seen = bench._Protecting(bench.QUICK), dict(pictures=0, captions=0)
+    pictures, captions = bench.embed_images, parts.clip.model.encode_text
+    def counted(what, function):
+        def call(*args, **kw):
+            seen[what] += 1; return function(*args, **kw)
+        return call
+    monkeypatch.setattr(bench, 'embed_images', counted('pictures', pictures))
+    parts.loop()
+    assert seen['pictures'] == 2 + 3 * 16, 'for the gradient, for the start, for each candidate of each place'
+    seen['pictures'] = 0
+    monkeypatch.setattr(parts.clip.model, 'encode_text', counted('captions', captions))
+    parts.loop(once=True)
+    assert seen == dict(pictures=1, captions=1 + 3 * 16)
+
+
+def test_protection_times_add_up_and_have_their_target(monkeypatch):
+    monkeypatch.setattr(bench, '_protection_memory', lambda scale: [])
+    rows = {r['quantity']: r for r in bench.protection_speed(replace(bench.QUICK, turns=1))}
+    first = list(rows.values())[:3]
+    assert rows['one round altogether']['value'] == pytest.approx(sum(r['value'] for r in first), rel=.01)
+    assert {r['unit'] for r in first} == {'s per 1,000 pairs'} and all(r['value'] > 0 for r in first)
+    assert rows['text search: ours / plain loop']['target'] == '>= 3'
+    assert rows['tokens that the plain loop chose otherwise']['met'] == 'yes'
+
+
+def test_memory_is_measured_where_nothing_is_kept(tmp_path, monkeypatch):
+    seen, real = [], bench.train
+    def peeking(clip, data, recipe, callbacks):
+        real(clip, data, recipe, callbacks=callbacks)
+        seen.extend([data, callbacks[0].material.clean])
+    monkeypatch.setattr(bench, 'train', peeking)
+    told, free = [], bench.training._free_memory
+    bench._protect_on_request(iter([bench.json.dumps(dict(folder=str(tmp_path), scale=bench.asdict(replace(bench.QUICK, steps=1)))), '40']), told.append)
+    assert len(seen) == 2 and not any(data.resident for data in seen) and len(told) == 2
+    assert isinstance(np.load(tmp_path/'noise-1.npy', mmap_mode='r', allow_pickle=False), np.memmap) and bench.training._free_memory is free
+    assert np.abs(np.load(tmp_path/'noise-1.npy', allow_pickle=False)).max() == 1
+
+
+def test_memory_rows_judge_growth(monkeypatch):
+    peaks = {1000: (300., 400.), 10_000: (300., 460.)}
+    monkeypatch.setattr(bench, '_protecting_peaks', lambda scale, pairs: [dict(anonymous=p, resident=500.) for p in peaks[pairs]])
+    rows = {r['quantity']: r for r in bench._protection_memory(replace(bench.QUICK, protected=10_000))}
+    judged = rows['peak anonymous memory, 10,000 / 1,000 pairs']
+    assert (judged['value'], judged['met']) == (1.15, 'no')
+    assert rows['growth of the peak per pair']['value'] == pytest.approx(60 * 2**20 / 9000, rel=1e-3)
+    monkeypatch.setattr(bench, '_protecting_peaks', lambda scale, pairs: [dict(anonymous=None, resident=None)] * 2)
+    assert bench._protection_memory(bench.QUICK) == [], 'a system that does not tell'
