@@ -6,7 +6,8 @@
 __all__ = ['SHUFFLES', 'STARTS', 'Search', 'noise_step', 'update_noise', 'trigger_gradient', 'hotflip', 'text_features',
            'trigger_losses', 'search_triggers', 'allowed_tokens', 'first_triggers', 'flip_candidates',
            'word_candidates', 'accumulating', 'Material', 'batch_triggers', 'one_pass', 'Rounds', 'throughout',
-           'surrogate_loss', 'unlearnable_pairs', 'found_pairs', 'cropping', 'clean_ranks', 'hacker_clip']
+           'surrogate_loss', 'protect_pairs', 'unlearnable_pairs', 'found_pairs', 'cropping', 'clean_ranks',
+           'hacker_clip']
 
 # %% ../nbs/11_mem.ipynb #87e6f77f
 import math, shutil
@@ -337,6 +338,38 @@ def surrogate_loss(search: Search, steps: int, accumulate: bool, seed: int):
     if search.shuffle == "throughout": loss = throughout(loss, seed); loss.length = search.length
     return accumulating(loss, steps) if accumulate else loss
 
+# %% ../nbs/11_mem.ipynb #69c64c3c
+def protect_pairs(surrogate: Clip, # trained on the way, in place
+                  pairs: Pairs, # to protect
+                  folder: Path, # gets the `Protection`
+                  search: Search = Search(),
+                  recipe: Recipe | None = None, # of the surrogate, its epochs being rounds; None: one pass on the surrogate as it is
+                  round_steps: int | None = None, # steps of the surrogate per round; None: as many as an epoch has
+                  stop_below: float = 0.01, # the search ends when the surrogate's loss is lower
+                  accumulate: bool = False, # gradients add up over a round, as in the public code
+                  scratch: Path | None = None, # for restart points; default: `folder`
+                  progress = None, # as for `train`
+                  seed: int = 0 # of order and shuffling
+    ) -> dict: # method, rounds, surrogate, losses
+    "Make pairs unlearnable: MEM; without triggers EM, and UAP. Goes on where it was stopped. DataError for captions without room, before any work."
+    pairs, folder, scratch = _resident(pairs, surrogate.image_size), Path(folder), Path(scratch or folder)
+    clean, words = training_set(surrogate, pairs), word_model(search.words, list(pairs.captions)) if search.words else None
+    with_triggers(clean.tokens, np.zeros((len(clean), search.length), np.int64), pairs.ids)
+    material = Material(pairs, clean, search, allowed_tokens(surrogate.tokenizer, search) if search.length else torch.zeros(0, dtype=torch.long), words, seed)
+    numbers, history = recipe or Recipe(1, 128, 1.), []
+    steps = round_steps or len(epoch_batches(len(clean), numbers, 0))
+    rounds = Rounds(surrogate, material, scratch, numbers, steps, stop_below, progress)
+    if recipe is None: rounds.start(); passes, losses = 1, [rounds.renew(0)]
+    else:
+        history = train(surrogate, rounds.data, numbers, loss=surrogate_loss(search, steps, accumulate, seed), callbacks=[rounds], checkpoint=scratch/"checkpoint.safetensors", progress=progress)
+        passes, losses = history[-1]["passes"], [h.get("trigger_loss") for h in history]
+    noise, triggers = rounds.files(passes)
+    shutil.move(noise, folder/"noise.npy")
+    facts = dict(method="MEM" if search.length else "EM" if search.direction == "minimise" else "UAP", rounds=passes, surrogate=surrogate.name)
+    save_protection(folder, list(pairs.ids), np.load(triggers, allow_pickle=False), search.bound, facts)
+    for file in (triggers, *rounds.files(passes + 1), scratch/"checkpoint.safetensors"): file.unlink(missing_ok=True)
+    return dict(facts, loss=[round(h["loss"], 4) for h in history], trigger_loss=[round(l, 4) for l in losses if l is not None], stopped=bool(history) and passes < len(history))
+
 # %% ../nbs/11_mem.ipynb #f4e2f70d
 @stage
 def unlearnable_pairs(work, *,
@@ -344,34 +377,18 @@ def unlearnable_pairs(work, *,
     search: dict, # settings of `Search`
     model: str | None = None, # architecture of a surrogate that starts untrained
     clip = None, # or an artefact with the CLIP that it starts from
-    recipe: dict | None = None, # settings of `Recipe` for the surrogate, its epochs being rounds; None: one pass on the surrogate as it is
-    round_steps: int | None = None, # steps of the surrogate per round; None: as many as an epoch has
-    stop_below: float = 0.01, # the search ends when the surrogate's loss is lower
-    accumulate: bool = False, # gradients add up over a round, as in the public code
+    recipe: dict | None = None, # settings of `Recipe`; this and the next three as for `protect_pairs`
+    round_steps: int | None = None,
+    stop_below: float = 0.01,
+    accumulate: bool = False,
     seed: int = 0, # of weights, order and shuffling
 ):
-    "Noise and triggers that make pairs unlearnable: MEM; without triggers EM, and UAP. Leaves a `Protection`."
+    "Noise and triggers that make pairs unlearnable. Leaves a `Protection`."
     if (model is None) == (clip is None): raise SettingsError("the surrogate: give either model, to start untrained, or clip, to start from")
     search, data = Search(**search), open_data(pairs)
     surrogate = load_clip(clip, work.device) if clip is not None else build_clip(model, seed=seeded(seed, 10) % 2**31, device=work.device)
-    data = _resident(data, surrogate.image_size)
-    clean, words = training_set(surrogate, data), word_model(search.words, list(data.captions)) if search.words else None
-    with_triggers(clean.tokens, np.zeros((len(clean), search.length), np.int64), data.ids)       # refuses captions without room before any work
-    material = Material(data, clean, search, allowed_tokens(surrogate.tokenizer, search) if search.length else torch.zeros(0, dtype=torch.long), words, seed)
-    numbers = Recipe(**dict(dict(epochs=1, batch_size=128, learning_rate=1.), **(recipe or {}), seed=seed))
-    steps = round_steps or len(epoch_batches(len(clean), numbers, 0))
-    rounds, history = Rounds(surrogate, material, work.scratch, numbers, steps, stop_below, work.progress), []
-    if recipe is None: rounds.start(); passes, losses = 1, [rounds.renew(0)]
-    else:
-        history = train(surrogate, rounds.data, numbers, loss=surrogate_loss(search, steps, accumulate, seed), callbacks=[rounds],
-                        checkpoint=work.scratch/"checkpoint.safetensors", progress=work.progress)
-        passes, losses = history[-1]["passes"], [h.get("trigger_loss") for h in history]
-    noise, triggers = rounds.files(passes)
-    shutil.move(noise, work.out/"noise.npy")
-    facts = dict(method="MEM" if search.length else "EM" if search.direction == "minimise" else "UAP", rounds=passes, surrogate=surrogate.name)
-    save_protection(work.out, list(data.ids), np.load(triggers, allow_pickle=False), search.bound, facts)
-    return dict(facts, pairs=len(data), loss=[round(h["loss"], 4) for h in history], trigger_loss=[round(l, 4) for l in losses if l is not None],
-                stopped=bool(history) and passes < len(history))
+    made = protect_pairs(surrogate, data, work.out, search, recipe and Recipe(**dict(recipe, seed=seed)), round_steps, stop_below, accumulate, work.scratch, work.progress, seed)
+    return dict(made, pairs=len(data))
 
 # %% ../nbs/11_mem.ipynb #5dba93e4
 def found_pairs(clip: Clip, # the hacker's
