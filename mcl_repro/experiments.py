@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'Experiments']
 
-# %% ../nbs/09b_experiments.ipynb #47777efa
+# %% ../nbs/09b_experiments.ipynb #a3a1244a
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,9 +39,16 @@ class Experiments:
         self.lab, self.settings, self.wanted, self.whole, self.steps = lab, settings, list(wanted or tables), not attack_names, steps
         self.counts, self.lines, self.defenses, self.done, self._chains, self._lengths = dict(counts or {}), [], {}, {}, {}, {}
         self.image_size = model_config(settings.model.name)["vision_cfg"]["image_size"]
-        self.clean = lab.node(clean_clip, model=settings.model.name, pretrained=settings.model.pretrained, pairs=lab.role("pretrain"),
-                              recipe=dict(settings.pretrain), checksum=weights_checksum(settings.model.pretrained))
-        self.attacks = {name: attack_settings(lab, settings.attacks[attacks[name]], self.clean, settings.target) for name in attack_names or attacks}
+        self._entries = {name: settings.attacks[attacks[name]] for name in attack_names or attacks}
+
+    @cached_property
+    def clean(self): # node; made when it is asked for, as not every paper needs the data of the role `pretrain`
+        name, pretrained = self.settings.model.name, self.settings.model.pretrained
+        return self.lab.node(clean_clip, model=name, pretrained=pretrained, pairs=self.lab.role("pretrain"), recipe=dict(self.settings.pretrain), checksum=weights_checksum(pretrained))
+
+    @cached_property
+    def attacks(self): # printed name -> settings for the stages
+        return {name: attack_settings(self.lab, entry, self.clean, self.settings.target) for name, entry in self._entries.items()}
 
 # %% ../nbs/09b_experiments.ipynb #79d3d15c
 @patch
