@@ -9,28 +9,28 @@ __all__ = ['SHUFFLES', 'STARTS', 'Search', 'noise_step', 'update_noise', 'trigge
            'surrogate_loss', 'protect_pairs', 'unlearnable_pairs', 'found_pairs', 'cropping', 'clean_ranks',
            'hacker_clip']
 
-# %% ../nbs/11_mem.ipynb #87e6f77f
-import math, shutil
-from dataclasses import dataclass, replace
+# %% ../nbs/11_mem.ipynb #9959a563
+import json, os, shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from . import training
 from .attribution import _token_embeddings, quiet
-from .clip import Clip, _is_causal, build_clip, embed_images, embed_texts, embed_tokens, encode_text, info_nce, to_pixels
-from .data import ArrayImages, DataRef, Pairs, open_data
+from .clip import Clip, _is_causal, build_clip, embed_images, embed_texts, encode_text, info_nce, to_pixels
+from .data import ArrayImages, DataRef, Pairs, _sha, open_data, read_json
 from .errors import SettingsError
-from .lab import stage
+from .lab import _write_json, stage
 from .metrics import median_rank, retrieval_ranks
-from .protection import (ChangedImages, HACKER_CHANGES, Protection, candidate_tokens, create_noise, crop_and_flip, drop_first_words,
+from .protection import (ChangedImages, HACKER_CHANGES, ProtectedImages, Protection, candidate_tokens, create_noise, crop_and_flip, drop_first_words,
                                   drop_triggers, load_protection, open_noise, protected_mask, protected_training_set, publish, save_protection,
                                   trigger_slots, with_triggers)
 from .semantic_triggers import MASKED, semantic_candidates, word_model
-from .stages import load_clip, save_trained, train_and_save
-from .training import (Batch, Callback, Recipe, Record, TrainingSet, contrastive_loss, embed_batch, epoch_batches, read_batch, seeded,
-                                train, training_set)
+from .stages import load_clip, save_trained
+from .training import (Batch, Callback, Recipe, Record, TrainingSet, contrastive_loss, epoch_batches, read_batch, seeded, train, training_set)
 
 # %% ../nbs/11_mem.ipynb #bf21fc44
 SHUFFLES = ("none", "captions", "throughout")
@@ -272,7 +272,17 @@ def one_pass(clip: Clip, # the surrogate
         if progress: progress(k + 1, len(batches), "batches", f"noise of round {number + 1}")
     return float(np.mean(losses)) if losses else None
 
-# %% ../nbs/11_mem.ipynb #1f22a420
+# %% ../nbs/11_mem.ipynb #e2b2d7fa
+def _fresh_noise(path, pairs, side):
+    "A new file for noise. An old one is not written over: it may have been published under a second name."
+    path.unlink(missing_ok=True)
+    return create_noise(path, len(pairs), side)
+
+def _in_memory(images, clip, share=.5):
+    "All pictures as a tensor on the device where they fit, as in `training_set`; else the source as it is."
+    if len(images) * 3 * clip.image_size**2 > share * training._free_memory(clip.device): return images
+    return torch.from_numpy(images.array(size=clip.image_size)).permute(0, 3, 1, 2).contiguous().to(clip.device)
+
 class Rounds(Callback):
     "After every round of the surrogate's training, a pass over the pairs; ends the training when the loss is low enough."
     def __init__(self, clip: Clip, material: Material, folder: Path, recipe: Recipe, steps: int, stop_below: float, progress=None):
@@ -289,16 +299,17 @@ class Rounds(Callback):
     def start(self):
         "Noise of nought and the first triggers."
         noise, triggers = self.files(0)
-        create_noise(noise, len(self.material.pairs), self.clip.image_size)
+        _fresh_noise(noise, self.material.pairs, self.clip.image_size)
         np.save(triggers, first_triggers(self.clip.tokenizer, len(self.material.pairs), self.material.search, self.material.seed))
 
     def load(self, passes, number):
         "Give the surrogate the pairs of a round, as they are after so many passes."
         m, (noise, triggers) = self.material, self.files(passes)
-        protected = protected_training_set(self.clip, m.pairs, Protection(list(m.pairs.ids), open_noise(noise), np.load(triggers, allow_pickle=False), m.search.bound))
+        images = ProtectedImages(m.pairs.images, m.pairs.image_rows, open_noise(noise))
+        tokens = with_triggers(m.clean.tokens, np.load(triggers, allow_pickle=False), m.pairs.ids)
         count, draws = len(m.clean), len(self.data)
         order = torch.cat([torch.randperm(count, generator=torch.Generator().manual_seed(seeded(m.seed, 8, number, k))) for k in range(-(-draws // count))])[:draws]
-        self.data.images, self.data.tokens, self.data.image_rows = protected.images, protected.tokens[order], protected.image_rows[order]
+        self.data.images, self.data.tokens, self.data.image_rows = _in_memory(images, self.clip), tokens[order], order   # one picture per pair
 
     def after_epoch(self, state):
         passes, last = (state.history[-2]["passes"] if len(state.history) > 1 else 0), state.history[-1]
@@ -309,10 +320,27 @@ class Rounds(Callback):
     def renew(self, passes):
         "One pass, from the files of `passes` to the next."
         (noise, triggers), (new_noise, new_triggers) = self.files(passes), self.files(passes + 1)
-        better, words = create_noise(new_noise, len(self.material.pairs), self.clip.image_size), np.load(triggers, allow_pickle=False)
+        better, words = _fresh_noise(new_noise, self.material.pairs, self.clip.image_size), np.load(triggers, allow_pickle=False)
         loss = one_pass(self.clip, self.material, open_noise(noise), words, better, passes, self.recipe.batch_size, self.progress)
         better.flush(); np.save(new_triggers, words)
         return loss
+
+# %% ../nbs/11_mem.ipynb #95a0b874
+def _identity(surrogate: Clip, pairs: Pairs, search: Search, recipe: Recipe | None, **numbers) -> dict:
+    "What makes a search this one: settings by name, pairs and first weights by their SHA-256."
+    weights = _sha(*(part for name, value in surrogate.model.state_dict().items() for part in (name, value.cpu().numpy())))
+    parts = dict(search=asdict(search), recipe=asdict(recipe) if recipe else {})
+    named = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+    return json.loads(json.dumps(dict(pairs=pairs.fingerprint, surrogate=surrogate.name, weights=weights, **numbers, **named), default=str))   # as it is read back
+
+def _claim(scratch: Path, identity: dict):
+    "Note whose search a scratch folder holds. SettingsError where another one, or one that nobody knows, would be continued."
+    if (scratch/"checkpoint.safetensors").exists():
+        if not (scratch/"search.json").is_file(): raise SettingsError(f"{scratch} holds a checkpoint and no note of what it belongs to: take another scratch folder, or empty this one")
+        known, short = read_json(scratch/"search.json"), lambda value: value[:8] if isinstance(value, str) else value
+        other = [f"{k} {short(known.get(k))} there, {short(identity.get(k))} here" for k in {**known, **identity} if known.get(k) != identity.get(k)]
+        if other: raise SettingsError(f"{scratch} holds the search of something else ({'; '.join(other)}): go on with what was there (the surrogate as it was at the start), take another scratch folder, or empty this one")
+    _write_json(scratch/"search.json", identity)
 
 # %% ../nbs/11_mem.ipynb #bd8a271a
 def _resident(pairs: Pairs, size: int, memory_limit: float = 2**30) -> Pairs:
@@ -321,22 +349,27 @@ def _resident(pairs: Pairs, size: int, memory_limit: float = 2**30) -> Pairs:
     if len(used) * 3 * size**2 > memory_limit: return pairs
     return pairs.replace(images=ArrayImages(pairs.images.array(used, size)), image_rows=rows)
 
-def throughout(loss, seed: int = 0):
+def throughout(loss, length: int, # L
+               seed: int = 0):
     "A loss whose captions are exchanged within the batch while triggers stay: all that is left to learn is which noise goes with which trigger."
     def shuffled(clip: Clip, batch: Batch):
-        length = shuffled.length
         order = torch.randperm(len(batch.tokens), generator=torch.Generator().manual_seed(seeded(seed, 9, batch.step))).to(batch.tokens.device)
         slots, other = trigger_slots(length), batch.tokens[order].clone()
         other[:, slots] = batch.tokens[:, slots]
         return loss(clip, replace(batch, tokens=other))
-    shuffled.length = 0
     return shuffled
 
 def surrogate_loss(search: Search, steps: int, accumulate: bool, seed: int):
     "What the surrogate is trained with."
-    loss = contrastive_loss
-    if search.shuffle == "throughout": loss = throughout(loss, seed); loss.length = search.length
+    loss = throughout(contrastive_loss, search.length, seed) if search.shuffle == "throughout" else contrastive_loss
     return accumulating(loss, steps) if accumulate else loss
+
+# %% ../nbs/11_mem.ipynb #99ab200e
+def _second_name(file, name):
+    "The same file under another name, or a copy where the file system has no such thing."
+    name.unlink(missing_ok=True)
+    try: os.link(file, name)
+    except OSError: shutil.copyfile(file, name)
 
 # %% ../nbs/11_mem.ipynb #69c64c3c
 def protect_pairs(surrogate: Clip, # trained on the way, in place
@@ -347,27 +380,33 @@ def protect_pairs(surrogate: Clip, # trained on the way, in place
                   round_steps: int | None = None, # steps of the surrogate per round; None: as many as an epoch has
                   stop_below: float = 0.01, # the search ends when the surrogate's loss is lower
                   accumulate: bool = False, # gradients add up over a round, as in the public code
-                  scratch: Path | None = None, # for restart points; default: `folder`
+                  scratch: Path | None = None, # for restart points, left to the caller; default: a folder in `folder`, gone at the end
                   progress = None, # as for `train`
                   seed: int = 0 # of order and shuffling
     ) -> dict: # method, rounds, surrogate, losses
-    "Make pairs unlearnable: MEM; without triggers EM, and UAP. Goes on where it was stopped. DataError for captions without room, before any work."
-    pairs, folder, scratch = _resident(pairs, surrogate.image_size), Path(folder), Path(scratch or folder)
+    """Make pairs unlearnable: MEM; without triggers EM, and UAP.
+
+    Goes on where it was stopped, given the surrogate as it was at the start. Raises, before any work, DataError for captions without room
+    and SettingsError for a scratch folder with the search of something else.
+    """
+    whole, pairs, folder, unfinished = pairs, _resident(pairs, surrogate.image_size), Path(folder), Path(scratch or Path(folder)/"unfinished")
     clean, words = training_set(surrogate, pairs), word_model(search.words, list(pairs.captions)) if search.words else None
     with_triggers(clean.tokens, np.zeros((len(clean), search.length), np.int64), pairs.ids)
     material = Material(pairs, clean, search, allowed_tokens(surrogate.tokenizer, search) if search.length else torch.zeros(0, dtype=torch.long), words, seed)
     numbers, history = recipe or Recipe(1, 128, 1.), []
     steps = round_steps or len(epoch_batches(len(clean), numbers, 0))
-    rounds = Rounds(surrogate, material, scratch, numbers, steps, stop_below, progress)
+    _claim(unfinished, _identity(surrogate, whole, search, recipe, round_steps=steps, stop_below=stop_below, accumulate=accumulate, seed=seed))
+    rounds = Rounds(surrogate, material, unfinished, numbers, steps, stop_below, progress)
     if recipe is None: rounds.start(); passes, losses = 1, [rounds.renew(0)]
     else:
-        history = train(surrogate, rounds.data, numbers, loss=surrogate_loss(search, steps, accumulate, seed), callbacks=[rounds], checkpoint=scratch/"checkpoint.safetensors", progress=progress)
+        history = train(surrogate, rounds.data, numbers, loss=surrogate_loss(search, steps, accumulate, seed), callbacks=[rounds], checkpoint=unfinished/"checkpoint.safetensors", progress=progress)
         passes, losses = history[-1]["passes"], [h.get("trigger_loss") for h in history]
     noise, triggers = rounds.files(passes)
-    shutil.move(noise, folder/"noise.npy")
+    folder.mkdir(parents=True, exist_ok=True); (folder/"protection.json").unlink(missing_ok=True)   # of an older one, whose noise goes now
+    _second_name(noise, folder/"noise.npy")
     facts = dict(method="MEM" if search.length else "EM" if search.direction == "minimise" else "UAP", rounds=passes, surrogate=surrogate.name)
     save_protection(folder, list(pairs.ids), np.load(triggers, allow_pickle=False), search.bound, facts)
-    for file in (triggers, *rounds.files(passes + 1), scratch/"checkpoint.safetensors"): file.unlink(missing_ok=True)
+    if scratch is None: (unfinished/"checkpoint.safetensors").unlink(missing_ok=True); shutil.rmtree(unfinished, ignore_errors=True)   # without a checkpoint the rest is not believed
     return dict(facts, loss=[round(h["loss"], 4) for h in history], trigger_loss=[round(l, 4) for l in losses if l is not None], stopped=bool(history) and passes < len(history))
 
 # %% ../nbs/11_mem.ipynb #f4e2f70d
@@ -438,7 +477,7 @@ def hacker_clip(work, *,
     "A CLIP trained on what a hacker found, protected or not."
     if (model is None) == (clip is None): raise SettingsError("the hacker's model: give either model, to train from scratch, or clip, to fine-tune")
     hacker = load_clip(clip, work.device) if clip is not None else build_clip(model, seed=seeded(seed, 11) % 2**31, device=work.device)
-    data, curves = open_data(pairs), []
+    data = open_data(pairs)
     made = None if protection is None else load_protection(protection.path, check=False)
     seen = found_pairs(hacker, data, made, **(found or {}))
     if recipe is None: return save_trained(work, hacker, seen, [dict(step=0, loss=0., logit_scale=hacker.model.logit_scale.exp().item())])

@@ -1,15 +1,19 @@
 "Unlearnable pairs: the search does what it says, survives a kill to the same bytes, and refuses what cannot work."
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 
-from mcl_repro.attribution import quiet
-from mcl_repro.clip import build_clip, embed_images, embed_tokens, encode_text, info_nce
+from mcl_repro import mem, training
+from mcl_repro.clip import build_clip, embed_images, embed_tokens, info_nce
 from mcl_repro.data import open_data, resolve
 from mcl_repro.errors import DataError, SettingsError
 from mcl_repro.lab import Lab, load_profile
-from mcl_repro.mem import (Material, Rounds, Search, accumulating, allowed_tokens, batch_triggers, found_pairs, hacker_clip, one_pass, search_triggers,
-                           surrogate_loss, trigger_gradient, trigger_losses, unlearnable_pairs, update_noise)
-from mcl_repro.protection import load_protection, with_triggers
+from mcl_repro.mem import (Material, Rounds, Search, accumulating, allowed_tokens, found_pairs, hacker_clip, one_pass, protect_pairs, search_triggers,
+                           throughout, trigger_losses, unlearnable_pairs, update_noise)
+from mcl_repro.protection import Protection, load_protection, protected_training_set, with_triggers
 from mcl_repro.semantic_triggers import split_words
 from mcl_repro.training import Recipe, contrastive_loss, parameter_groups, train, training_set
 
@@ -51,6 +55,110 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, pairs):
         noise, triggers = rounds.files(history[-1]["passes"])
         return noise.read_bytes(), triggers.read_bytes()
     assert run(tmp_path/"whole") == run(tmp_path/"stopped", stop_after=1)
+
+QUICK = dict(search=Search(length=2, noise_steps=2, candidates=3), recipe=Recipe(**dict(RECIPE, epochs=2)), round_steps=3)
+
+def protect_here(pairs, folder, weights=3, **settings):
+    "What `protect_pairs` leaves in a folder, by file."
+    protect_pairs(build_clip("smoke-RN", seed=weights), pairs, folder, **dict(QUICK, **settings))
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
+
+def dies_once(monkeypatch, name, call=1):
+    "A function of mem that is killed at one of its calls."
+    real, calls = getattr(mem, name), []
+    def dying(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call: raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(mem, name, dying)
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("settings", [dict(), dict(recipe=None)])
+def test_a_kill_while_the_result_is_written_loses_nothing(tmp_path, pairs, monkeypatch, given, settings):
+    settings = dict(settings, scratch=tmp_path/"scratch" if given else None)
+    for name in ("whole", "killed"): (tmp_path/name).mkdir()
+    whole = protect_here(pairs, tmp_path/"whole", **dict(settings, scratch=None))
+    dies_once(monkeypatch, "save_protection")
+    with pytest.raises(KeyboardInterrupt): protect_here(pairs, tmp_path/"killed", **settings)
+    searched = []
+    monkeypatch.setattr(mem, "one_pass", lambda *args, real=mem.one_pass: searched.append(1) or real(*args))
+    assert protect_here(pairs, tmp_path/"killed", **settings) == whole and load_protection(tmp_path/"killed", pairs.ids).noise.any()
+    assert len(searched) == (0 if "recipe" not in settings else 1), "a search that was finished is not made again"
+
+def test_a_stage_whose_end_fails_goes_on_from_its_scratch(tmp_path, monkeypatch):
+    whole, killed = (Lab("smoke", "cpu", tmp_path/name, module="mcl_repro.mem") for name in ("whole", "killed"))
+    wanted = protect(whole)
+    dies_once(monkeypatch, "save_protection")
+    with pytest.raises(KeyboardInterrupt): protect(killed)
+    made = protect(killed)
+    for file in ("noise.npy", "triggers.npy", "protection.json"): assert (made.path/file).read_bytes() == (wanted.path/file).read_bytes()
+    assert made.result == wanted.result
+
+def test_only_a_scratch_folder_of_its_own_is_removed_and_the_checkpoint_first(tmp_path, pairs, monkeypatch):
+    held = []
+    monkeypatch.setattr(mem, "shutil", SimpleNamespace(copyfile=shutil.copyfile, rmtree=lambda folder, **how: (held.append({f.name for f in folder.iterdir()}), shutil.rmtree(folder, **how))))
+    assert set(protect_here(pairs, tmp_path/"own")) == {"noise.npy", "triggers.npy", "ids.json", "protection.json"}
+    assert [f.name for f in tmp_path.iterdir()] == ["own"] and not any(f.is_dir() for f in (tmp_path/"own").iterdir())
+    assert len(held) == 1 and "noise-0.npy" in held[0] and "checkpoint.safetensors" not in held[0]
+    protect_here(pairs, tmp_path/"given", scratch=tmp_path/"scratch")
+    assert len(held) == 1 and (tmp_path/"scratch"/"checkpoint.safetensors").exists()
+
+def test_noise_that_was_published_is_not_written_over_by_the_next_search(tmp_path, pairs):
+    uap = dict(recipe=None, scratch=tmp_path/"scratch")
+    first = protect_here(pairs, tmp_path/"first", search=Search(**UAP), **uap)
+    second = protect_here(pairs, tmp_path/"second", search=Search(**EM), **uap)
+    assert second["noise.npy"] != first["noise.npy"] == (tmp_path/"first"/"noise.npy").read_bytes()
+    load_protection(tmp_path/"first")
+
+def test_noise_is_copied_where_files_cannot_have_two_names(tmp_path, pairs, monkeypatch):
+    linked = protect_here(pairs, tmp_path/"linked")
+    def refuse(*names): raise OSError("no links here")
+    monkeypatch.setattr(mem.os, "link", refuse)
+    assert protect_here(pairs, tmp_path/"copied") == linked
+
+@pytest.mark.parametrize("other, says", [
+    (dict(search=replace(QUICK["search"], length=1)), "search.length 2 there, 1 here"), (dict(recipe=replace(QUICK["recipe"], epochs=3)), "recipe.epochs 2 there, 3 here"),
+    (dict(round_steps=4), "round_steps 3 there, 4 here"), (dict(stop_below=.5), "stop_below 0.01 there, 0.5 here"), (dict(accumulate=True), "accumulate False there, True here"),
+    (dict(weights=4), "weights "), (dict(seed=4), "seed 0 there, 4 here"), (dict(pairs="world:retrieval_flickr8k_train:17"), "pairs "), (dict(recipe=None), "recipe.epochs 2 there, None here")])
+def test_a_scratch_folder_of_another_search_is_refused(tmp_path, pairs, monkeypatch, other, says):
+    dies_once(monkeypatch, "one_pass", 2)                # the first round is done
+    (tmp_path/"out").mkdir(); (tmp_path/"scratch").mkdir()
+    with pytest.raises(KeyboardInterrupt): protect_here(pairs, tmp_path/"out", scratch=tmp_path/"scratch")
+    before = {f.name: f.read_bytes() for f in (tmp_path/"scratch").iterdir()}
+    with pytest.raises(SettingsError, match=says) as told: protect_here(open_data(other["pairs"]) if "pairs" in other else pairs, tmp_path/"out", scratch=tmp_path/"scratch", **{k: v for k, v in other.items() if k != "pairs"})
+    assert "empty this one" in str(told.value) and "\n" not in str(told.value)
+    assert {f.name: f.read_bytes() for f in (tmp_path/"scratch").iterdir()} == before
+    protect_here(pairs, tmp_path/"out", scratch=tmp_path/"scratch")
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, pairs):
+    clip = build_clip("smoke-RN", seed=1)
+    train(clip, training_set(clip, pairs), Recipe(1, 20, 1e-3), checkpoint=tmp_path/"checkpoint.safetensors")
+    with pytest.raises(SettingsError, match="no note of what it belongs to"): protect_here(pairs, tmp_path/"out", scratch=tmp_path)
+
+@pytest.mark.parametrize("free", [None, 0])
+def test_the_surrogate_sees_what_a_hacker_would_find_and_captions_are_read_once(tmp_path, pairs, monkeypatch, free):
+    if free is not None: monkeypatch.setattr(training, "_free_memory", lambda device: free)
+    clip = build_clip("smoke-RN", seed=3); m = material(clip, pairs)
+    rounds = Rounds(clip, m, tmp_path, Recipe(**RECIPE), 6, 0.)
+    rounds.start(); rounds.renew(0)
+    noise, triggers = (np.load(file) for file in rounds.files(1))
+    wanted = protected_training_set(clip, pairs, Protection(pairs.ids, noise, triggers))
+    monkeypatch.setattr(training, "tokenize", lambda *args: pytest.fail("captions were tokenised again"))
+    rounds.load(1, 5)
+    order = rounds.data.image_rows
+    assert noise.any() and rounds.data.resident == wanted.resident == (free is None) and rounds.data.image_size == wanted.image_size
+    def pixels(data): return data.images if data.resident else torch.from_numpy(data.images.array(size=32))
+    assert torch.equal(pixels(rounds.data), pixels(wanted)) and len(order) == 6 * 20 and order.dtype == torch.int64
+    assert torch.equal(rounds.data.tokens, wanted.tokens[order]) and torch.equal(order, wanted.image_rows[order])
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_throughout_exchanges_captions_and_leaves_triggers(pairs, length):
+    clip = build_clip("smoke-RN"); tokens = training_set(clip, pairs).tokens[:30]
+    triggers = torch.arange(1000, 1000 + 30 * length).view(30, length)
+    batch = training.Batch(torch.zeros(30, 3, 32, 32, dtype=torch.uint8), with_triggers(tokens, triggers), torch.arange(30), 4)
+    seen = throughout(lambda clip, b: b.tokens, length, seed=2)(clip, batch)
+    assert torch.equal(seen[:, 1:1 + length], triggers) and not torch.equal(seen, batch.tokens)
+    assert sorted(map(tuple, seen[:, 1 + length:].tolist())) == sorted(map(tuple, batch.tokens[:, 1 + length:].tolist()))
 
 def test_noise_keeps_to_its_bound_and_to_pictures(lab, pairs):
     made = protect(lab, search=dict(length=1, noise_steps=12, candidates=2, bound=5, step=2), recipe=dict(RECIPE, epochs=2))
