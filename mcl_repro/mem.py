@@ -283,6 +283,7 @@ def _in_memory(images, clip, share=.5):
     if len(images) * 3 * clip.image_size**2 > share * training._free_memory(clip.device): return images
     return torch.from_numpy(images.array(size=clip.image_size)).permute(0, 3, 1, 2).contiguous().to(clip.device)
 
+# %% ../nbs/11_mem.ipynb #1f22a420
 class Rounds(Callback):
     "After every round of the surrogate's training, a pass over the pairs; ends the training when the loss is low enough."
     def __init__(self, clip: Clip, material: Material, folder: Path, recipe: Recipe, steps: int, stop_below: float, progress=None):
