@@ -132,24 +132,29 @@ def get(self: Experiments, node):
 METRICS = {"CA": "clean", "ASR": "attacked"} # printed name -> outcome
 
 @patch
-def rows(self: Experiments, table: str): # yields dicts
+def rows(self: Experiments,
+         table: str, # id
+         factors: list | None = None, # of a table that no paper prints
+    ): # yields dicts
     "Rows for `tidy`: what was measured on every line of a table, in per cent, over seeds."
-    printed = paper_table(table)
+    printed = paper_table(table) if factors is None else pd.DataFrame(dict(defense=[], metric=[]))
     for l in [l for l in self.lines if l.table == table]:
-        ours = {**l.labels, "defense": l.defense, **({} if l.defense in set(printed.defense) else {"extra": True})}
+        ours = {"defense": l.defense, **l.labels, **({} if factors or l.defense in set(printed.defense) else {"extra": True})}
+        if factors: ours = {k: v for k, v in ours.items() if k in (*factors, "extra")}
         found = [self.get(n) for n in l.found]
         for metric, outcome in METRICS.items():
-            if metric in set(printed.metric) and outcome in outcomes(found[0]): yield {**ours, "metric": metric, **percent(found, outcome)}
+            if (factors or metric in set(printed.metric)) and outcome in outcomes(found[0]): yield {**ours, "metric": metric, **percent(found, outcome)}
 
 @patch
 def table(self: Experiments,
           table: str, # id
           note: str, # of `note`
           more: list = (), # further rows for `tidy`
+          extra: dict | None = None, # title and factors of a table that no paper prints, see `tidy`
     ):
     "Write a table beside the paper's and show it; says so when it was not asked for."
-    found = [*self.rows(table), *more] if table in self.wanted else []
-    display(self.write(tidy(table, found), table, note)) if found else print(f"{table} was not asked for")
+    found = [*self.rows(table, extra and extra["factors"]), *more] if table in self.wanted else []
+    display(self.write(tidy(table, found, extra), table, note)) if found else print(f"{table} was not asked for")
 
 @patch
 def write(self: Experiments, tidied: pd.DataFrame, table: str, note: str):

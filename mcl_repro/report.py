@@ -56,6 +56,7 @@ class TableSpec:
     labels: tuple = ()      # other columns of the transcription
     number: str = ''        # the paper's own number, '' for a table of ours
     note: str = ''          # what the transcription remarks
+    published: tuple = ()   # of a table of ours: cells known from elsewhere, as dicts like the transcription's
 
     @property
     def paper(self) -> str: return self.id.partition('.')[0]
@@ -93,8 +94,8 @@ def _key(spec, row): return tuple(_label(row.get(f)) for f in spec.factors)
 
 # %% ../nbs/08_report.ipynb #8292dc29
 def _printed(spec) -> dict:
-    "The transcribed cells of a table by key; none for a table of ours."
-    return {_key(spec, r): r for r in _entries('tables')[spec.id]['rows']} if spec.number else {}
+    "The transcribed cells of a table by key; for a table of ours, what was published elsewhere."
+    return {_key(spec, r): r for r in (_entries('tables')[spec.id]['rows'] if spec.number else spec.published)}
 
 # %% ../nbs/08_report.ipynb #7af53afa
 def paper_table(
@@ -164,19 +165,20 @@ def _check_id(kind, id, example):
 
 def _extra_spec(table_id, extra):
     "The spec of a table of our own: id 'paper.name', factors, and which of them run across (default: the metric)."
-    if odd := set(extra) - {'title', 'factors', 'columns', 'note'}: raise SettingsError(f'{table_id}: {_near(odd.pop(), ["title", "factors", "columns", "note"], "entry of extra")}')
+    known = ['title', 'factors', 'columns', 'note', 'published']
+    if odd := set(extra) - set(known): raise SettingsError(f'{table_id}: {_near(odd.pop(), known, "entry of extra")}')
     _check_id('table', table_id, 'ubt.seeds')
     if not extra.get('title') or not extra.get('factors'): raise SettingsError(f'{table_id}: a table of our own needs a title and factors')
     factors = tuple(extra['factors']); columns = tuple(extra.get('columns', ['metric']))
     if odd := set(columns) - {*factors, 'metric'}: raise SettingsError(f'{table_id}: {_near(odd.pop(), factors, "factor in columns")}')
     rows = tuple(f for f in factors if f not in columns)
-    return TableSpec(table_id, extra['title'], factors, rows, columns, note=extra.get('note', ''))
+    return TableSpec(table_id, extra['title'], factors, rows, columns, note=extra.get('note', ''), published=tuple(extra.get('published', ())))
 
 # %% ../nbs/08_report.ipynb #48daa003
 def tidy(
     table_id:str,  # an id of papers/tables.yaml, or a name of our own 'paper.name' together with `extra`
     rows:list[dict],  # per measured cell its factor labels, `value`, and if known `ci_low`, `ci_high`, `n_seeds`, `unit`, `extra=True`
-    extra:dict|None=None,  # for a table that no paper prints: {'title': ..., 'factors': [...], 'columns': [...]}
+    extra:dict|None=None,  # for a table that no paper prints: {'title': ..., 'factors': [...], 'columns': [...], 'published': cells known from elsewhere}
 )->pd.DataFrame: # columns of design order; every printed cell, and ours; NaN where one of the two is missing
     "Our cells beside the paper's; raises `SettingsError` for a typo in a label, a repeated cell, a wrong unit or a value that is not finite."
     if extra and table_id in _entries('tables'): raise SettingsError(f'table {table_id!r} is printed in the paper; call tidy without extra')
@@ -289,7 +291,7 @@ def _grid(df, spec) -> dict:
     heads = _row_heads(rows, len(spec.rows))
     body = [dict(heads=[(head(i, h[0], spec.rows), h[1]) if h else None for i, h in enumerate(heads[r])], full=[head(i, k, spec.rows) for i, k in enumerate(r)],
                  cells=[cells.get((r, c)) for c in columns]) for r in rows]
-    measured = [c for c in cells.values() if c['ours']]; beside = sum(bool(c['paper']) for c in measured)
+    measured = [c for c in cells.values() if c['ours']]; beside = sum(bool(c['paper']) for c in measured) if spec.number else 0   # counts printed tables only
     return dict(spec=spec, names=[_name('factors', n) for n in spec.rows], across=[_name('factors', n) for n in spec.columns], header=header, body=body,
         leaves=[' / '.join(head(i, k, spec.columns) for i, k in enumerate(c)) for c in columns], constant=_constant(spec, frame, units),
         measured=beside, own=len(measured) - beside, printed=len(paper), seeds=max([c['seeds'] for c in measured], default=1))
