@@ -57,6 +57,7 @@ class TableSpec:
     number: str = ''        # the paper's own number, '' for a table of ours
     note: str = ''          # what the transcription remarks
     published: tuple = ()   # of a table of ours: cells known from elsewhere, as dicts like the transcription's
+    unknown: str = ''       # of a table of ours: what stands for the paper's number where it has one that is not known
 
     @property
     def paper(self) -> str: return self.id.partition('.')[0]
@@ -165,20 +166,20 @@ def _check_id(kind, id, example):
 
 def _extra_spec(table_id, extra):
     "The spec of a table of our own: id 'paper.name', factors, and which of them run across (default: the metric)."
-    known = ['title', 'factors', 'columns', 'note', 'published']
+    known = ['title', 'factors', 'columns', 'note', 'published', 'unknown']
     if odd := set(extra) - set(known): raise SettingsError(f'{table_id}: {_near(odd.pop(), known, "entry of extra")}')
     _check_id('table', table_id, 'ubt.seeds')
     if not extra.get('title') or not extra.get('factors'): raise SettingsError(f'{table_id}: a table of our own needs a title and factors')
     factors = tuple(extra['factors']); columns = tuple(extra.get('columns', ['metric']))
     if odd := set(columns) - {*factors, 'metric'}: raise SettingsError(f'{table_id}: {_near(odd.pop(), factors, "factor in columns")}')
     rows = tuple(f for f in factors if f not in columns)
-    return TableSpec(table_id, extra['title'], factors, rows, columns, note=extra.get('note', ''), published=tuple(extra.get('published', ())))
+    return TableSpec(table_id, extra['title'], factors, rows, columns, note=extra.get('note', ''), published=tuple(extra.get('published', ())), unknown=extra.get('unknown', ''))
 
 # %% ../nbs/08_report.ipynb #48daa003
 def tidy(
     table_id:str,  # an id of papers/tables.yaml, or a name of our own 'paper.name' together with `extra`
     rows:list[dict],  # per measured cell its factor labels, `value`, and if known `ci_low`, `ci_high`, `n_seeds`, `unit`, `extra=True`
-    extra:dict|None=None,  # for a table that no paper prints: {'title': ..., 'factors': [...], 'columns': [...], 'published': cells known from elsewhere}
+    extra:dict|None=None,  # for a table that no paper prints: {'title': ..., 'factors': [...], 'columns': [...], 'published': cells known from elsewhere, 'unknown': text for the others}
 )->pd.DataFrame: # columns of design order; every printed cell, and ours; NaN where one of the two is missing
     "Our cells beside the paper's; raises `SettingsError` for a typo in a label, a repeated cell, a wrong unit or a value that is not finite."
     if extra and table_id in _entries('tables'): raise SettingsError(f'table {table_id!r} is printed in the paper; call tidy without extra')
@@ -281,7 +282,7 @@ def _grid(df, spec) -> dict:
     place = lambda row, names: tuple(_label(row[n]) for n in names)
     cells = {}
     for row in frame.to_dict('records'):
-        cells[place(row, spec.rows), place(row, spec.columns)] = _texts(row, paper.get(_key(spec, row), {}), decimals)
+        cells[place(row, spec.rows), place(row, spec.columns)] = _texts(row, paper.get(_key(spec, row), dict(printed=spec.unknown)), decimals)
     rank = lambda names: lambda key: [levels[n].index(k) for n, k in zip(names, key)]
     rows = sorted({r for r, _ in cells}, key=rank(spec.rows)); columns = sorted({c for _, c in cells}, key=rank(spec.columns))
     def head(level, text, names):
@@ -294,7 +295,7 @@ def _grid(df, spec) -> dict:
     measured = [c for c in cells.values() if c['ours']]; beside = sum(bool(c['paper']) for c in measured) if spec.number else 0   # counts printed tables only
     return dict(spec=spec, names=[_name('factors', n) for n in spec.rows], across=[_name('factors', n) for n in spec.columns], header=header, body=body,
         leaves=[' / '.join(head(i, k, spec.columns) for i, k in enumerate(c)) for c in columns], constant=_constant(spec, frame, units),
-        measured=beside, own=len(measured) - beside, printed=len(paper), seeds=max([c['seeds'] for c in measured], default=1))
+        beside=any(c['paper'] for c in cells.values()), measured=beside, own=len(measured) - beside, printed=len(paper), seeds=max([c['seeds'] for c in measured], default=1))
 
 # %% ../nbs/08_report.ipynb #5f5ba41d
 _LEGEND = 'Paper: as printed. Ours: as measured, with a 95% interval{seeds}. Empty: not run, or not in the paper.'
@@ -309,11 +310,12 @@ def _markdown(grid, note='') -> str:
     "The grid as a Markdown table with its notes."
     clean = lambda text: str(text).replace('|', '\\|').replace('\n', ' ')
     line = lambda cells: '| ' + ' | '.join(map(clean, cells)) + ' |'
-    heads = [*grid['names'], *(f'{leaf}, {who}' for leaf in grid['leaves'] for who in ('paper', 'ours'))]
-    out = [f"### {grid['spec'].heading}: {grid['spec'].title}", '', line(heads), '|' + ' --- |'*len(grid['names']) + ' ---: |'*(2*len(grid['leaves']))]
+    who = ('paper', 'ours') if grid['beside'] else ('ours',)
+    heads = [*grid['names'], *(f'{leaf}, {w}' for leaf in grid['leaves'] for w in who)]
+    out = [f"### {grid['spec'].heading}: {grid['spec'].title}", '', line(heads), '|' + ' --- |'*len(grid['names']) + ' ---: |'*(len(who)*len(grid['leaves']))]
     for row in grid['body']:
         texts = [h[0] if h else '' for h in row['heads']]
-        for cell in row['cells']: texts += [cell['paper'], _ours(cell)] if cell else ['', '']
+        for cell in row['cells']: texts += [cell['paper'], _ours(cell)][-len(who):] if cell else ['']*len(who)
         out.append(line(texts))
     notes = [note, _facts(grid), _legend(grid), grid['spec'].note]
     return '\n'.join(out) + '\n\n' + '\n\n'.join(clean(n) for n in notes if n) + '\n'
@@ -328,19 +330,20 @@ def _tex_escape(text): return ''.join(_TEX.get(c, c) for c in str(text))
 def _tex(grid, note='') -> str:
     "The grid as a TeX table (packages booktabs and graphicx); the file can be given to \\input."
     n, leaves, esc = len(grid['names']), len(grid['leaves']), _tex_escape
+    who = ['paper', 'ours'] if grid['beside'] else ['ours']
     def across(line, width):
         cells, rules, at = [], [], n + 1
         for text, span in line:
             w = span*width; cells.append(rf'\multicolumn{{{w}}}{{c}}{{{esc(text)}}}'); rules.append(rf'\cmidrule(lr){{{at}-{at+w-1}}}'); at += w
         return ' & '.join([*['']*n, *cells]) + r' \\' + ' ' + ''.join(rules)
     out = [r'% needs \usepackage{booktabs,graphicx}', r'\begin{table}', r'\centering', rf"\caption{{{esc(grid['spec'].heading)}: {esc(grid['spec'].title)}. {esc(' '.join(filter(None, (note, _facts(grid), _legend(grid)))))}}}",
-           rf"\label{{tab:{grid['spec'].id}}}", r'\resizebox{\linewidth}{!}{%', r'\begin{tabular}{' + 'l'*n + 'rl'*leaves + '}', r'\toprule']
-    out += [across(line, 2) for line in grid['header']]
-    out.append(' & '.join([*map(esc, grid['names']), *['paper', 'ours']*leaves]) + r' \\')
+           rf"\label{{tab:{grid['spec'].id}}}", r'\resizebox{\linewidth}{!}{%', r'\begin{tabular}{' + 'l'*n + 'rl'[-len(who):]*leaves + '}', r'\toprule']
+    out += [across(line, len(who)) for line in grid['header']]
+    out.append(' & '.join([*map(esc, grid['names']), *who*leaves]) + r' \\')
     for i, row in enumerate(grid['body']):
         if row['heads'][0] and (i == 0 or n > 1): out.append(r'\midrule')
         texts = [esc(h[0]) if h else '' for h in row['heads']]
-        for c in row['cells']: texts += [esc(c['paper']), esc(c['ours']) + (rf" {{\scriptsize {esc(c['interval'])}}}" if c['interval'] else '')] if c else ['', '']
+        for c in row['cells']: texts += [esc(c['paper']), esc(c['ours']) + (rf" {{\scriptsize {esc(c['interval'])}}}" if c['interval'] else '')][-len(who):] if c else ['']*len(who)
         out.append(' & '.join(texts) + r' \\')
     return '\n'.join([*out, r'\bottomrule', r'\end{tabular}}', r'\end{table}', ''])
 
