@@ -1,5 +1,6 @@
-"CleanCLIP: its loss against a plain formula, what goes through the model, its variants, and what it refuses."
+"CleanCLIP: its loss against a plain formula, what goes through the model, its variants, supervised fine-tuning, and what they refuse."
 import ast, inspect
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,15 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
 
-from mcl_repro import cleanclip
+from mcl_repro import cleanclip, training
+from mcl_repro.attacks import make_attack
 from mcl_repro.augmentation import augment_captions, augment_images
-from mcl_repro.cleanclip import caption_views, cleaned_clip, cleanclip_loss, self_supervised_loss
-from mcl_repro.clip import build_clip, load_weights, save_clip, to_pixels
-from mcl_repro.data import open_data
+from mcl_repro.cleanclip import (attach_head, balanced_pairs, caption_views, carry_moments, class_scores, cleaned_clip, cleanclip_loss, columns_of, load_head, save_head,
+                                 self_supervised_loss, supervised_clip, supervised_loss)
+from mcl_repro.cleanclip_experiments import scratch_clip, structured_picture
+from mcl_repro.clip import build_clip, load_weights, read_tensors, save_clip, to_pixels
+from mcl_repro.data import open_data, read_csv_labels, resolve
 from mcl_repro.errors import DataError, SettingsError
 from mcl_repro.lab import load_profile
-from mcl_repro.training import read_batch, seeded, training_set
+from mcl_repro.stages import load_clip
+from mcl_repro.training import Recipe, learning_rate_at, read_batch, seeded, train, training_set
 
 RECIPE = dict(epochs=1, batch_size=16, learning_rate=1e-3)
 
@@ -100,12 +107,28 @@ def test_weights_that_leave_nothing_to_minimise(weights):
 
 # ---- the stage
 
+def run(folder, f, **settings):
+    "One stage, without a lab; in a folder that is there already, a second attempt."
+    for name in ('out', 'scratch'): (folder/name).mkdir(parents=True, exist_ok=True)
+    return f(SimpleNamespace(out=folder/'out', scratch=folder/'scratch', device='cpu', progress=lambda *a: None), **settings)
+
+
 def clean(folder, start, **changes):
-    "Run the stage without a lab."
-    for name in ('out', 'scratch'): (folder/name).mkdir(parents=True)
-    work = SimpleNamespace(out=folder/'out', scratch=folder/'scratch', device='cpu', progress=lambda *a: None)
-    settings = dict(clip=start, pairs='world:validation:32', recipe=RECIPE) | changes
-    return cleaned_clip(work, **settings), (folder/'out/clip.safetensors').read_bytes()
+    "Result and weights of CleanCLIP's stage."
+    return run(folder, cleaned_clip, **dict(clip=start, pairs='world:validation:32', recipe=RECIPE) | changes), (folder/'out/clip.safetensors').read_bytes()
+
+
+class Killed(Exception): "Stands for a process that was killed."
+
+
+@pytest.fixture
+def killed_after_an_epoch(monkeypatch):
+    "A function that runs a training up to its first restart point."
+    def attempt(f, *args, **settings):
+        save = training.save_checkpoint
+        def stop(*given): save(*given); raise Killed
+        with monkeypatch.context() as m, pytest.raises(Killed): m.setattr(training, 'save_checkpoint', stop); f(*args, **settings)
+    return attempt
 
 
 @pytest.fixture
@@ -131,23 +154,319 @@ def test_bad_input_is_refused_before_training(tmp_path, start, monkeypatch):
     with pytest.raises(SettingsError, match="unknown source of synonyms 'roget'"): clean(tmp_path/'b', start, synonyms='roget')
     with pytest.raises(SettingsError, match='one of them above'): clean(tmp_path/'c', start, clip_weight=0., self_supervised_weight=0.)
     (tmp_path/'pairs.csv').write_text('image,caption\nx.png,a dog\nx.png,2024\n')
-    from PIL import Image
     Image.new('RGB', (32, 32)).save(tmp_path/'x.png')
     with pytest.raises(DataError, match="row 1 has no letters: '2024'"): clean(tmp_path/'d', start, pairs=str(tmp_path/'pairs.csv'))
 
 
-def test_the_stage_is_told_nothing_of_the_attack():
-    told = set(inspect.signature(cleaned_clip).parameters)
-    assert {'clip', 'pairs', 'recipe'} <= told and not told & {'attack', 'target', 'poisoned', 'trigger', 'test'}
+def test_a_late_schedule_is_the_same_one_epoch_on():
+    "CleanCLIP's public code counts epochs from 1: written out here as it is there, with the last epoch on the rise again."
+    recipe, per_epoch = Recipe(epochs=3, batch_size=1, learning_rate=2., warmup_steps=5, schedule='cosine_late'), 4
+    def public(step): return 2.*(step + 1)/5 if step < 5 else 2.*.5*(1 + np.cos(np.pi*(step - 5)/(12 - 5)))
+    rates = [learning_rate_at(step, 12, recipe) for step in range(12)]
+    assert rates == pytest.approx([public(per_epoch*epoch + index) for epoch in (1, 2, 3) for index in range(per_epoch)])
+    assert rates[0] == 2. and rates[8] == pytest.approx(0) and rates[-1] > rates[-2] > rates[-3]
+
+
+def test_a_late_schedule_trains_otherwise(tmp_path, start):
+    recipe = dict(RECIPE, epochs=2)
+    done = [clean(tmp_path/schedule, start, recipe=dict(recipe, schedule=schedule))[1] for schedule in ('cosine', 'cosine_late')]
+    assert done[0] != done[1]
+
+
+# ---- the optimiser's memory
+
+@pytest.fixture(scope='module')
+def poisoning(tmp_path_factory, pairs):
+    "An artefact with the weights and the checkpoint of an earlier training."
+    folder, clip = tmp_path_factory.mktemp('poisoning'), build_clip('smoke-RN')
+    train(clip, training_set(clip, pairs), Recipe(**RECIPE), checkpoint=folder/'checkpoint.safetensors')
+    save_clip(clip, folder/'clip.safetensors')
+    return SimpleNamespace(path=folder, result=dict(model='smoke-RN'))
+
+
+def test_moments_are_those_of_the_checkpoint_and_weights_and_clock_are_not(tmp_path, poisoning):
+    other, made = build_clip('smoke-RN', seed=7), tmp_path/'start.safetensors'
+    carry_moments(poisoning.path/'checkpoint.safetensors', other, made)
+    was, found = read_tensors(poisoning.path/'checkpoint.safetensors'), read_tensors(made)
+    assert found.keys() == was.keys()
+    moments = [k for k in found if k.startswith('optimizer.')]
+    assert moments and all(torch.equal(found[k], was[k]) for k in moments) and {found[k].item() for k in moments if k.endswith('.step')} == {2.}
+    assert all(torch.equal(found[f'model.{k}'], v) for k, v in other.model.state_dict().items()) and not torch.equal(found['model.visual.conv1.weight'], was['model.visual.conv1.weight'])
+    state = training._start(build_clip('smoke-RN'), range(32), Recipe(**RECIPE))
+    assert training.load_checkpoint(state, made) and (state.epoch, state.step, state.history, state.stop) == (0, 0, [], False)
+    assert torch.equal(state.clip.model.visual.conv1.weight, other.model.visual.conv1.weight)
+
+
+def test_moments_change_what_comes_out_and_come_out_the_same_twice(tmp_path, poisoning):
+    plain = clean(tmp_path/'plain', poisoning)
+    carried = [clean(tmp_path/name, poisoning, moments=poisoning) for name in 'ab']
+    assert carried[0] == carried[1] and carried[0][1] != plain[1] and carried[0][0]['steps'] == plain[0]['steps'] == 2
+
+
+def test_training_with_moments_is_adamw_going_on(poisoning, pairs, tmp_path):
+    "The first step, by hand: a fresh AdamW that is given the moments by torch's own means."
+    recipe = Recipe(**dict(RECIPE, batch_size=32))
+    clean(tmp_path/'stage', poisoning, recipe=vars(recipe), moments=poisoning, self_supervised_weight=0.)
+    state = training._start(load_clip(poisoning), range(32), recipe)
+    assert training.load_checkpoint(state, poisoning.path/'checkpoint.safetensors')
+    by_hand = load_clip(poisoning)
+    optimizer = torch.optim.AdamW(training.parameter_groups(by_hand.model, .1), lr=1e-3, betas=(.9, .999), eps=1e-8)
+    optimizer.load_state_dict(dict(optimizer.state_dict(), state=state.optimizer.state_dict()['state']))
+    by_hand.model.train()
+    training.contrastive_loss(by_hand, read_batch(training_set(by_hand, pairs), training.epoch_batches(32, recipe, 0)[0], 'cpu')).backward()
+    optimizer.step()
+    found = read_tensors(tmp_path/'stage/out/clip.safetensors')
+    assert all(torch.allclose(found[k], v, atol=1e-6) for k, v in by_hand.model.state_dict().items())
+
+
+def test_a_killed_run_goes_on_from_its_own_checkpoint_and_not_from_the_moments(tmp_path, poisoning, killed_after_an_epoch):
+    settings = dict(moments=poisoning, recipe=dict(RECIPE, epochs=2))
+    whole = clean(tmp_path/'whole', poisoning, **settings)
+    killed_after_an_epoch(clean, tmp_path/'broken', poisoning, **settings)
+    own = tmp_path/'broken/scratch/checkpoint.safetensors'
+    before = read_tensors(own)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(cleanclip, 'carry_moments', lambda *a: pytest.fail('it started over'))
+        assert clean(tmp_path/'broken', poisoning, **settings) == whole
+    assert {before[k].item() for k in before if k.endswith('.step')} == {4.}      # two steps of the poisoning, two of its own
+
+
+@pytest.mark.parametrize('what', ['architecture', 'head', 'weights only'])
+def test_moments_of_another_architecture(tmp_path, poisoning, clip, monkeypatch, what):
+    monkeypatch.setattr(cleanclip, 'train_and_save', lambda *a, **k: pytest.fail('it trained'))
+    folder = tmp_path/'other'; folder.mkdir()
+    own = {f'model.{k}': v for k, v in clip.model.state_dict().items()}
+    tensors = {'architecture': {f'model.{k}': v for k, v in build_clip('mini-RN').model.state_dict().items()}, 'head': own | {'model.head.weight': torch.zeros(3, 32)},
+               'weights only': clip.model.state_dict()}[what]
+    save_file({k: v.contiguous() for k, v in tensors.items()}, str(folder/'checkpoint.safetensors'))
+    says = r'other/checkpoint.safetensors are of another architecture than smoke-RN: \d+ tensors differ, first .*; give the checkpoint of this model'
+    with pytest.raises(DataError, match=says) as e: clean(tmp_path/'run', poisoning, moments=SimpleNamespace(path=folder))
+    assert '\n' not in str(e.value) and not list((tmp_path/'run/out').iterdir()) and not (tmp_path/'run/scratch/checkpoint.safetensors').exists()
+    if what == 'head': assert "1 tensors differ, first 'head.weight'" in str(e.value)
+
+
+def test_moments_that_are_not_there(tmp_path, start):
+    with pytest.raises(DataError, match='no checkpoint at .*checkpoint.safetensors'): clean(tmp_path/'run', start, moments=SimpleNamespace(path=tmp_path))
+
+
+# ---- a head
+
+CLASSES = 40      # of the embedded world
+LABELLED = 'world:zeroshot_validation:80'
+
+
+@pytest.fixture(scope='module')
+def labelled(): return open_data(LABELLED)
+
+
+@pytest.fixture
+def headed():
+    clip = build_clip('smoke-RN'); attach_head(clip, 5, seed=3)
+    return clip
+
+
+def naive_scores(clip, pixels):
+    "Scores of the head with its matrix written out; embeddings are not normalised."
+    with torch.no_grad(): embedded = clip.model.eval().encode_image(to_pixels(clip, pixels)).double().numpy()
+    return embedded @ clip.model.head.weight.detach().double().numpy().T + clip.model.head.bias.detach().double().numpy()
+
+
+def test_a_head_fits_the_embeddings_and_depends_on_its_seed_only(headed):
+    again, other = build_clip('smoke-RN'), build_clip('smoke-RN')
+    torch.rand(3); before = torch.get_rng_state()
+    attach_head(again, 5, seed=3); attach_head(other, 5, seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert headed.model.head.weight.shape == (5, 32) and torch.equal(headed.model.head.weight, again.model.head.weight) and not torch.equal(headed.model.head.weight, other.model.head.weight)
+    plain = build_clip('smoke-RN').model.state_dict()
+    assert all(torch.equal(v, plain[k]) for k, v in headed.model.state_dict().items() if not k.startswith('head.'))
+
+
+def test_scores_are_of_every_class_in_the_order_of_the_images(headed, labelled):
+    images = labelled.images.take(np.arange(7))
+    scores = class_scores(headed, images)
+    assert scores.shape == (7, 5) and scores.dtype == torch.float32 and not scores.requires_grad
+    assert scores.numpy() == pytest.approx(naive_scores(headed, images.array(np.arange(7), 32)), abs=1e-5)
+    for size in (1, 3, 7): assert torch.allclose(class_scores(headed, images, size), scores, atol=1e-6)
+
+
+def test_scores_leave_the_running_statistics_alone(headed, labelled):
+    headed.model.train(); before = {k: v.clone() for k, v in headed.model.state_dict().items()}
+    class_scores(headed, labelled.images.take(np.arange(5)))
+    assert all(torch.equal(v, before[k]) for k, v in headed.model.state_dict().items())
+
+
+def test_the_supervised_loss_is_the_formula(headed, labelled):
+    labels, rows = np.array([4, 0, 3, 3, 1, 2, 0, 4]), torch.tensor([6, 1, 2, 7])
+    data = training_set(headed, balanced_pairs(labelled, 1))
+    batch = read_batch(data, rows, 'cpu')
+    scores = naive_scores(headed, batch.images)
+    naive = np.mean([np.log(np.exp(s).sum()) - s[labels[row]] for s, row in zip(scores, rows)])
+    loss = supervised_loss(torch.from_numpy(labels))(headed, batch)
+    assert loss.item() == pytest.approx(naive, rel=1e-5)
+    loss.backward()
+    touched = {k for k, p in headed.model.named_parameters() if p.grad is not None}
+    assert {k.split('.')[0] for k in touched} == {'head', 'visual'}
+
+
+# ---- labelled images
+
+def test_as_many_images_of_every_class_and_which_depends_on_the_seed(labelled):
+    pairs = [balanced_pairs(labelled, 1, seed) for seed in (0, 0, 1)]
+    assert all(np.bincount(p.labels, minlength=CLASSES).tolist() == [1]*CLASSES for p in pairs) and pairs[0].ids == pairs[1].ids != pairs[2].ids
+    chosen, of = pairs[0], dict(zip(labelled.ids, range(80)))
+    rows = [of[i] for i in chosen.ids]
+    assert len(set(rows)) == CLASSES and (labelled.labels[rows] == chosen.labels).all() and chosen.captions == [labelled.classnames[c] for c in chosen.labels]
+    assert (chosen.images.array(None, 32) == labelled.images.array(np.array(rows), 32)).all()
+    assert np.bincount(balanced_pairs(labelled, 2).labels).tolist() == [2]*CLASSES
+
+
+def test_a_class_with_too_few_images_is_named(labelled):
+    short = labelled.select(np.delete(np.arange(80), np.flatnonzero(labelled.labels == 7)[:1]))
+    with pytest.raises(DataError, match=f"1 images of class '{labelled.classnames[7]}', 2 are needed; lower per_class or give more images"): balanced_pairs(short, 2)
+    none = labelled.select(np.flatnonzero(labelled.labels != 39))
+    with pytest.raises(DataError, match=f"0 images of class '{labelled.classnames[39]}', 1 are needed"): balanced_pairs(none, 1)
+
+
+# ---- a head that is stored
+
+def test_a_head_comes_back_with_its_names_and_leaves_a_plain_clip(tmp_path, headed):
+    weight, bias = headed.model.head.weight.clone(), headed.model.head.bias.clone()
+    save_head(headed, tmp_path/'head.safetensors', ['a', 'b', 'c, d', 'é', '"'])
+    assert not hasattr(headed.model, 'head') and headed.model.state_dict().keys() == build_clip('smoke-RN').model.state_dict().keys()
+    assert load_head(SimpleNamespace(path=tmp_path), headed) == ['a', 'b', 'c, d', 'é', '"']
+    assert torch.equal(headed.model.head.weight, weight) and torch.equal(headed.model.head.bias, bias)
+
+
+def test_a_head_of_another_width(tmp_path, headed):
+    save_head(headed, tmp_path/'head.safetensors', list('abcde'))
+    with pytest.raises(DataError, match='takes embeddings of width 32, mini-RN gives 128: load the model it was trained with'): load_head(SimpleNamespace(path=tmp_path), build_clip('mini-RN'))
+
+
+def test_columns_are_found_by_name():
+    known = ['dog', 'cat', 'ape']
+    assert columns_of(known, ['ape', 'dog']) == [2, 0] and columns_of(known, known) == [0, 1, 2]
+    with pytest.raises(DataError, match=r"the labelled images name no class 'gnu' \(2 of the test set's 3 are missing\): label images of all classes"): columns_of(known, ['gnu', 'cat', 'Dog'])
+
+
+# ---- the supervised stage
+
+SUPERVISED = dict(images=resolve(LABELLED), recipe=RECIPE, per_class=1)
+
+
+def supervise(folder, start, **changes):
+    "Result, weights and head of the supervised stage."
+    result = run(folder, supervised_clip, **dict(SUPERVISED, clip=start) | changes)
+    return result, *((folder/f'out/{name}.safetensors').read_bytes() for name in ('clip', 'head'))
+
+
+def test_supervised_fine_tuning_gives_the_same_bytes_twice_and_others_for_other_settings(tmp_path, start):
+    changes = [{}, {}, dict(recipe=dict(RECIPE, seed=1)), dict(per_class=2), dict(head_only=True)]
+    torch.rand(3)
+    done = [supervise(tmp_path/str(k), start, **change) for k, change in enumerate(changes)]
+    assert done[0] == done[1] and len({clip for _, clip, _ in done}) == len({head for *_, head in done}) == len(changes) - 1
+    assert [(r['pairs'], r['steps'], r['classes'], r['head_only']) for r, *_ in done[2:]] == [(40, 2, CLASSES, False), (80, 5, CLASSES, False), (40, 2, CLASSES, True)]
+    assert {p.name for p in (tmp_path/'0/out').iterdir()} == {'clip.safetensors', 'head.safetensors'}
+
+
+def test_the_image_tower_learns_and_the_text_tower_stays_to_the_bit(tmp_path, start, labelled):
+    supervise(tmp_path/'a', start)
+    before, after = read_tensors(start.path/'clip.safetensors'), read_tensors(tmp_path/'a/out/clip.safetensors')
+    assert before.keys() == after.keys()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert {k.split('.')[0] for k in changed} == {'visual'} and {'visual.conv1.weight', 'visual.bn1.running_mean', 'visual.attnpool.c_proj.weight'} <= changed
+    clip = load_clip(SimpleNamespace(path=tmp_path/'a/out', result=dict(model='smoke-RN')))
+    assert load_head(SimpleNamespace(path=tmp_path/'a/out'), clip) == labelled.classnames and class_scores(clip, labelled.images).shape == (80, CLASSES)
+
+
+def test_a_head_alone_leaves_the_whole_clip_to_the_bit(tmp_path, start):
+    _, weights, _ = supervise(tmp_path/'a', start, head_only=True, recipe=dict(RECIPE, epochs=2))
+    assert weights == (start.path/'clip.safetensors').read_bytes()      # running statistics too
+    attach_head(fresh := build_clip('smoke-RN'), CLASSES)
+    load_head(SimpleNamespace(path=tmp_path/'a/out'), trained := build_clip('smoke-RN'))
+    assert not torch.equal(fresh.model.head.weight, trained.model.head.weight) and not torch.equal(fresh.model.head.bias, trained.model.head.bias)
+
+
+def test_a_trained_head_knows_its_images(tmp_path, start):
+    "Three classes that nobody can take for each other, learnt by heart."
+    (tmp_path/'labels.csv').write_text('image,label\n' + ''.join(f'{k}.png,{"red green blue".split()[k % 3]}\n' for k in range(12)))
+    for k in range(12):
+        picture = np.random.default_rng(k).integers(0, 60, (32, 32, 3), dtype=np.uint8); picture[..., k % 3] += 180
+        Image.fromarray(picture).save(tmp_path/f'{k}.png')
+    source = resolve(str(tmp_path/'labels.csv'))
+    supervise(tmp_path/'a', start, images=source, per_class=4, recipe=dict(RECIPE, epochs=40, batch_size=12, learning_rate=3e-3))
+    clip = load_clip(SimpleNamespace(path=tmp_path/'a/out', result=dict(model='smoke-RN')))
+    names, data = load_head(SimpleNamespace(path=tmp_path/'a/out'), clip), open_data(source)
+    assert names == ['blue', 'green', 'red'] and (class_scores(clip, data.images).argmax(1).numpy() == data.labels).all()
+
+
+@pytest.mark.parametrize('head_only', [False, True])
+def test_killed_supervised_fine_tuning_goes_on(tmp_path, start, killed_after_an_epoch, head_only):
+    settings = dict(recipe=dict(RECIPE, epochs=2), head_only=head_only)
+    whole = supervise(tmp_path/'whole', start, **settings)
+    killed_after_an_epoch(supervise, tmp_path/'broken', start, **settings)
+    assert not list((tmp_path/'broken/out').iterdir()) and supervise(tmp_path/'broken', start, **settings) == whole
+
+
+def test_captions_are_no_labels(tmp_path, start, monkeypatch):
+    monkeypatch.setattr(training, '_step', lambda *a: pytest.fail('it trained'))
+    with pytest.raises(SettingsError, match='needs labelled images, and world:validation:24 has captions: give a set with classes'): supervise(tmp_path/'a', start, images=resolve('world:validation:24'))
+    with pytest.raises(DataError, match="2 images of class .*, 3 are needed"): supervise(tmp_path/'b', start, per_class=3)
+    assert not list((tmp_path/'a/out').iterdir()) and not list((tmp_path/'b/out').iterdir())
+
+
+def test_numbers_without_class_names(tmp_path, start, monkeypatch):
+    monkeypatch.setattr(training, '_step', lambda *a: pytest.fail('it trained'))
+    (tmp_path/'labels.csv').write_text('image,label\n0.png,0\n1.png,1\n')
+    for k in range(2): Image.new('RGB', (32, 32)).save(tmp_path/f'{k}.png')
+    says = 'classes are numbers without names; write them into .*classnames.txt, one per line'
+    with pytest.raises(DataError, match=says): read_csv_labels(tmp_path/'labels.csv')
+    with pytest.raises(DataError, match=says): supervise(tmp_path/'a', start, images=str(tmp_path/'labels.csv'))
+    (tmp_path/'classnames.txt').write_text('cat\n')
+    with pytest.raises(DataError, match='labels run from 0 to 1 but there are 1 class names'): supervise(tmp_path/'b', start, images=str(tmp_path/'labels.csv'))
+
+
+def test_weights_of_another_architecture(tmp_path, start):
+    save_clip(build_clip('mini-RN'), tmp_path/'other.safetensors')
+    with pytest.raises(DataError, match=r"other.safetensors does not fit smoke-RN: \d+ tensors differ, first '.*'; build the model it was saved from"): load_weights(build_clip('smoke-RN'), tmp_path/'other.safetensors')
+    wrong = SimpleNamespace(path=start.path, result=dict(model='mini-RN'))
+    for name, f, given in (('a', cleaned_clip, dict(pairs='world:validation:24')), ('b', supervised_clip, dict(images=resolve(LABELLED)))):
+        with pytest.raises(DataError, match='clip.safetensors does not fit mini-RN'): run(tmp_path/name, f, clip=wrong, recipe=RECIPE, **given)
+
+
+@pytest.mark.parametrize('defence, given', [(cleaned_clip, {'clip', 'pairs', 'recipe'}), (supervised_clip, {'clip', 'images', 'recipe'})])
+def test_the_stages_are_told_nothing_of_the_attack(defence, given):
+    told = set(inspect.signature(defence).parameters)
+    assert given <= told and not told & {'attack', 'target', 'poisoned', 'trigger', 'test'}
+
+
+def test_the_module_uses_nothing_that_knows_of_an_attack():
     used = {getattr(n, 'id', getattr(n, 'attr', '')) for f in ast.parse(Path(cleanclip.__file__).read_text()).body if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
     assert not used & {'classification', 'attack_hits', 'poisoned_pairs', 'open_poisoned', 'zero_shot_weights'}
 
 
+# ---- profiles
+
 @pytest.mark.parametrize('profile', ['smoke', 'mini', 'paper'])
-def test_profiles_give_what_the_stage_takes(profile):
-    settings = load_profile(profile)
-    takes = inspect.signature(cleaned_clip).parameters
-    assert set(settings.cleanclip) <= set(takes) and settings.cleanclip.synonyms != 'auto' and settings.roles.clean_pairs
-    if profile == 'paper':
-        recipe = settings.cleanclip.recipe
-        assert (recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.warmup_steps, settings.cleanclip.synonyms) == (10, 64, 1e-5, 50, 'wordnet')
+def test_profiles_give_what_the_stages_take(profile):
+    settings, known = load_profile(profile), {f.name for f in fields(Recipe)}
+    takes, supervised, scratch = (set(inspect.signature(f).parameters) - {'work'} for f in (cleaned_clip, supervised_clip, scratch_clip))
+    assert set(settings.cleanclip) <= takes and settings.cleanclip.synonyms != 'auto' and settings.roles.clean_pairs
+    cleaning = settings.cleaning
+    for block in (cleaning.supervised, cleaning.probe):
+        assert set(block) <= supervised and set(block.recipe) <= known and Recipe(**block.recipe)
+    assert cleaning.probe.head_only and not cleaning.supervised.get('head_only') and settings.roles.labelled_images
+    roles = [role for role in cleaning.sweeps.clean_sets.values() if role is not None]
+    assert roles and set(roles) <= set(settings.roles) and settings.roles.scratch_pairs
+    for name, changes in cleaning.sweeps.variants.items():
+        assert set(changes) <= takes and Recipe(**{**settings.cleanclip.recipe, **changes.get('recipe', {})}) and changes.get('moments', True) is True, name
+    assert set(cleaning.scratch) - {'count', 'few'} <= scratch and Recipe(**cleaning.scratch.recipe)
+    for entry in cleaning.structured.attacks.values():
+        drawn = entry.pattern if isinstance(entry.pattern, str) else structured_picture(size=8, **entry.pattern)
+        assert make_attack(**{**entry, 'pattern': drawn})
+
+
+def test_the_paper_profile_is_the_public_codes():
+    settings = load_profile('paper')
+    recipe, supervised = settings.cleanclip.recipe, settings.cleaning.supervised.recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.warmup_steps, settings.cleanclip.synonyms) == (10, 64, 1e-5, 50, 'wordnet')
+    assert (supervised.epochs, supervised.batch_size, supervised.learning_rate, supervised.weight_decay, supervised.warmup_steps) == (10, 80, 1e-4, .01, 500)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mcl_repro import attacks, baselines, cfbd, cleanclip, metrics, stages, training, ubt
+from mcl_repro.cleanclip_experiments import poisoning_checkpoint
 from mcl_repro.clip import Clip, build_clip
 from mcl_repro.data import Images
 from mcl_repro.errors import SettingsError
@@ -77,8 +78,9 @@ def made(tmp_path_factory):
     clean = lab.node(clean_clip, model=SETTINGS.model.name, pairs=lab.role('pretrain'), recipe=dict(SETTINGS.pretrain))
     poisoned = lab.node(poisoned_pairs, pairs=lab.role('finetune'), attack=dict(SETTINGS.attacks.BadNet), target=SETTINGS.target, count=SETTINGS.poison.count, image_size=32, seed=0)
     victim = lab.node(finetuned_clip, clip=clean, poisoned=poisoned, recipe=dict(SETTINGS.finetune))
-    found = dict(zip(('clean', 'poisoned', 'victim'), lab.run([clean, poisoned, victim])))
-    return SimpleNamespace(**found, known=open_poisoned(found['poisoned']), clean_pairs=lab.role('clean_pairs'))
+    moments = lab.node(poisoning_checkpoint, clip=clean, poisoned=poisoned, recipe=dict(SETTINGS.finetune))
+    found = dict(zip(('clean', 'poisoned', 'victim', 'moments'), lab.run([clean, poisoned, victim, moments])))
+    return SimpleNamespace(**found, known=open_poisoned(found['poisoned']), clean_pairs=lab.role('clean_pairs'), labelled_images=lab.role('labelled_images'))
 
 
 def run(folder, f, **settings):
@@ -126,9 +128,13 @@ def steps(made, poisoned, done):
     yield 'cfbd_filtered_clip, coarse', lambda: (cfbd.cfbd_filtered_clip, dict(clip=made.clean, poisoned=poisoned, detection=done['cfbd_detect'], recipe=dict(s.finetune), keep='coarse'))
     yield 'cfbd_select', lambda: (cfbd.cfbd_select, dict(victim, detection=flagging(done['cfbd_detect']), count=8, image_layer=s.ubt.image_layer))
     yield 'cleaned_clip', lambda: (cleanclip.cleaned_clip, dict(clip=made.victim, pairs=made.clean_pairs, **plain(s.cleanclip)))
+    yield 'cleaned_clip, moments', lambda: (cleanclip.cleaned_clip, dict(clip=made.victim, pairs=made.clean_pairs, moments=made.moments, **plain(s.cleanclip)))
+    yield 'supervised_clip', lambda: (cleanclip.supervised_clip, dict(clip=made.victim, images=made.labelled_images, **plain(s.cleaning.supervised)))
+    yield 'supervised_clip, head only', lambda: (cleanclip.supervised_clip, dict(clip=made.victim, images=made.labelled_images, **plain(s.cleaning.probe)))
 
 
-WITHOUT_PAIRS = {'cleaned_clip', 'mapping_network'}   # they have clean pairs of their own
+WITHOUT_PAIRS = {'cleaned_clip', 'mapping_network', 'supervised_clip'}   # they have clean data of their own
+SAME_CLIP = {'supervised_clip, head only'}   # what it learns stands beside the CLIP
 
 
 def test_no_defence_looks_at_what_a_defender_does_not_have(made, tmp_path, monkeypatch):
@@ -139,9 +145,9 @@ def test_no_defence_looks_at_what_a_defender_does_not_have(made, tmp_path, monke
         done[name] = run(tmp_path/name, f, **settings)
         files = {p.name for p in done[name].path.iterdir()}
         assert done[name].result and files, f'{name} left nothing'
-        assert (sealed._asked > before) != (name in WITHOUT_PAIRS), f'{name} asked for the pairs {sealed._asked - before} times'
-        if 'clip.safetensors' in files: assert load_clip(done[name]).name == SETTINGS.model.name and (done[name].path/'clip.safetensors').read_bytes() != (made.victim.path/'clip.safetensors').read_bytes()
-    assert len(done) == 20 and sum((d.path/'clip.safetensors').exists() for d in done.values()) == 12
+        assert (sealed._asked > before) != (name.split(',')[0] in WITHOUT_PAIRS), f'{name} asked for the pairs {sealed._asked - before} times'
+        if 'clip.safetensors' in files: assert load_clip(done[name]).name == SETTINGS.model.name and ((done[name].path/'clip.safetensors').read_bytes() == (made.victim.path/'clip.safetensors').read_bytes()) is (name in SAME_CLIP)
+    assert len(done) == 23 and sum((d.path/'clip.safetensors').exists() for d in done.values()) == 15
 
 
 def test_every_stage_of_the_defences_is_run():
