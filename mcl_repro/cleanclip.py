@@ -7,8 +7,8 @@ __all__ = ['self_supervised_loss', 'caption_views', 'cleanclip_loss', 'carry_mom
            'class_scores', 'supervised_loss', 'balanced_pairs', 'save_head', 'load_head', 'columns_of',
            'supervised_clip']
 
-# %% ../nbs/12_cleanclip.ipynb #f6dae9c6
-import json
+# %% ../nbs/12_cleanclip.ipynb #3665683c
+import json, os
 
 import numpy as np
 import torch
@@ -42,7 +42,9 @@ def caption_views(clip: Clip, # gives the tokenizer
                   letterless: str = "refuse", # captions without letters: `refuse` or `keep`
                   seed: int = 0
     ):
-    "A function batch -> tokens [b, context_length] of augmented captions. Bad captions are refused here, before training."
+    "A function batch -> tokens [b, context_length] of augmented captions. Bad captions and settings are refused here, before training."
+    if synonyms == "auto": raise SettingsError("synonyms auto means another thing on every machine: pass synonyms=synonym_source('auto')")
+    synonym_source(synonyms)
     options = dict(synonyms=synonyms, letterless=letterless)
     once = augment_captions(captions, seeded(seed, 5), **options)
     if frozen:
@@ -83,9 +85,10 @@ def carry_moments(checkpoint, # path of a checkpoint that `train` wrote
     theirs = shapes({k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")})
     wrong = sorted(k for k in {*theirs, *own} if theirs.get(k) != shapes(own).get(k))
     if wrong: raise DataError(f"the moments in {checkpoint} are of another architecture than {clip.name}: {len(wrong)} tensors differ, first {wrong[0]!r}; give the checkpoint of this model's own training")
-    start = dict(epoch=0, step=0, history=[], scale=65536., stop=False)
+    start, part = dict(epoch=0, step=0, history=[], scale=65536., stop=False), f"{path}.part"
     save_file({**{f"model.{k}": v.detach().cpu().contiguous() for k, v in own.items()}, **{k: v for k, v in stored.items() if k.startswith("optimizer.")}},
-              str(path), metadata=dict(state=json.dumps(start)))
+              part, metadata=dict(state=json.dumps(start)))
+    os.replace(part, path)     # a killed run leaves a whole start or none
 
 # %% ../nbs/12_cleanclip.ipynb #241e5de3
 @stage
@@ -102,8 +105,6 @@ def cleaned_clip(work, *,
     moments=None, # artefact with a `checkpoint.safetensors` whose optimiser moments are carried over, as in the public code
 ):
     "CleanCLIP's unsupervised fine-tuning (arXiv 2303.03323)."
-    if synonyms == "auto": raise SettingsError("synonyms auto means another thing on every machine: pass synonyms=synonym_source('auto')")
-    synonym_source(synonyms)
     model, data, seed = load_clip(clip, work.device), open_data(pairs), recipe.get("seed", 0)
     views = caption_views(model, list(data.captions), frozen_captions, synonyms, letterless, seed)
     loss, start = cleanclip_loss(views, clip_weight, self_supervised_weight, image_policy, seed), work.scratch/"checkpoint.safetensors"
@@ -146,7 +147,8 @@ def balanced_pairs(data: LabelledImages, # labelled images for training
                    per_class: int, # images of every class
                    seed: int = 0 # of the draw
     ) -> Pairs:
-    "The same number of images of every class. Raises DataError naming the first class that has too few."
+    "The same number of images of every class. Raises DataError naming the rarest class where it has too few, SettingsError for less than one."
+    if per_class < 1: raise SettingsError(f"per_class must be at least 1, not {per_class}")
     order = np.random.default_rng([seed, 7]).permutation(len(data))
     counts = np.bincount(data.labels, minlength=len(data.classnames))
     if counts.min() < per_class:
@@ -180,9 +182,10 @@ def columns_of(known: list, # class names of the head
                wanted: list # class names of a test set
     ) -> list: # for each wanted class its column
     "Where a test set's classes stand in the head. Raises DataError naming classes that it was never shown."
-    missing = [name for name in wanted if name not in known]
+    places = {name: [i for i, k in enumerate(known) if k == name] for name in set(wanted)}
+    missing = [name for name in wanted if not places[name]]
     if missing: raise DataError(f"the labelled images name no class {missing[0]!r} ({len(missing)} of the test set's {len(wanted)} are missing): label images of all classes that are to be told apart")
-    return [known.index(name) for name in wanted]
+    return [places[name].pop(0) if len(places[name]) > 1 else places[name][0] for name in wanted]   # ImageNet has two classes called missile: first to first, second to second
 
 # %% ../nbs/12_cleanclip.ipynb #5fcc4ca4
 @stage

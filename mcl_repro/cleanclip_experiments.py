@@ -72,7 +72,7 @@ def structured_attack(lab, # a `Lab`
                       size: int # of the images, pixels
     ) -> dict: # what the stages take as `attack`
     "A profile's structured attack with the node of its picture."
-    if not hasattr(entry["pattern"], "keys"): return dict(entry)
+    if not hasattr(entry.get("pattern"), "keys"): return dict(entry)
     return {**entry, "pattern": lab.node(structured_pattern, size=size, **entry["pattern"])}
 
 # %% ../nbs/12b_cleanclip_experiments.ipynb #de3f92eb
@@ -160,9 +160,11 @@ def watched_training(work, *,
     frozen_captions: bool = False, synonyms: str = "builtin", letterless: str = "refuse", image_policy: str = "autoaugment",
 ):
     "Train as the other stages do, and keep what `alignment` says on the way in `watched.csv`."
+    if images < 1 or every < 1: raise SettingsError(f"watching needs at least one image and a step, not images={images} and every={every}")
     model, data, seed = load_clip(clip, work.device), open_data(pairs) if isinstance(pairs, DataRef) else defender_pairs(pairs), recipe.get("seed", 0)
     shown = open_data(test)
-    shown = shown.select(np.arange(min(images, len(shown))))
+    if target not in shown.classnames: raise SettingsError(f"{test.source} has no class {target!r}: give another target or test set")
+    shown = shown.select(np.sort(np.random.default_rng([seed, 8]).permutation(len(shown))[:images]))     # stored by class, the first ones would be of few classes
     clean, bad = shown.image_array(np.arange(len(shown)), model.image_size), TriggeredImages(shown.images, attack_of(attack), model.image_size, seed).array(None, model.image_size)
     measure = lambda clip: alignment(clip, clean, bad, shown.labels, shown.classnames, shown.classnames.index(target))
     views = caption_views(model, list(data.captions), frozen_captions, synonyms, letterless, seed) if self_supervised_weight else None

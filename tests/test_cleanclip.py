@@ -342,6 +342,17 @@ def test_a_head_of_another_width(tmp_path, headed):
     with pytest.raises(DataError, match='takes embeddings of width 32, mini-RN gives 128: load the model it was trained with'): load_head(SimpleNamespace(path=tmp_path), build_clip('mini-RN'))
 
 
+def test_classes_of_one_name_are_told_apart_by_their_order():
+    "ImageNet has two classes called missile and two called sunglasses."
+    names = ['missile', 'cat', 'missile', 'sunglasses']
+    assert columns_of(names, names) == [0, 1, 2, 3] and columns_of(names, ['missile', 'missile', 'cat']) == [0, 2, 1] and columns_of(names, ['missile']) == [0]
+
+
+@pytest.mark.parametrize('count', [0, -1])
+def test_less_than_one_image_of_a_class(labelled, count):
+    with pytest.raises(SettingsError, match=f'at least 1, not {count}'): balanced_pairs(labelled, count)
+
+
 def test_columns_are_found_by_name():
     known = ['dog', 'cat', 'ape']
     assert columns_of(known, ['ape', 'dog']) == [2, 0] and columns_of(known, known) == [0, 1, 2]

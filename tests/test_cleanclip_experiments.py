@@ -268,11 +268,19 @@ def test_a_poisoning_can_be_watched_and_the_first_row_is_the_model_that_was_give
     watched = run(tmp_path/'watched', watched_training, **watched_settings | dict(pairs=poisoned))
     victim = run(tmp_path/'victim', finetuned_clip, clip=clip, poisoned=poisoned, recipe=RECIPE)
     assert same(final(tmp_path/'watched'), {f'model.{k}': v for k, v in read_tensors(victim.path/'clip.safetensors').items()})
-    data = open_data(watched_settings['test']).select(range(10)); pixels = data.image_array(size=32)
+    everything = open_data(watched_settings['test']); drawn = np.random.default_rng([0, 8]).permutation(len(everything))[:10]
+    data = everything.select(np.sort(drawn)); pixels = data.image_array(size=32)
     stamped, rows = attack_of(ATTACK).apply(pixels.copy(), np.random.default_rng(0)), pd.read_csv(watched.path/'watched.csv')
     for row, path in ((0, clip.path), (-1, victim.path)):
         model = build_clip('smoke-RN', pretrained=str(path/'clip.safetensors'))
         assert rows.iloc[row].drop('step').to_dict() == pytest.approx(alignment(model, pixels, stamped, data.labels, data.classnames, data.classnames.index('banana')), abs=1e-6)
+
+
+@pytest.mark.parametrize('change, says', [(dict(images=0), 'at least one image and a step'), (dict(every=0), 'at least one image and a step'), (dict(target='nobody'), "has no class 'nobody'"),
+                                          (dict(self_supervised_weight=1., synonyms='auto'), 'auto means another thing on every machine')])
+def test_a_watch_that_cannot_work_is_refused_before_training(watched_settings, tmp_path, monkeypatch, change, says):
+    monkeypatch.setattr(experiments, 'train', lambda *a, **k: pytest.fail('it trained'))
+    with pytest.raises(SettingsError, match=says): run(tmp_path/'watched', watched_training, **watched_settings | change)
 
 
 def test_a_watched_training_that_is_killed_keeps_its_rows(watched_settings, tmp_path, monkeypatch):
