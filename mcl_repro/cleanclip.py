@@ -130,8 +130,8 @@ def class_scores(clip: Clip, # with a head
     ) -> torch.Tensor:
     "Scores of all classes for every image, float32 [n, classes] on the CPU."
     clip.model.eval()
-    parts = [images.array(np.arange(first, min(first + batch_size, len(images))), clip.image_size) for first in range(0, len(images), batch_size)]
-    return torch.cat([clip.model.head(clip.model.encode_image(to_pixels(clip, pixels))).float().cpu() for pixels in parts])
+    batches = np.array_split(np.arange(len(images)), range(batch_size, len(images), batch_size))
+    return torch.cat([clip.model.head(clip.model.encode_image(to_pixels(clip, images.array(rows, clip.image_size)))).float().cpu() for rows in batches])
 
 # %% ../nbs/12_cleanclip.ipynb #e123d554
 def supervised_loss(labels: torch.Tensor # int64 [n], the class of every row of the training set
