@@ -414,6 +414,7 @@ def _csv(df, spec) -> str:
     "Tidy CSV: ours with at most ten significant digits, the paper's value digit by digit as printed."
     paper = _printed(spec)
     out = df[spec.frame_columns].copy()
+    for n in spec.factors: out[n] = [_label(v) for v in df[n]]      # 1 stays 1 beside 0.5, so that it is found again
     for n in ('value', 'ci_low', 'ci_high'): out[n] = [f'{v:.10g}' if v == v else '' for v in df[n]]
     printed = [paper.get(_key(spec, r), {}) for r in df.to_dict('records')]
     out['paper_value'] = ['' if p.get('value') is None else str(p['printed']).rstrip('%') for p in printed]

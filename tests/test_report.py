@@ -223,3 +223,15 @@ def test_a_diagram_that_could_not_be_read_is_refused(change, says):
 
 def test_an_arc_goes_around_a_box_that_a_straight_arrow_hits():
     plt.close(report.draw_diagram(BOXES, [report.Arrow('a', 'c', bend=-.45)]))
+
+
+def test_a_table_of_ours_with_published_points_reads_back_as_it_was(tmp_path):
+    "A factor of whole numbers and fractions is a column of floats; the point published at 1 must be found again."
+    extra = dict(title='A sweep', factors=['weight', 'metric'], unknown='not known', published=[dict(weight=w, metric=m, value=v, printed=f'{v:g}', unit='%') for w, m, v in ((.5, 'ASR', 7.5), (1, 'ASR', 7.2), (1, 'CA', 18.1))])
+    table = report.tidy('cleanclip.sweep', [dict(weight=w, metric=m, value=v, ci_low=v - 1, ci_high=v + 1, n_seeds=1) for w in (.5, 1) for m, v in (('CA', 70.), ('ASR', 5.))
+                                            ] + [dict(weight=2, metric='CA', value=69., ci_low=68., ci_high=70., n_seeds=1, extra=True)], extra)
+    path = report.write_table(table, 'cleanclip.sweep', tmp_path, 'a note')
+    back = report.read_table(path)
+    assert back.weight.tolist() == ['0.5', '0.5', '1', '1', '2'] and sorted(back.paper_value.dropna()) == [7.2, 7.5, 18.1]
+    assert str(report.show_table(back, 'a note')) == str(report.show_table(table, 'a note'))
+    for line in ('| 0.5 | not known | 70.0 [69.0, 71.0] | 7.5 | 5.0 [4.0, 6.0] |', '| 1 | 18.1 | 70.0 [69.0, 71.0] | 7.2 | 5.0 [4.0, 6.0] |'): assert line in str(report.show_table(back, 'a note'))
