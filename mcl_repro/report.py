@@ -295,7 +295,7 @@ def _grid(df, spec) -> dict:
     measured = [c for c in cells.values() if c['ours']]; beside = sum(bool(c['paper']) for c in measured) if spec.number else 0   # counts printed tables only
     return dict(spec=spec, names=[_name('factors', n) for n in spec.rows], across=[_name('factors', n) for n in spec.columns], header=header, body=body,
         leaves=[' / '.join(head(i, k, spec.columns) for i, k in enumerate(c)) for c in columns], constant=_constant(spec, frame, units),
-        beside=any(c['paper'] for c in cells.values()), measured=beside, own=len(measured) - beside, printed=len(paper), seeds=max([c['seeds'] for c in measured], default=1))
+        beside=any(c['paper'] for c in cells.values()), measured=beside, own=len(measured) - beside, printed=len(paper) if spec.number else 0, seeds=max([c['seeds'] for c in measured], default=1))
 
 # %% ../nbs/08_report.ipynb #5f5ba41d
 _LEGEND = 'Paper: as printed. Ours: as measured, with a 95% interval{seeds}. Empty: not run, or not in the paper.'

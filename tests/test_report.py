@@ -234,4 +234,6 @@ def test_a_table_of_ours_with_published_points_reads_back_as_it_was(tmp_path):
     back = report.read_table(path)
     assert back.weight.tolist() == ['0.5', '0.5', '1', '1', '2'] and sorted(back.paper_value.dropna()) == [7.2, 7.5, 18.1]
     assert str(report.show_table(back, 'a note')) == str(report.show_table(table, 'a note'))
+    grid = report.show_table(back).grid
+    assert (grid['measured'], grid['own'], grid['printed']) == (0, 5, 0)        # no paper printed this table
     for line in ('| 0.5 | not known | 70.0 [69.0, 71.0] | 7.5 | 5.0 [4.0, 6.0] |', '| 1 | 18.1 | 70.0 [69.0, 71.0] | 7.2 | 5.0 [4.0, 6.0] |'): assert line in str(report.show_table(back, 'a note'))
