@@ -9,8 +9,6 @@ __all__ = ['structured_picture', 'structured_pattern', 'structured_attack', 'scr
 # %% ../nbs/12b_cleanclip_experiments.ipynb #77b9d88b
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from .attacks import TriggeredImages
