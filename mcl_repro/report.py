@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'KINDS', 'PACKAGES', 'VERDICTS', 'TableSpec', 'table_spec', 'paper_table', 'tidy', 'TableView', 'show_table',
-           'table_note', 'write_table', 'read_table', 'use_style', 'save_figure', 'Box', 'Arrow', 'draw_diagram',
-           'diagram_table', 'write_provenance', 'write_report']
+           'read_items', 'table_note', 'write_table', 'read_table', 'use_style', 'save_figure', 'Box', 'Arrow',
+           'draw_diagram', 'diagram_table', 'write_provenance', 'write_report']
 
 # %% ../nbs/08_report.ipynb #3a915be9
-import difflib, hashlib, json, math, os, platform, re, sys, tempfile
-from dataclasses import asdict, dataclass
+import difflib, hashlib, io, json, math, os, platform, re, sys, tempfile, zipfile
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import yaml
 from filelock import FileLock
@@ -25,6 +26,7 @@ from markupsafe import Markup
 from .errors import SettingsError, StoreError
 from .lab import _git, _read_json
 from .lab import _hardware as lab_hardware
+from .metrics import Items
 
 # %% ../nbs/08_report.ipynb #a59332e7
 @cache
@@ -130,7 +132,7 @@ def _scaled(spec, row, unit):
 # %% ../nbs/08_report.ipynb #c90c98fb
 def _cell(spec, row, paper, known):
     "One of our rows, checked and completed from the printed cell with the same factors, if there is one."
-    extra, row = row.get('extra', False), {k: v for k, v in row.items() if k != 'extra'}
+    extra, row = row.get('extra', False), {k: v for k, v in row.items() if k not in ('extra', 'items')}
     if odd := sorted(set(row) - set(spec.frame_columns)): raise SettingsError(f'{spec.id}: {_near(odd[0], spec.frame_columns, "column")}')
     if 'paper_value' in row: raise SettingsError(f'{spec.id}: paper_value is looked up, leave it out of the row')
     row = {f: next(iter(known[f].values())) for f in known if len(known[f]) == 1} | row
@@ -175,10 +177,16 @@ def _extra_spec(table_id, extra):
     rows = tuple(f for f in factors if f not in columns)
     return TableSpec(table_id, extra['title'], factors, rows, columns, note=extra.get('note', ''), published=tuple(extra.get('published', ())), unknown=extra.get('unknown', ''))
 
+# %% ../nbs/08_report.ipynb #68e917e0
+class _Kept(dict):
+    "Items by cell in a frame's `attrs`; pandas copies and compares attrs all the time, and this is neither."
+    def __deepcopy__(self, memo): return self
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
 # %% ../nbs/08_report.ipynb #48daa003
 def tidy(
     table_id:str,  # an id of papers/tables.yaml, or a name of our own 'paper.name' together with `extra`
-    rows:list[dict],  # per measured cell its factor labels, `value`, and if known `ci_low`, `ci_high`, `n_seeds`, `unit`, `extra=True`
+    rows:list[dict],  # per measured cell its factor labels, `value`, and if known `ci_low`, `ci_high`, `n_seeds`, `unit`, `items` (one `Items` per seed), `extra=True`
     extra:dict|None=None,  # for a table that no paper prints: {'title': ..., 'factors': [...], 'columns': [...], 'published': cells known from elsewhere, 'unknown': text for the others}
 )->pd.DataFrame: # columns of design order; every printed cell, and ours; NaN where one of the two is missing
     "Our cells beside the paper's; raises `SettingsError` for a typo in a label, a repeated cell, a wrong unit or a value that is not finite."
@@ -186,15 +194,17 @@ def tidy(
     spec = _extra_spec(table_id, extra) if extra else table_spec(table_id)
     paper = _printed(spec)
     known = {n: {_label(r[n]): r[n] for r in paper.values() if r.get(n) is not None} for n in (*spec.factors, *spec.labels, 'metric')} if paper else {}
-    ours = {}
+    ours, items = {}, _Kept()
     for row in rows:
         cell = _cell(spec, row, paper, known); key = _key(spec, cell)
         if key in ours: raise SettingsError(f"{table_id}: the cell {', '.join(key)} is given twice")
         ours[key] = cell
+        scale = {('fraction', '%'): 100, ('%', 'fraction'): .01}.get((row.get('unit'), cell['unit']), 1)
+        if row.get('items'): items[key] = [replace(i, scale=i.scale*scale) for i in row['items']]
     missing = [{n: r.get(n) for n in spec.frame_columns} | dict.fromkeys(_NUMBERS) | {'paper_value': r['value'], 'unit': r['unit']} for k, r in paper.items() if k not in ours]
     frame = pd.DataFrame([*ours.values(), *missing], columns=spec.frame_columns)
     frame = _sorted(spec, frame.astype(dict.fromkeys(['value', 'ci_low', 'ci_high', 'paper_value'], float)).astype({'n_seeds': 'Int64'}))
-    frame.attrs['table'] = asdict(spec)
+    frame.attrs |= {'table': asdict(spec), 'items': items}
     return frame
 
 # %% ../nbs/08_report.ipynb #65df345a
@@ -420,6 +430,39 @@ def _csv(df, spec) -> str:
     out['paper_value'] = ['' if p.get('value') is None else str(p['printed']).rstrip('%') for p in printed]
     return out.to_csv(index=False, lineterminator='\n')
 
+# %% ../nbs/08_report.ipynb #fa4e54f3
+def _small(x):
+    "An array in the smallest type that holds it: yes/no, whole numbers, else single precision."
+    x = np.asarray(x)
+    if x.dtype.kind == 'f' and not np.array_equal(x, np.rint(x)): return x.astype(np.float32)
+    return x.astype(bool) if np.isin(x, (0, 1)).all() else x.astype(np.min_scalar_type(int(x.max()) if x.min() >= 0 else -int(np.abs(x).max()) - 1))
+
+def _items_bytes(items:dict) -> bytes:
+    "Items by cell -> the bytes of an .npz without pickled objects; the same items give the same bytes."
+    arrays, index = {}, []
+    def put(x):
+        if x is None: return None
+        x = _small(x); name = hashlib.sha256(str(x.dtype).encode() + x.tobytes()).hexdigest()[:16]
+        arrays[name] = x; return name
+    for key, seeds in items.items():
+        index.append([list(key), [dict(outcomes=put(i.outcomes), groups=put(i.groups), statistic=i.statistic, scale=i.scale) for i in seeds]])
+    out = io.BytesIO(); text = json.dumps(sorted(index), sort_keys=True).encode()
+    np.savez_compressed(out, index=np.frombuffer(text, np.uint8), **dict(sorted(arrays.items())))
+    return out.getvalue()
+
+# %% ../nbs/08_report.ipynb #8c256bc2
+def read_items(
+    path:str|Path,  # `tables/<id>.npz` of a run
+)->dict: # labels of a cell's factors -> one `Items` per seed; {} where there is no such file
+    "What the cells of a table were made from; raises `StoreError` for a file that is not one of ours."
+    if not Path(path).exists(): return {}
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            index = json.loads(f['index'].tobytes())
+            of = lambda e: Items(f[e['outcomes']].astype(float), e['statistic'], None if e['groups'] is None else f[e['groups']].astype(np.int64), e['scale'])
+            return {tuple(key): [of(e) for e in seeds] for key, seeds in index}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e: raise StoreError(f'{path} cannot be read ({type(e).__name__}); run its notebook again') from None
+
 # %% ../nbs/08_report.ipynb #974c367a
 def _sha256(path) -> str: return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -449,11 +492,12 @@ def write_table(
     folder:str|Path,  # the run's folder; files go to its `tables/`
     note:str,  # which data, model and trigger geometry it was made with, see `table_note`
 )->Path: # the CSV
-    "Write `<id>.csv` (tidy), `.md` and `.tex` (the paper's layout) and `.json` (note and checksums)."
+    "Write `<id>.csv` (tidy), `.md` and `.tex` (the paper's layout), `.npz` (the outcomes behind the cells, where rows brought them) and `.json` (note and checksums)."
     spec = _own_spec(df, table_id)
     if not note.strip(): raise SettingsError(f'table {table_id!r} needs a note that says which data and model it was made with; see table_note')
     grid, tables = _grid(df, spec), Path(folder)/'tables'
     files = [_write(tables/f'{table_id}.csv', _csv(df, spec)), _write(tables/f'{table_id}.md', _markdown(grid, note)), _write(tables/f'{table_id}.tex', _tex(grid, note))]
+    if df.attrs.get('items'): files.append(_write(tables/f'{table_id}.npz', _items_bytes(df.attrs['items'])))
     about = {'note': note, 'title': spec.title} | ({} if spec.number else {'spec': asdict(spec)})
     _sidecar(folder, 'tables', table_id, about, files)
     return files[0]

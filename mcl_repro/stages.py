@@ -10,6 +10,7 @@ __all__ = ['load_clip', 'train_and_save', 'save_trained', 'weights_checksum', 'c
 
 # %% ../nbs/09_stages.ipynb #732ddbc4
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -363,10 +364,11 @@ def cell(estimates: list, # one `Estimate` per seed
          scale: float = 1., # 100 for per cent
          bounds: tuple | None = None, # lowest and highest possible value, before scaling
          places: int = 4 # digits kept
-    ) -> dict: # value, ci_low, ci_high, n_seeds
+    ) -> dict: # value, ci_low, ci_high, n_seeds, and the items that they were made from
     "A cell of a table from the estimates of all seeds."
     e = combine_seeds(estimates, bounds=bounds)
-    return dict(zip(("value", "ci_low", "ci_high"), (round(scale * v, places) for v in e[:3])), n_seeds=len(estimates))
+    items = [replace(s.items, scale=scale * s.items.scale) for s in estimates if s.items is not None]
+    return dict(zip(("value", "ci_low", "ci_high"), (round(scale * v, places) for v in e[:3])), n_seeds=len(estimates), **({"items": items} if len(items) == len(estimates) else {}))
 
 def percent(artefacts: list, # one per seed
             name: str, # `clean` or `attacked`
