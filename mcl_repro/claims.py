@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELATIONS', 'SUMMARIES', 'Claim', 'read_claims', 'MissingRows', 'Printed', 'Run', 'Term', 'Pair', 'Comparison',
-           'Judgement', 'audit', 'judge']
+           'Judgement', 'audit', 'judge', 'rule_text', 'claim_page', 'judge_claims', 'ClaimsView', 'show_claims',
+           'read_judged', 'show_inconsistencies', 'audit_all']
 
 # %% ../nbs/08b_claims.ipynb #4a309d6e
 import csv, io, json, math, os
@@ -371,3 +372,139 @@ def judge(
     verdict = 'contradicted' if 'fails' in outcomes else 'undecided' if 'open' in outcomes else 'reproduced'
     if profile == 'smoke': return Judgement(claim.id, 'not_testable', tuple(found), 'Profile smoke is too small to be judged.', seeds)
     return Judgement(claim.id, verdict, tuple(found), n_seeds=seeds)
+
+# %% ../nbs/08b_claims.ipynb #df03d844
+def _labels_said(f, w):
+    if isinstance(w, dict): return f"{_name('factors', f)} other than {' or '.join(_name('labels', _label(v)) for v in w['not'])}"
+    return f"{_name('factors', f)} {' or '.join(_name('labels', _label(v)) for v in (w if isinstance(w, list) else [w]))}"
+
+def _selection_said(selection, table=''):
+    parts = [_labels_said(f, w) for f, w in selection.items() if f not in ('table', 'metric', 'times', 'plus')]
+    times, plus = selection.get('times'), selection.get('plus')
+    size = (f'{_number(times)} times ' if times is not None else '') + (f'{_number(plus)} more than ' if (plus or 0) > 0 else f'{_number(-plus)} less than ' if plus else '')
+    metric = f"{_name('labels', selection['metric'])} of " if 'metric' in selection else ''
+    return size + metric + (', '.join(parts) or 'all cells') + (f' in {table}' if table else '')
+
+def rule_text(
+    rule:dict,  # of a `Claim`
+)->str: # one sentence
+    "A rule in words."
+    relation = next(r for r in RELATIONS if r in rule); bound = rule[relation]; of = rule['of']
+    text = _selection_said(of, of['table'])
+    if 'minus' in rule: text = f"{text}, minus {_selection_said(rule['minus'], rule['minus'].get('table', ''))},"
+    if 'over' in rule: text = f"{text}, divided by {_selection_said(rule['over'], rule['over'].get('table', ''))},"
+    for name, word in (('mean_over', 'the mean over'), ('max_over', 'the largest over'), ('min_over', 'the smallest over'), ('slope_over', 'the slope over')):
+        if name in rule: text = f"{word} {' and '.join(_name('factors', f) for f in ([rule[name]] if isinstance(rule[name], str) else rule[name]))} of: {text}"
+    words = {'below': 'is below', 'above': 'is above', 'at_most': 'is at most', 'at_least': 'is at least', 'between': 'lies between'}[relation]
+    right = ' and '.join(map(_number, bound)) if relation == 'between' else _selection_said(bound, bound.get('table', '')) if isinstance(bound, dict) else _number(bound)
+    want = rule.get('how_many', 'all')
+    many = '' if want == 'all' else f'; so in {"most cases" if want == "most" else " and ".join(f"{k.replace(chr(95), chr(32))} {v} cases" for k, v in want.items()) if isinstance(want, dict) else f"exactly {want} cases"}'
+    return text[0].upper() + text[1:] + f' {words} {right}{many}.' 
+
+# %% ../nbs/08b_claims.ipynb #574210d3
+def _record(claim, printed, ours) -> dict:
+    "A claim's row of claims.csv."
+    c = ours.decisive if ours.verdict != 'not_testable' else None; digits = lambda v: '' if c is None or math.isnan(v) else f'{v:.5g}'
+    how = '' if c is None else f"Student's interval over {ours.n_seeds} seeds" if ours.n_seeds > 1 else 'paired bootstrap over test items'
+    return dict(id=claim.id, paper=claim.paper, audit=printed.verdict, verdict=ours.verdict, margin=digits(c.margin) if c else '', ci_low=digits(c.ci_low) if c else '', ci_high=digits(c.ci_high) if c else '',
+                unit=_unit_word(c.unit).strip() if c else '', comparisons=len(ours.comparisons) if c else '', intervals=how, evidence=ours.evidence, printed_evidence=printed.evidence)
+
+def _rows(judgement): return {(i, c.text): c for i, (_, cs, _) in enumerate(judgement.rules) for c in cs}
+
+def _compared(claim, printed, ours) -> list:
+    "Per comparison what the page shows: printed and ours side by side, and their places on a common axis."
+    p, o = _rows(printed), _rows(ours); keys = list(dict.fromkeys([*o, *p])); used = [r for r, _, _ in (ours.rules or printed.rules)]
+    ends = [v for c in (*p.values(), *o.values()) for v in (c.margin, c.ci_low, c.ci_high) if math.isfinite(v)]
+    low, high = min([0., *ends]), max([0., *ends]); width = (high - low) or 1
+    at = lambda v: None if v is None or not math.isfinite(v) else round(10 + 220*(v - low)/width, 1)
+    def shown(c): return None if c is None else dict(said=f'{_number(c.left)} {c.right}', state=c.state, margin=_number(c.margin), at=at(c.margin), low=at(c.ci_low), high=at(c.ci_high), interval='' if math.isnan(c.ci_low) else f'[{_number(c.ci_low)}, {_number(c.ci_high)}]')
+    return [dict(rule=i, text=text, printed=shown(p.get((i, text))), ours=shown(o.get((i, text))), zero=at(0.)) for i, text in keys]
+
+# %% ../nbs/08b_claims.ipynb #a6b44f12
+def claim_page(
+    claim:Claim,  # of `read_claims`
+    printed:Judgement,  # of `audit`
+    ours:Judgement,  # of `judge`
+)->str: # one self-contained HTML page
+    "Statement, rule, printed evidence, our evidence and a plot of the margins."
+    # rules on tables of our own are not in the audit: its rules get the places that they have in the claim
+    errors = _entries('inconsistencies'); place = lambda j: replace(j, rules=tuple(next(((r, cs, o) for r, cs, o in j.rules if r is rule), (rule, (), '')) for rule in claim.rules))
+    printed, ours = place(printed), place(ours)
+    return _templates().get_template('claim.html.j2').render(claim=claim, printed=printed, ours=ours, rules=[rule_text(r) for r in claim.rules], compared=_compared(claim, printed, ours), record=_record(claim, printed, ours),
+        tables=[t for t in claim.tables], yaml=yaml.safe_dump(list(claim.rules), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120) if claim.rules else '', see=[errors[i] for i in claim.see])
+
+# %% ../nbs/08b_claims.ipynb #5a4847a4
+def judge_claims(
+    paper:str,  # 'ubt', 'mem', 'cleanclip' or 'cfbd'
+    folder:str|Path,  # the run's folder
+    profile:str='mini',  # of the run
+)->pd.DataFrame: # one row per claim: id, paper, audit, verdict, margin, its interval, evidence
+    "Judge every claim of a paper on a run, and write rows and pages; raises `SettingsError` for a paper without claims."
+    folder, claims = Path(folder), [c for c in read_claims().values() if c.paper == paper]
+    if not claims: raise SettingsError(_near(paper, {c.paper for c in read_claims().values()}, 'paper with claims'))
+    run, rows, files = Run(folder), [], []
+    for c in claims:
+        printed, ours = audit(c), judge(c, run, profile); rows.append(_record(c, printed, ours))
+        files.append(_write(folder/'claims'/f'{c.id}.html', claim_page(c, printed, ours)))
+    files.append(_write(folder/'claims'/f'{paper}.csv', pd.DataFrame(rows).to_csv(index=False, lineterminator='\n')))
+    _sidecar(folder, 'claims', paper, {'claims': len(rows), 'profile': profile}, files)
+    _gather(folder)
+    return pd.DataFrame(rows)
+
+def _gather(folder) -> Path:
+    "claims.csv from those of the papers that were judged."
+    with FileLock(str(Path(folder)/'.claims.lock'), timeout=60):
+        order = dict.fromkeys(c.paper for c in read_claims().values())
+        found = [f.read_text(encoding='utf-8') for p in order if (f := Path(folder)/'claims'/f'{p}.csv').exists()]
+        return _write(Path(folder)/'claims.csv', (found[0] if found else '') + ''.join(t.partition('\n')[2] for t in found[1:]))
+
+# %% ../nbs/08b_claims.ipynb #123f2c6d
+class ClaimsView:
+    "Claims that Jupyter shows as a table; `str()` gives it as Markdown."
+    def __init__(self, rows): # dicts of claims.csv
+        known = read_claims(); self.rows = [{**r, 'statement': known[r['id']].statement, 'where': known[r['id']].where} for r in rows]
+        self.counts = {v: n for v in VERDICTS if (n := sum(r['verdict'] == v for r in self.rows))}
+        self.audits = {v: n for v in ('holds', 'partly', 'fails', 'not_checkable') if (n := sum(r['audit'] == v for r in self.rows))}
+    def _repr_html_(self): return _templates().get_template('claims.html.j2').module.standalone(self.rows, self.counts, self.audits)
+    def _repr_markdown_(self):
+        clean = lambda text: str(text).replace('|', '\\|').replace('\n', ' ')
+        said = lambda counts: ', '.join(f"{n} {v.replace('_', ' ')}" for v, n in counts.items())
+        lines = [f"| {r['id']} | {clean(r['statement'])} ({r['where']}) | {r['audit'].replace('_', ' ')} | {r['verdict'].replace('_', ' ')} | {clean(r['evidence'])} |" for r in self.rows]
+        return f"{len(self.rows)} claims. On the printed numbers: {said(self.audits)}. On ours: {said(self.counts)}.\n\n| claim | what it says | printed | ours | evidence |\n|---|---|---|---|---|\n" + '\n'.join(lines) + '\n'
+    __str__ = __repr__ = _repr_markdown_
+
+def show_claims(
+    paper:str,  # 'ubt', 'mem', 'cleanclip' or 'cfbd'
+    folder:str|Path,  # the run's folder
+    profile:str='mini',  # of the run
+)->ClaimsView: # shown by Jupyter
+    "Judge the claims of a paper on a run, write what came of it, and show it."
+    return ClaimsView(judge_claims(paper, folder, profile).to_dict('records'))
+
+# %% ../nbs/08b_claims.ipynb #066420ba
+def read_judged(
+    folder:str|Path,  # a run's folder
+)->list: # dicts of claims.csv; [] where nothing was judged
+    "The claims of a run as they were judged; raises `StoreError` for a file that was changed since."
+    folder = Path(folder); rows = []
+    for about in sorted((folder/'claims').glob('[!.]*.json')):
+        for name, checksum in (_read_json(about) or {'files': {}})['files'].items():
+            if not (f := about.with_name(name)).exists() or _sha256(f) != checksum: raise StoreError(f'claims/{name} is not as it was written; make it again with: mcl_repro run {about.stem} --force')
+    if not (path := folder/'claims.csv').exists(): return []
+    found = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict('records'); known = read_claims()
+    if odd := [r.get('id') for r in found if r.get('id') not in known or r.get('verdict') not in VERDICTS]: raise StoreError(f'{path}: {odd[0]!r} is not a claim with a verdict; run the notebooks again')
+    return found
+
+# %% ../nbs/08b_claims.ipynb #897f31e4
+def show_inconsistencies(
+    paper:str,  # 'ubt', 'mem', 'cleanclip' or 'cfbd'
+)->pd.DataFrame: # where, what, detail by id; Jupyter shows it
+    "The places where a paper disagrees with itself; empty for a paper without any."
+    found = [e for e in _entries('inconsistencies').values() if e['paper'] == paper]
+    return pd.DataFrame([{'id': e['id'], 'where': e['where'], 'what': e['what'], 'detail': e['detail'] or ''} for e in found], columns=['id', 'where', 'what', 'detail']).set_index('id')
+
+# %% ../nbs/08b_claims.ipynb #b331265b
+def audit_all(
+)->pd.DataFrame: # id, audit, by_hand, evidence, reading
+    "The audit of every claim on the printed tables."
+    return pd.DataFrame([dict(id=c.id, audit=a.verdict, by_hand=c.by_hand, evidence=a.evidence, reading=c.reading) for c in read_claims().values() for a in [audit(c)]])
