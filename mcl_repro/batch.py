@@ -140,15 +140,15 @@ def _executed(path) -> dict:
     return meta if run.get('exception') is None and run.get('end_time') is not None else {}
 
 def _outputs(folder, name) -> dict[Path, tuple]:
-    "The `<id>.json` files of tables and figures that notebook `name` wrote -> their state on disk."
+    "The `<id>.json` files of tables, figures and claims that notebook `name` wrote -> their state on disk."
     found = {}
-    for path in [*Path(folder).glob('tables/[!.]*.json'), *Path(folder).glob('figures/[!.]*.json')]:
+    for path in [p for kind in ('tables', 'figures', 'claims') for p in Path(folder).glob(f'{kind}/[!.]*.json')]:
         with suppress(OSError, ValueError):
             if json.loads(path.read_text(encoding='utf-8')).get('notebook') == name: found[path] = (path.stat().st_ino, path.stat().st_mtime_ns)
     return found
 
 def _checksums(folder, sidecars) -> dict[str, str]:
-    "Relative name -> sha256 of all files that belong to these tables and figures."
+    "Relative name -> sha256 of all files that belong to these."
     files = [f for s in sidecars for f in (s, *(s.with_name(n) for n in json.loads(s.read_text(encoding='utf-8'))['files']))]
     return {f.relative_to(folder).as_posix(): report._sha256(f) for f in sorted(files)}
 

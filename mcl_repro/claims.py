@@ -373,7 +373,7 @@ def judge(
     if profile == 'smoke': return Judgement(claim.id, 'not_testable', tuple(found), 'Profile smoke is too small to be judged.', seeds)
     return Judgement(claim.id, verdict, tuple(found), n_seeds=seeds)
 
-# %% ../nbs/08b_claims.ipynb #df03d844
+# %% ../nbs/08b_claims.ipynb #977916d0
 def _labels_said(f, w):
     if isinstance(w, dict): return f"{_name('factors', f)} other than {' or '.join(_name('labels', _label(v)) for v in w['not'])}"
     return f"{_name('factors', f)} {' or '.join(_name('labels', _label(v)) for v in (w if isinstance(w, list) else [w]))}"
@@ -384,6 +384,10 @@ def _selection_said(selection, table=''):
     size = (f'{_number(times)} times ' if times is not None else '') + (f'{_number(plus)} more than ' if (plus or 0) > 0 else f'{_number(-plus)} less than ' if plus else '')
     metric = f"{_name('labels', selection['metric'])} of " if 'metric' in selection else ''
     return size + metric + (', '.join(parts) or 'all cells') + (f' in {table}' if table else '')
+
+def _compared_said(bound):
+    size, said = _selection_said({k: v for k, v in bound.items() if k in ('times', 'plus')}), _selection_said({k: v for k, v in bound.items() if k not in ('times', 'plus')}, bound.get('table', ''))
+    return f"{size.removesuffix('all cells')}that of {said}"
 
 def rule_text(
     rule:dict,  # of a `Claim`
@@ -396,7 +400,7 @@ def rule_text(
     for name, word in (('mean_over', 'the mean over'), ('max_over', 'the largest over'), ('min_over', 'the smallest over'), ('slope_over', 'the slope over')):
         if name in rule: text = f"{word} {' and '.join(_name('factors', f) for f in ([rule[name]] if isinstance(rule[name], str) else rule[name]))} of: {text}"
     words = {'below': 'is below', 'above': 'is above', 'at_most': 'is at most', 'at_least': 'is at least', 'between': 'lies between'}[relation]
-    right = ' and '.join(map(_number, bound)) if relation == 'between' else _selection_said(bound, bound.get('table', '')) if isinstance(bound, dict) else _number(bound)
+    right = ' and '.join(map(_number, bound)) if relation == 'between' else _compared_said(bound) if isinstance(bound, dict) else _number(bound)
     want = rule.get('how_many', 'all')
     many = '' if want == 'all' else f'; so in {"most cases" if want == "most" else " and ".join(f"{k.replace(chr(95), chr(32))} {v} cases" for k, v in want.items()) if isinstance(want, dict) else f"exactly {want} cases"}'
     return text[0].upper() + text[1:] + f' {words} {right}{many}.' 

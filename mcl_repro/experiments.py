@@ -18,7 +18,7 @@ from .clip import model_config
 from .data import open_data
 from .errors import SettingsError
 from .lab import Lab
-from .report import paper_table, read_table, show_table, table_note, tidy, write_table
+from .report import forest, paper_table, read_table, save_figure, show_table, table_note, tidy, write_table
 from .stages import attack_settings, classification, clean_clip, finetuned_clip, outcomes, percent, poisoned_pairs, retrieval, weights_checksum
 
 # %% ../nbs/09b_experiments.ipynb #9353528f
@@ -158,8 +158,12 @@ def table(self: Experiments,
 
 @patch
 def write(self: Experiments, tidied: pd.DataFrame, table: str, note: str):
-    "Write a table that `tidy` made, and give its view."
+    "Write a table that `tidy` made, with a picture of it beside the paper's numbers where there are some, and give its view."
     write_table(tidied, table, self.lab.folder, note)
+    fig, numbers = forest(tidied)
+    if fig:
+        inside = numbers.paper_value.between(numbers.ci_low, numbers.ci_high).sum()
+        save_figure(fig, f"{table}_forest", self.lab.folder, numbers, note=note, extra=True, alt=f"Paper's number and ours, with its interval, for {len(numbers)} cells of {table}; {inside} of the paper's numbers lie in our interval")
     return show_table(tidied, note)
 
 # %% ../nbs/09b_experiments.ipynb #4ac0f2fb
