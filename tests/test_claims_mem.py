@@ -96,7 +96,7 @@ def test_attention_and_likeness(tmp_path):
     run = run_with(tmp_path, "mem.attention", ["model", "captions", "metric"], rows)
     assert [judge(CLAIMS[i], run).verdict for i in ("mem.c26", "mem.c27")] == ["reproduced", "reproduced"]
     kinds = dict(zip(("partners", "versions of a picture", "captions of a picture", "other captions of it", "two pictures", "captions of two pictures", "captions of others"), (.8, .5, .5, .9, 0, 0, 0)))
-    run = run_with(tmp_path, "mem.likeness", ["method", "between", "metric"], [(dict(method=m, between=k), "mean cosine", around(level) / 100, np.mean) for m in ("Clean", "MEM-3") for k, level in kinds.items()])
+    run = run_with(tmp_path, "mem.likeness", ["method", "between", "metric"], [(dict(method=m, between=k), "mean", around(level) / 100, np.mean) for m in ("Clean", "MEM-3") for k, level in kinds.items()])
     assert [judge(CLAIMS[i], run).verdict for i in ("mem.c29", "mem.c30")] == ["reproduced", "contradicted"]      # the other captions are nearer than the partner
 
 ATTACKS = ("BadNet", "Blended", "WaNet", "Label-consistent")
