@@ -1,6 +1,7 @@
 # make reproduce   run the papers' notebooks and print where the report is
 # make test        check that notebooks and library are in step, run every test
 # make lab         open JupyterLab
+# make site        build the documentation: notebooks as executed, library, claims, search
 # make bench       time the training loop, the store and the imports
 #
 # Variables: PAPER=ubt      which papers (default: all)     PROFILE=mini   smoke, mini or paper
@@ -20,7 +21,7 @@ PY := .venv/bin/python
 READY := .venv/ready
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: reproduce test lab bench readme clean
+.PHONY: reproduce test lab site bench readme clean
 .DEFAULT_GOAL := reproduce
 
 $(READY): constraints.txt settings.ini setup.py
@@ -28,7 +29,7 @@ $(READY): constraints.txt settings.ini setup.py
 	@echo "creating the environment in .venv (once; a few minutes) ..."
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools wheel
-	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt --editable '.[dev,cluster]'
+	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt --editable '.[dev,cluster,site]'
 	@touch $@
 
 reproduce: $(READY)
@@ -39,6 +40,9 @@ test: $(READY)
 
 lab: $(READY)
 	@$(PY) -m jupyterlab --notebook-dir=nbs
+
+site: $(READY)
+	@$(PY) -m mcl_repro.site --profile $(PROFILE)
 
 bench: $(READY)
 	@$(PY) -m mcl_repro.bench

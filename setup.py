@@ -16,7 +16,7 @@ class BuildWithManifest(build_py):
 parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("cluster", "wordnet", "bert", "dev")}
+extras = {key.removesuffix("_requirements"): value.split() for key, value in settings.items() if key.endswith("_requirements")}
 
 setup(
     name=settings["lib_name"], version=settings["version"], description=settings["description"],

@@ -106,10 +106,10 @@ _VERSIONED = ('torch', 'open_clip_torch', 'torchvision', 'numpy', 'pandas', 'sci
 def _hash(*parts): return hashlib.sha256('\0'.join(parts).encode()).hexdigest()
 
 def _library() -> str:
-    "Hash of the package's source and data files; page templates do not change a result, nor do the batch and its command line."
+    "Hash of the package's source and data files; page templates do not change a result, nor do the batch, its command line and the site."
     root = Path(errors.__file__).parent; h = hashlib.sha256()
     for path in sorted(p for kind in ('py', 'yaml', 'json', 'txt') for p in root.rglob(f'*.{kind}')):
-        if path.name not in ('batch.py', 'cli.py'): h.update(f'{path.relative_to(root).as_posix()}\0'.encode() + path.read_bytes() + b'\0')
+        if path.name not in ('batch.py', 'cli.py', 'site.py'): h.update(f'{path.relative_to(root).as_posix()}\0'.encode() + path.read_bytes() + b'\0')
     return h.hexdigest()
 
 def _source(path) -> str:
