@@ -175,7 +175,7 @@ def _terms(source, selection, id):
     rows = source.rows(table); real = table in _entries('tables')
     printed = {f: {r[f] for r in Printed().rows(table)} for f in factors} if real else {}
     found = _selected(table, wanted, rows, printed)
-    if not found: raise SettingsError(f'{id}: {table} has no cell with {wanted}') if source.name == 'printed' or not real else MissingRows(f'{table} has no cell with {wanted}; run: mcl_repro run {table.partition(".")[0]}')
+    if not found: raise SettingsError(f'{id}: {table} has no cell with {wanted}') if source.name == 'printed' else MissingRows(f'{table} has no cell with {wanted}; run: mcl_repro run {table.partition(".")[0]}')
     free = [f for f in factors if len({r[f] for r in rows if not printed or r[f] in printed[f]}) > 1 and (f not in wanted or isinstance(wanted[f], (list, dict)))]
     times, plus = selection.get('times', 1), selection.get('plus', 0)
     return [Term({f: r[f] for f in free}, lambda look, r=r: times*look(table, r) + plus, source.unit(table, r)) for r in found]

@@ -215,7 +215,7 @@ def test_files_of_a_run(tmp_path):
     judge_claims('cleanclip', tmp_path)
     assert len(read_judged(tmp_path)) == 76
     page = first['ubt.c01.html'].decode()
-    assert str(tmp_path) not in page and not re.search(r'(src|href)="https?:', page) and page.count('<svg') == 8
+    assert str(tmp_path) not in page and not re.search(r'(src|href)="https?:', page) and page.count('<svg') == 12
     (tmp_path/'claims/ubt.csv').write_text('x')
     with pytest.raises(StoreError, match='claims/ubt.csv is not as it was written'): read_judged(tmp_path)
 
