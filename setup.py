@@ -6,11 +6,10 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithManifest(build_py):
-    "Put the data manifest, which stands at the top of the source tree, into the installed package."
+    "Put the data manifest and what to cite, which stand at the top of the source tree, into the installed package."
     def run(self):
         super().run()
-        if not self.editable_mode: self.copy_file("data_manifest.yaml", str(Path(self.build_lib)/"mcl_repro"/"data_manifest.yaml"))
-
+        for name in () if self.editable_mode else ("data_manifest.yaml", "CITATION.cff"): self.copy_file(name, str(Path(self.build_lib)/"mcl_repro"/name))
 
 
 parser = ConfigParser(delimiters=["="])
