@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from . import errors, report
+from .archive import update_crate
 from .errors import SettingsError, StoreError, UserError
 from .lab import Lab, read_status
 
@@ -106,10 +107,10 @@ _VERSIONED = ('torch', 'open_clip_torch', 'torchvision', 'numpy', 'pandas', 'sci
 def _hash(*parts): return hashlib.sha256('\0'.join(parts).encode()).hexdigest()
 
 def _library() -> str:
-    "Hash of the package's source and data files; page templates do not change a result, nor do the batch, its command line and the site."
+    "Hash of the package's source and data files; page templates do not change a result, nor do the batch, its command line, the site, publishing and the description for archives."
     root = Path(errors.__file__).parent; h = hashlib.sha256()
     for path in sorted(p for kind in ('py', 'yaml', 'json', 'txt') for p in root.rglob(f'*.{kind}')):
-        if path.name not in ('batch.py', 'cli.py', 'site.py'): h.update(f'{path.relative_to(root).as_posix()}\0'.encode() + path.read_bytes() + b'\0')
+        if path.name not in ('batch.py', 'cli.py', 'site.py', 'publish.py', 'archive.py', '_modidx.py'): h.update(f'{path.relative_to(root).as_posix()}\0'.encode() + path.read_bytes() + b'\0')
     return h.hexdigest()
 
 def _source(path) -> str:
@@ -415,7 +416,7 @@ def run_notebooks(
     force:bool=False,  # run also what is unchanged
     progress:Progress|None=None,  # where progress is told (default: stderr)
 )->list[NotebookRun]: # one for each notebook, none failed
-    "Run papers' notebooks and write the report after each; raises `UserError` before anything runs for a wrong request, `UserError` or `NotebookError` at the end for a notebook that failed."
+    "Run papers' notebooks, write the report after each and a description for archives at the end; raises `UserError` before anything runs for a wrong request, `UserError` or `NotebookError` at the end for a notebook that failed."
     chosen = _chosen(papers, find_notebooks(notebooks)); folder = Path(runs).absolute()/profile
     if not chosen: raise SettingsError(f'no notebook 1x_<paper>.ipynb in {notebooks_folder(notebooks)}')
     lab = Lab(profile, device, runs, roles=roles, seeds=seeds, settings=overrides)
@@ -430,6 +431,7 @@ def run_notebooks(
         done.append(_run_one(name, path, values[name], run_key(path, values[name], lab), _command(name, typed, parameters or {}), folder, force, progress))
         report.write_report(folder)
         progress.say(f'[{i}/{len(chosen)}] {name}: {_told(done[-1])}')
+    update_crate(folder, progress.say)
     return _no_failure(done)
 
 # %% ../nbs/20_batch.ipynb #0f91ff52

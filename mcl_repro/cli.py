@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parse_value', 'parse_pairs', 'columns', 'run', 'report', 'status', 'clean', 'claims', 'data_list', 'data_show',
-           'data_fetch', 'data_verify', 'data_add', 'make_parser', 'main']
+           'data_fetch', 'data_verify', 'data_add', 'data_croissant', 'make_parser', 'main']
 
 # %% ../nbs/21_cli.ipynb #33b4d3f5
 import argparse, os, signal, sys
@@ -66,10 +66,11 @@ def run(args):
         if page.exists() and page.stat().st_mtime_ns != before: print(f'report: {page}', flush=True)
 
 def report(args):
-    "Write the report anew and print its path."
+    "Write the report and the description for archives anew and print the report's path."
     from pathlib import Path
+    from mcl_repro.archive import update_crate
     from mcl_repro.report import write_report
-    print(write_report(Path(args.runs)/args.profile))
+    page = write_report(Path(args.runs)/args.profile); update_crate(page.parent, _say); print(page)
 
 # %% ../nbs/21_cli.ipynb #d6033d0d
 def status(args):
@@ -163,6 +164,14 @@ def data_add(args):
     splits = list(entry.get('splits') or entry['found'])   # a set of the manifest keeps its own `splits`
     print(f"added {args.name}; use it as {', '.join(f'{args.name}:{s}' for s in splits)}, for example: mcl_repro run --role ROLE={args.name}:{splits[0]}")
 
+def data_croissant(args):
+    import json
+    from mcl_repro.archive import croissant
+    text = json.dumps(croissant(args.name), indent=1, ensure_ascii=False) + '\n'
+    if not args.out: return print(text, end='')
+    from mcl_repro.report import _write
+    print(_write(args.out, text))
+
 # %% ../nbs/21_cli.ipynb #b202586c
 class _Parser(argparse.ArgumentParser):
     "A wrong call is one line as well."
@@ -211,13 +220,15 @@ def _more_commands(commands):
     _common(commands.add_parser('report', help='write the report page anew and print its path')).set_defaults(call=report)
 
 def _data_commands(commands):
-    data = commands.add_parser('data', help='list, show, fetch, verify and add data sets').add_subparsers(dest='what', metavar='WHAT', required=True, parser_class=_Parser)
+    data = commands.add_parser('data', help='list, show, fetch, verify, add and describe data sets').add_subparsers(dest='what', metavar='WHAT', required=True, parser_class=_Parser)
     data.add_parser('list', help='all data sets of the papers, and your own').set_defaults(call=data_list)
     p = data.add_parser('show', help='everything about one data set'); p.set_defaults(call=data_show); p.add_argument('name')
     p = data.add_parser('fetch', help='download, resume and check'); p.set_defaults(call=data_fetch)
     p.add_argument('names', nargs='+', metavar='NAME'); p.add_argument('--force', action='store_true', help='fetch again what is there')
     p = data.add_parser('verify', help='compare counts and hashes with what they should be'); p.set_defaults(call=data_verify)
     p.add_argument('names', nargs='+', metavar='NAME'); p.add_argument('--quick', action='store_true', help='counts only, do not decode pictures')
+    p = data.add_parser('croissant', help='describe a data set of the manifest as Croissant (JSON-LD)'); p.set_defaults(call=data_croissant); p.add_argument('name', metavar='NAME')
+    p.add_argument('--out', metavar='FILE', help='write it there (default: print it)')
     p = data.add_parser('add', help='register a folder of your own under a name'); p.set_defaults(call=data_add)
     p.add_argument('name'); p.add_argument('folder'); p.add_argument('--format', help='reader, where it cannot be told from the files')
     p.add_argument('--option', action='append', metavar='KEY=VALUE', help='option of that reader; repeatable'); p.add_argument('--split', default='all', help='name of the split with --format (default: all)')

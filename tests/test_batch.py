@@ -46,7 +46,7 @@ def test_run_leaves_copy_page_table_and_report(nbs):
     done, = go(nbs); out = nbs.parent/'runs/smoke'
     assert done.state == 'complete' and done.notebook == out/'notebooks/ubt.ipynb'
     assert sorted(p.relative_to(out).as_posix() for p in out.rglob('[!.]*') if p.is_file()) == [
-        'index.html', 'notebooks/ubt.html', 'notebooks/ubt.ipynb', *(f'tables/ubt.table1.{s}' for s in ('csv', 'json', 'md', 'tex'))]
+        'index.html', 'notebooks/ubt.html', 'notebooks/ubt.ipynb', 'ro-crate-metadata.json', 'ro-crate-preview.html', *(f'tables/ubt.table1.{s}' for s in ('csv', 'json', 'md', 'tex'))]
     meta = json.loads(done.notebook.read_text())['metadata']
     assert meta['papermill']['exception'] is None and meta['papermill']['end_time'] and set(meta['mcl_repro']['outputs']) == {f'tables/ubt.table1.{s}' for s in ('csv', 'json', 'md', 'tex')}
     assert 'notebooks/ubt.html' in (out/'index.html').read_text()
