@@ -159,12 +159,12 @@ def table(self: Experiments,
 @patch
 def write(self: Experiments, tidied: pd.DataFrame, table: str, note: str):
     "Write a table that `tidy` made, with a picture of it beside the paper's numbers where there are some, and give its view."
-    write_table(tidied, table, self.lab.folder, note)
+    path = write_table(tidied, table, self.lab.folder, note)
     fig, numbers = forest(tidied)
     if fig:
         inside = numbers.paper_value.between(numbers.ci_low, numbers.ci_high).sum()
         save_figure(fig, f"{table}_forest", self.lab.folder, numbers, note=note, extra=True, alt=f"Paper's number and ours, with its interval, for {len(numbers)} cells of {table}; {inside} of the paper's numbers lie in our interval")
-    return show_table(tidied, note)
+    return show_table(read_table(path), note)     # what is shown is what is on record, digit by digit
 
 # %% ../nbs/09b_experiments.ipynb #4ac0f2fb
 @patch
