@@ -32,7 +32,7 @@ def _smaller(image, colours, width) -> str:
     "A PNG of at most so many colours and pixels across, in base64."
     from PIL import Image
     if image.width > width: image = image.resize((width, max(1, round(image.height*width/image.width))), Image.Resampling.LANCZOS)
-    out = io.BytesIO(); image.quantize(colours).save(out, 'PNG', optimize=True)
+    out = io.BytesIO(); image.quantize(colours, Image.Quantize.MAXCOVERAGE, 1).save(out, 'PNG', optimize=True)     # the palette that is never far off; the default turns a little green on much blue into blue
     return base64.b64encode(out.getvalue()).decode()
 
 def slim_png(
@@ -50,7 +50,7 @@ def slim_png(
 # %% ../nbs/25_publish.ipynb #dea5265c
 _KEPT = set('a abbr b blockquote br caption code dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p pre q s samp small strong sub summary sup table tbody td tfoot th thead tr ul var'.split())
 _GONE, _EMPTY = {'style', 'script', 'head', 'title', 'svg', 'iframe', 'object', 'template', 'button', 'select'}, {'area', 'base', 'br', 'col', 'embed', 'hr', 'img', 'input', 'link', 'meta', 'source', 'wbr'}
-_SAFE = {'a': {'href': r'https?://|#'}, 'img': {'src': r'data:image/(png|jpeg);', 'alt': ''}, 'td': {'colspan': r'\d', 'rowspan': r'\d'}, 'th': {'colspan': r'\d', 'rowspan': r'\d', 'scope': ''}}
+_SAFE = {'a': {'href': r'https?://|#'}, 'img': {'src': r'data:image/(png|jpeg);', 'alt': ''}, 'td': {'colspan': r'\d', 'rowspan': r'\d'}, 'th': {'colspan': r'\d', 'rowspan': r'\d', 'scope': ''}, 'div': {'align': 'center'}}
 
 class _Plain(HTMLParser):
     "Collects what is kept of a page."
@@ -220,12 +220,15 @@ def _read_one(folder, name, path, lab) -> Executed:
     if lost: raise SettingsError(f'{path.name}: cell {lost[0]} is not in the executed copy, its id is new; run the notebook again: {_again(folder, True)}')
     return Executed(name, path, executed, ours['key'], dict(run['parameters']), run['duration'], dict(ours['outputs']), section['code']['commit'], section['written'])
 
+def _claims(folder):
+    import pandas as pd
+    return pd.read_csv(folder/'claims.csv', dtype=str, keep_default_na=False)
+
 def _check_claims(folder):
     "Refuse a `claims.csv` that has not one verdict for each claim of the papers."
-    import pandas as pd
     path, known = folder/'claims.csv', report._entries('claims')
     if not path.exists(): raise SettingsError(f'{batch._short(path)} is missing: the run is not complete; finish it with: {_again(folder)}')
-    try: rows = pd.read_csv(path, dtype=str, keep_default_na=False); ids, verdicts = list(rows['id']), set(rows['verdict'])
+    try: rows = _claims(folder); ids, verdicts = list(rows['id']), set(rows['verdict'])
     except (ValueError, KeyError) as e: raise StoreError(f'{batch._short(path)} cannot be read ({e}); make it again: {_again(folder, True)}') from None
     if lacks := [c for c in known if c not in ids]: raise SettingsError(f"{batch._short(path)} has no row for {len(lacks)} of {len(known)} claims ({lacks[0]}, ...); finish the run with: {_again(folder)}")
     if odd := sorted({c for c in ids if c not in known or ids.count(c) > 1} | verdicts - set(report.VERDICTS)): raise StoreError(f'{batch._short(path)} has {odd[0]!r}, which is twice or no claim or verdict; make it again: {_again(folder, True)}')
@@ -314,9 +317,8 @@ def published_claims(
     folder:str|Path|None=None,  # see `published`
 ): # a frame of text, a row for each claim
     "The verdicts of the published run."
-    import pandas as pd
     published(folder)
-    return pd.read_csv(_results(folder)/'claims.csv', dtype=str, keep_default_na=False)
+    return _claims(_results(folder))
 
 # %% ../nbs/25_publish.ipynb #12ee7c12
 def _records(folder, run) -> dict[str, bytes]:
@@ -439,7 +441,8 @@ def publish(
     executed, keys = ({}, {}) if only_papers else _library_parts(nbs, progress or Progress(runs, profile), before)
     texts, records = _fitting(nbs, run, stamp, executed), _records(folder, run)
     parsed = {p: json.loads(t) for p, t in texts.items()}
-    if wrong := _wrong_tables([(f'{e.path.name} #{c}', f) for e in run.values() for c, f in _shown(parsed[e.path])], folder/'tables'): raise StoreError(f'{wrong[0]}; run its notebook again: {_again(folder, True)}')
+    shown = [(f'{e.path.name} #{c}', forms) for e in run.values() for c, forms in _shown(parsed[e.path])]
+    if wrong := _wrong_tables(shown, folder/'tables') + _wrong_claims(shown, _claims(folder)): raise StoreError(f'{wrong[0]}; run its notebook again: {_again(folder, True)}')
     library = {n: {'key': k, 'outputs': _checksum(parsed[p]) if (p := library_notebooks(nbs)[n]) in parsed else before[n]['outputs']} for n, k in keys.items()} if keys else {n: b for n, b in before.items() if n in library_notebooks(nbs)}
     about = json.dumps(_about(run, stamp, texts, library, records), indent=1, ensure_ascii=False, sort_keys=True) + '\n'
     files = {**{results/f: b for f, b in records.items()}, **{p: t.encode() for p, t in texts.items()}, results/'run.json': about.encode()}
