@@ -1,4 +1,5 @@
 # make reproduce   run the papers' notebooks and print where the report is
+# make publish     write the outputs of that run into the notebooks under nbs/
 # make test        check that notebooks and library are in step, run every test
 # make lab         open JupyterLab
 # make site        build the documentation: notebooks as executed, library, claims, search
@@ -21,7 +22,7 @@ PY := .venv/bin/python
 READY := .venv/ready
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: reproduce test lab site bench readme clean
+.PHONY: reproduce publish test lab site bench readme clean
 .DEFAULT_GOAL := reproduce
 
 $(READY): constraints.txt settings.ini setup.py
@@ -34,6 +35,9 @@ $(READY): constraints.txt settings.ini setup.py
 
 reproduce: $(READY)
 	@$(PY) -m mcl_repro.cli run $(PAPER) --profile $(PROFILE) --device $(DEVICE) --jobs $(JOBS) --seeds $(SEEDS) $(if $(FORCE),--force) $(RUN)
+
+publish: $(READY)
+	@$(PY) -m mcl_repro.cli publish --profile $(PROFILE) $(RUN)
 
 test: $(READY)
 	@$(PY) tests/run_all.py $(if $(FORCE),--force)

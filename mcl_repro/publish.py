@@ -96,6 +96,7 @@ def slim_text(
     "Text without progress, colours, addresses and paths of this machine."
     text = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', text).replace('\r\n', '\n')
     text = '\n'.join(line.rstrip('\r').rpartition('\r')[2] for line in text.split('\n'))
+    text = re.sub(r'^.*\d%\|[^|\n]*\|.*\[.*\]\n?', '', text, flags=re.M)      # what tqdm leaves behind
     text = re.sub(r'\b0x[0-9a-f]{8,}\b', '0x…', re.sub(r' at 0x[0-9a-fA-F]+', '', text))
     return _paths().sub(_last_part, text)
 
