@@ -270,7 +270,8 @@ def library_notebooks(
 
 def _library_key(path) -> str:
     "Hash of what can change the outputs of a library's notebook."
-    return batch._hash(batch._source(path), batch._library(), json.dumps({p: report._version(p) for p in batch._VERSIONED}, sort_keys=True))
+    templates = [p.read_text(encoding='utf-8') for p in sorted((Path(errors.__file__).parent/'templates').glob('*'))]     # tables are shown in these pages
+    return batch._hash(batch._source(path), batch._library(), *templates, json.dumps({p: report._version(p) for p in batch._VERSIONED}, sort_keys=True))
 
 # %% ../nbs/25_publish.ipynb #977cf4b2
 def execute_notebook(
