@@ -268,8 +268,8 @@ def _papermill(source, target, parameters, name, progress):
     for log in ('papermill', 'traitlets'): logging.getLogger(log).setLevel(logging.ERROR)
     def on_cell(i, n): progress.cell = f'cell {i + 1} of {n}'
     path = os.pathsep.join(filter(None, (str(Path(errors.__file__).resolve().parent.parent), os.environ.get('PYTHONPATH'))))
-    # one session for all kernels, so that `status` shows all their stages; progress is told here and not in the copy
-    ours = dict(MCL_REPRO_NOTEBOOK=name, MCL_REPRO_SESSION=_SESSION, MCL_REPRO_PROGRESS='0')
+    # one session for all kernels, so that `status` shows all their stages; progress is told here and not in the copy; claims are judged on tables made since
+    ours = dict(MCL_REPRO_NOTEBOOK=name, MCL_REPRO_BEGAN=str(time.time()), MCL_REPRO_SESSION=_SESSION, MCL_REPRO_PROGRESS='0')
     with _environment(**ours, PYTHONPATH=path, PYDEVD_DISABLE_FILE_VALIDATION='1'), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return papermill.execute_notebook(str(source), str(target), parameters=parameters, engine_name=_engine(), kernel_name='python3', language='python',

@@ -115,6 +115,7 @@ class Run:
         if table not in self._frames:
             path = self.folder/'tables'/f'{table}.csv'; about = _read_json(path.with_suffix('.json'))
             if not path.exists() or not about: raise MissingRows(f'{table} was not made; run: mcl_repro run {table.partition(".")[0]}')
+            if path.stat().st_mtime < float(os.environ.get('MCL_REPRO_BEGAN', 0)): raise MissingRows(f'{table} is of an earlier run and was not asked for in this one')
             for name, checksum in about['files'].items():
                 if not (f := path.with_name(name)).exists() or _sha256(f) != checksum: raise StoreError(f'tables/{name} is not as it was written; make it again with: mcl_repro run {table.partition(".")[0]} --force')
             frame = read_table(path); spec = frame.attrs['table']
@@ -175,7 +176,10 @@ def _terms(source, selection, id):
     rows = source.rows(table); real = table in _entries('tables')
     printed = {f: {r[f] for r in Printed().rows(table)} for f in factors} if real else {}
     found = _selected(table, wanted, rows, printed)
-    if not found: raise SettingsError(f'{id}: {table} has no cell with {wanted}') if source.name == 'printed' else MissingRows(f'{table} has no cell with {wanted}; run: mcl_repro run {table.partition(".")[0]}')
+    lacks = [f'{f} {_label(v)}' for f, w in wanted.items() if not isinstance(w, dict) for v in (w if isinstance(w, list) else [w]) if _label(v) not in {r[f] for r in rows}]
+    if lacks or not found:
+        what = f"{table} has no cell with {', '.join(lacks) or wanted}"
+        raise SettingsError(f'{id}: {what}') if source.name == 'printed' else MissingRows(f'{what}; run: mcl_repro run {table.partition(".")[0]}')
     free = [f for f in factors if len({r[f] for r in rows if not printed or r[f] in printed[f]}) > 1 and (f not in wanted or isinstance(wanted[f], (list, dict)))]
     times, plus = selection.get('times', 1), selection.get('plus', 0)
     return [Term({f: r[f] for f in free}, lambda look, r=r: times*look(table, r) + plus, source.unit(table, r)) for r in found]
@@ -254,6 +258,9 @@ def _intervals(margins, level=.95): # [k, S, 1 + B]
         x, n = margins[:, :, 0], margins.shape[1]; value, error = x.mean(1, keepdims=True), x.std(1, ddof=1, keepdims=True)/math.sqrt(n)
         at = lambda p: error*t.ppf(1 - p/2, n - 1)
         own, reach = np.hstack([value - at(1 - level), value + at(1 - level)]), at((1 - level)/len(x))
+        items = _intervals(margins.mean(1, keepdims=True), level) if margins.shape[2] > 1 else (own, own)
+        wider = lambda a, b: np.stack([np.minimum(a[:, 0], b[:, 0]), np.maximum(a[:, 1], b[:, 1])], 1)
+        return wider(own, items[0]), wider(np.hstack([value - reach, value + reach]), items[1])
     return own, np.hstack([value - reach, value + reach])
 
 # %% ../nbs/08b_claims.ipynb #5f733478

@@ -35,7 +35,7 @@ OWN = {
     'false_positives': dict(poison_rate=[.6, .5, .4, .3], method=['ABL', 'Similarity', 'CFBD', 'CFBD, q chosen'], attack=None, metric=['FPR', 'precision']),
     'precision': dict(attack=None, stage=['coarse', 'fine'], metric=['AUPRC', 'precision at recall 10%', 'precision at recall 50%', 'precision at recall 90%', 'precision of the first n', 'poison in D_b', 'precision of D_sp', 'TPR', 'FPR']),
     'fit': dict(K=[1, 5], below=[1, 50, 99]),
-    'regions': dict(K=[1, 5], gamma=[80, 90], metric=['poison', 'size']),
+    'regions': dict(K=[1, 5], gamma=[80, 90, 95, 99], metric=['poison', 'size']),
     'sizes': dict(attack=None, q=[50, 400], metric=['TPR', 'FPR', 'AUROC', 'poison in D_p']),
 }
 ATTACKS = ['BadNets', 'Blended', 'Trojan', 'ISSBA', 'LC', 'WaNet', 'mmPoison', 'BadCLIP', 'SIG']
