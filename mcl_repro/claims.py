@@ -541,7 +541,6 @@ def _share(n, total): return f'{n} of {total}'
 
 def glance(
     folder:str|Path,  # a run's folder, or the published records
-    links:str='',  # put before the names of notebooks, 'nbs/' in the README
 )->str: # Markdown
     "Results at a glance: printed cells, claims by verdict, and a table for each paper."
     folder, judged = Path(folder), read_judged(folder); lines, tables = [], []

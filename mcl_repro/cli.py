@@ -108,6 +108,14 @@ def clean(args):
     print(f"{'removed' if args.yes else 'would remove'} {len(rows)} things, {size:.1f} MB" + ('' if args.yes else '; do it with: mcl_repro clean --yes'))
 
 # %% ../nbs/21_cli.ipynb #ea48e8af
+def _published_claims(profile) -> list:
+    "The published verdicts of a profile, said to be such; [] where there are none."
+    from mcl_repro.publish import published, published_claims
+    try: about = published()
+    except SettingsError: return []
+    if about['profile'] != profile: return []
+    _say(f"no run of your own here; these are the published results of run {about['run']}"); return published_claims().to_dict('records')
+
 def _claims(args):
     "The claims asked for: (`Claim`, its row of claims.csv)."
     from pathlib import Path
@@ -117,7 +125,7 @@ def _claims(args):
     if args.paper and args.paper not in (papers := {c.paper for c in known.values()}): raise SettingsError(_near(args.paper, papers, 'paper with claims'))
     if args.verdict and args.verdict.replace(' ', '_') not in VERDICTS: raise SettingsError(_near(args.verdict, VERDICTS, 'verdict'))
     if odd := [i for i in args.ids if i not in known]: raise SettingsError(_near(odd[0], known, 'claim'))
-    judged = {r['id']: r for r in read_judged(folder)}
+    judged = {r['id']: r for r in read_judged(folder) or _published_claims(args.profile)}
     if args.verdict and not judged: raise SettingsError(f'no claim was judged in {folder} yet; run first: mcl_repro run --profile {args.profile}')
     for c in known.values():
         if (args.ids and c.id not in args.ids) or (args.paper and c.paper != args.paper): continue

@@ -375,6 +375,30 @@ def _wrong_claims(shown, claims) -> list[str]:
     found = [(place, next((c for c in row if c in known), None), {names[t] for c in row if (t := c.replace('_', ' ')) in names}) for place, forms in shown for row in _rows(forms)]
     return [f"{place}: {claim} is {' and '.join(sorted(said)).replace('_', ' ')}, on record {known[claim].replace('_', ' ')}" for place, claim, said in found if claim and said - {known[claim]}]
 
+# %% ../nbs/25_publish.ipynb #b502afd3
+_FRONT = '## Results at a glance'
+
+def _front_text(folder, stamp) -> str:
+    "The section of the index."
+    from mcl_repro.claims import glance
+    return f'{_FRONT}\n\n{_stamp_line(stamp)} Every sentence of the papers about numbers is judged twice by one rule, on the cells that the paper prints and on ours; the rules stand in [08b_claims](nbs/08b_claims.ipynb), the evidence at the end of each paper\'s notebook.\n\n{glance(folder)}'.rstrip()
+
+def _front_page(nbs, folder, stamp) -> dict[Path, str]:
+    "The index with this section, and the README made of it; {} where there is no index."
+    path = nbs/'index.ipynb'
+    if not path.exists(): return {}
+    import nbformat
+    from nbconvert import MarkdownExporter
+    notebook = json.loads(path.read_text(encoding='utf-8'))
+    for cell in notebook['cells']:
+        if ''.join(cell['source']).startswith(_FRONT): cell['source'] = _front_text(folder, stamp).splitlines(True)
+    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+    return {path: text, nbs.parent/'README.md': MarkdownExporter().from_notebook_node(nbformat.reads(text, as_version=4))[0].rstrip() + '\n'}
+
+def _wrong_front(nbs, about) -> list[str]:
+    "Whether the index says what the records say."
+    pages = _front_page(nbs, nbs/'results', about); return [f'{p.name}: its results at a glance are not those on record' for p, text in pages.items() if p.read_text(encoding='utf-8').strip() != text.strip()]
+
 # %% ../nbs/25_publish.ipynb #0866ccf2
 def _wrong_notebook(path, notebook, part, stamp) -> list[str]:
     "What is wrong with one notebook; `part`: its entry in `run.json`, `stamp`: of a paper's notebook."
@@ -396,7 +420,7 @@ def check_published(
         wrong += _wrong_notebook(path, notebook, parts.get(name), stamp)
         if stamp: shown += [(f'{path.name} #{c}', forms) for c, forms in _shown(notebook)]
     sizes = lambda files: {p: p.stat().st_size for p in files if p.is_file()}
-    return [*wrong, *_wrong_tables(shown, results/'tables'), *_wrong_claims(shown, published_claims(results)),
+    return [*wrong, *_wrong_front(nbs, about), *_wrong_tables(shown, results/'tables'), *_wrong_claims(shown, published_claims(results)),
             *_too_large(sizes(paths.values()), NOTEBOOKS_LIMIT, 'the notebooks'), *_too_large(sizes(results.rglob('*')), RECORDS_LIMIT, 'the records')]
 
 def _too_large(sizes, limit, what) -> list[str]:
@@ -447,7 +471,7 @@ def publish(
     if wrong := _wrong_tables(shown, folder/'tables') + _wrong_claims(shown, _claims(folder)): raise StoreError(f'{wrong[0]}; run its notebook again: {_again(folder, True)}')
     library = {n: {'key': k, 'outputs': _checksum(parsed[p]) if (p := library_notebooks(nbs)[n]) in parsed else before[n]['outputs']} for n, k in keys.items()} if keys else {n: b for n, b in before.items() if n in library_notebooks(nbs)}
     about = json.dumps(_about(run, stamp, texts, library, records), indent=1, ensure_ascii=False, sort_keys=True) + '\n'
-    files = {**{results/f: b for f, b in records.items()}, **{p: t.encode() for p, t in texts.items()}, results/'run.json': about.encode()}
+    files = {**{results/f: b for f, b in records.items()}, **{p: t.encode() for p, t in {**texts, **_front_page(nbs, folder, stamp)}.items()}, results/'run.json': about.encode()}
     if large := _too_large({p: len(b) for p, b in files.items() if p.is_relative_to(results)}, RECORDS_LIMIT, 'the records'): raise SettingsError(f'{large[0]}; put less into them')
     return Published(stamp, _write_all(files, results), sum(p.stat().st_size for p in nbs.glob('[!._]*.ipynb')))
 
