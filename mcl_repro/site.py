@@ -322,7 +322,7 @@ def fence(
 
 def _sentence(doc):
     "The first sentence of a docstring, or of its parts between semicolons."
-    return re.split(r'(?<=[.;])\s', ' '.join(doc.split()))[0].rstrip('.;') if doc else ''
+    return re.split(r'(?<=[.;])(?<!Eq\.)(?<!Eqs\.)(?<!e\.g\.)(?<!i\.e\.)\s', ' '.join(doc.split()))[0].rstrip('.;') if doc else ''
 
 def _marked(doc):
     "A sentence as HTML, with code as code."
@@ -396,6 +396,10 @@ def _code_page(page, kind, text, info=''):
     if kind != 'exported': return code
     return fence(f'<details class="exported"><summary>{summary(text, page)}</summary>', '{raw} html') + '\n' + code + '\n' + fence('</details>', '{raw} html')
 
+def _formulas(text):
+    "A LaTeX environment that stands alone is a formula, as in Jupyter (MyST would give it a random name)."
+    return re.sub(r'(?<![^\n]\n)(?<![^\n])(\\begin\{(\w+\*?)\}.*?\\end\{\2\})', lambda m: f'$$\n{m[1]}\n$$', text, flags=re.S)
+
 def markdown_page(
     page:Page,  # a notebook
     names:set[str],  # of all pages
@@ -412,7 +416,7 @@ def markdown_page(
         if kind == 'text':
             heading = next((h.strip('#* ') for h in reversed(re.findall(r'^#{1,6}\s+(.+)$', text, re.M))), heading)
             for name, forms in cell.get('attachments', {}).items(): text = text.replace(f'attachment:{name}', picture(_attached(forms), Path(name).suffix.lstrip('.')))
-            parts.append(relink(text, names))
+            parts.append(_formulas(relink(text, names)))
             if not noted: parts.append(fence(f'<p class="origin">{note}</p>', '{raw} html')); noted = True
             continue
         alt = alt_text(text, heading, folder)
@@ -607,7 +611,7 @@ def settings(
         return '../' + place.replace('#', '.html#', 1) if place else None
     colours = {'color-brand-primary': '#0a6c87', 'color-brand-content': '#0a6c87'}, {'color-brand-primary': '#63c5de', 'color-brand-content': '#63c5de'}
     return dict(project='mcl_repro', extensions=['myst_parser', 'sphinx.ext.linkcode', 'mcl_repro.site'], mcl_links=links, linkcode_resolve=source, root_doc='index',
-                source_suffix={'.md': 'markdown', '.rst': 'restructuredtext'}, myst_enable_extensions=['dollarmath', 'amsmath'], myst_heading_anchors=6, myst_dmath_double_inline=True, suppress_warnings=['myst.header', 'config.cache'],
+                source_suffix={'.md': 'markdown', '.rst': 'restructuredtext'}, myst_enable_extensions=['dollarmath'], myst_heading_anchors=6, myst_dmath_double_inline=True, suppress_warnings=['myst.header', 'config.cache'],
                 smartquotes=False, language='en', html_theme='furo', html_title='mcl_repro', html_static_path=[str(static)], html_css_files=['site.css'], html_js_files=['site.js'], html_favicon=str(Path(static)/'site.svg'),
                 html_theme_options=dict(light_css_variables=colours[0], dark_css_variables=colours[1], navigation_with_keys=False), html_math_renderer='mathml', html_last_updated_fmt=None, html_copy_source=False, html_show_sourcelink=False,
                 html_show_copyright=False, html_domain_indices=False, html_use_index=True, html_permalinks_icon='#', python_maximum_signature_line_length=80, python_use_unqualified_type_names=True, add_module_names=False, toc_object_entries_show_parents='hide')
@@ -710,7 +714,9 @@ class _workplace:
         try: self.out.parent.mkdir(parents=True, exist_ok=True); self.folder = tempfile.mkdtemp(prefix='.site-', dir=self.out.parent)
         except OSError as e: raise StoreError(f'cannot write {self.out.parent}: {e.strerror or e}; mend the permissions or give another folder with --out') from None
         return Path(self.folder)
-    def __exit__(self, *_): shutil.rmtree(self.folder, ignore_errors=True)
+    def __exit__(self, kind, e, _):
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(e, OSError): raise StoreError(f'cannot write {self.out.parent}: {e.strerror or e}; free space or give another folder with --out') from None
 
 def _finish(built, pages, claims, folder):
     "Add the notebooks and the claims' pages, remove Sphinx's notes."
@@ -724,11 +730,9 @@ def _finish(built, pages, claims, folder):
 
 def _replace(built, out):
     "Put a finished site in its place."
-    os.chmod(built, 0o755); old = built.with_name('old')
-    try:
-        if out.exists(): os.replace(out, old)
-        os.replace(built, out)
-    except OSError as e: raise StoreError(f'cannot write {out}: {e.strerror or e}; mend the permissions or give another folder with --out') from None
+    os.chmod(built, 0o755)
+    if out.exists(): os.replace(out, built.with_name('old'))
+    os.replace(built, out)
 
 # %% ../nbs/24_site.ipynb #51202aae
 def main(
