@@ -329,8 +329,8 @@ class Judgement:
     @property
     def comparisons(self): return [c for _, cs, _ in self.rules for c in cs]
     @property
-    def decisive(self): # the comparison that the verdict hangs on: the worst of a rule that did not hold, else the closest
-        found = {o: [c for _, cs, out in self.rules if out == o for c in cs] for o in ('fails', 'open', 'holds')}
+    def decisive(self): # the comparison that the verdict hangs on: the worst that made a rule fail or left it open, else the closest of those that hold
+        found = {o: [c for _, cs, out in self.rules if out == o for c in cs if c.state == o] or [c for _, cs, out in self.rules if out == o for c in cs] for o in ('fails', 'open', 'holds')}
         scale = lambda c: (c.margin/max(abs(c.left), 1e-9)) if math.isnan(c.ci_low) else c.margin/max(c.ci_high - c.ci_low, 1e-9)
         return min(next((cs for cs in found.values() if cs), []), key=scale, default=None)
     @property
