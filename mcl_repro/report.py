@@ -897,6 +897,8 @@ def _read_run(folder) -> dict:
     "Everything that the page shows, read from a run's folder."
     problems = []; notebooks = _read_notebooks(folder, problems); claims = _read_claims(folder, problems)
     tables, figures = _read_all(folder, 'tables', _read_table, problems), _read_all(folder, 'figures', _read_figure, problems)
+    for t in tables: t['forest'] = next((f for f in figures if f['id'] == f"{t['id']}_forest"), None)      # shown with its table
+    figures = [f for f in figures if not any(f is t['forest'] for t in tables)]
     provenance = _read_json(Path(folder)/'provenance.json') or {}
     named = _yaml('layouts.yaml')['papers']; of = lambda items, p: [i for i in items if i['id'].partition('.')[0] == p]
     ids = [*named, *sorted({i['id'].partition('.')[0] for i in (*tables, *figures)} - set(named))]
