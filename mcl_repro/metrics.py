@@ -409,7 +409,7 @@ def paired_bootstrap(outcomes, # [n], of the model that is judged
     return Estimate(float(statistic(a, axis=-1) - statistic(b, axis=-1)), float(low), float(high))
 
 # %% ../nbs/05_metrics.ipynb #f5e4ebd5
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _draws(n: int, # items
            groups: bytes | None, # int64 group of each item, as bytes, so that it can be remembered
            count: int, # draws
@@ -419,7 +419,7 @@ def _draws(n: int, # items
     rng = np.random.default_rng(seed)
     of = np.arange(n) if groups is None else np.unique(np.frombuffer(groups, np.int64), return_inverse=True)[1]
     members = int(of.max()) + 1
-    drawn = np.stack([np.bincount(rng.integers(0, members, members), minlength=members) for _ in range(count)]).astype(np.int16)
+    drawn = rng.multinomial(members, np.full(members, 1/members), count).astype(np.int16)
     return drawn if groups is None else drawn[:, of]
 
 def _weighted_median(x: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -72,6 +72,7 @@ class TableSpec:
         return f'{name} Table {self.number}' if self.number else f'{name}, {self.id.partition(".")[2]} (ours)'
 
 # %% ../nbs/08_report.ipynb #218514d1
+@cache
 def table_spec(
     table_id:str,  # an id of papers/tables.yaml such as 'ubt.table1'
 )->TableSpec: # its factors and layout
