@@ -32,6 +32,7 @@ def _smaller(image, colours, width) -> str:
     "A PNG of at most so many colours and pixels across, in base64."
     from PIL import Image
     if image.width > width: image = image.resize((width, max(1, round(image.height*width/image.width))), Image.Resampling.LANCZOS)
+    if not image.getcolors(1 << 15): image = image.point([round(round(v*31/255)*255/31) for v in range(256)]*3)     # a photograph: its palette would take minutes
     out = io.BytesIO(); image.quantize(colours, Image.Quantize.MAXCOVERAGE, 1).save(out, 'PNG', optimize=True)     # the palette that is never far off; the default turns a little green on much blue into blue
     return base64.b64encode(out.getvalue()).decode()
 
