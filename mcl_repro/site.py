@@ -125,10 +125,14 @@ def read_module(
         module.definitions.update((d.name, d) for d in made)
     return module
 
+def _names(node):
+    "The names that an assignment binds, `A, B = 1, 2` included."
+    return [t for target in getattr(node, 'targets', [getattr(node, 'target', None)]) for t in (target.elts if isinstance(target, ast.Tuple) else [target]) if isinstance(t, ast.Name)]
+
 def _data(module, node, said, wanted):
     "Constants, with the beginning of their value."
     value = ast.unparse(node.value) if node.value else ''; value = value if len(value) <= 72 else value[:70].rstrip() + ' …'
-    names = [t.id for t in (node.targets if isinstance(node, ast.Assign) else [node.target]) if isinstance(t, ast.Name) and t.id != '__all__']
+    names = [t.id for t in _names(node) if t.id != '__all__']
     return [Definition(module, n, 'data', f' = {value}', said.get(node.end_lineno, ''), exported=wanted(n)) for n in names]
 
 # %% ../nbs/24_site.ipynb #520410a2
@@ -202,7 +206,7 @@ def mentions(
 def _defined(tree, lines):
     "(line, column, name) of what a cell defines at its top and in its classes."
     for node in tree.body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)): yield from ((t.lineno, t.col_offset, t.id) for t in getattr(node, 'targets', [getattr(node, 'target', None)]) if isinstance(t, ast.Name))
+        if isinstance(node, (ast.Assign, ast.AnnAssign)): yield from ((t.lineno, t.col_offset, t.id) for t in _names(node))
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): continue
         inner = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))] if isinstance(node, ast.ClassDef) else []
         owner = '' if isinstance(node, ast.ClassDef) else _patched(node)
