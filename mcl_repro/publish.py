@@ -398,7 +398,7 @@ def _front_page(nbs, folder, stamp) -> dict[Path, str]:
 
 def _wrong_front(nbs, about) -> list[str]:
     "Whether the index says what the records say."
-    pages = _front_page(nbs, nbs/'results', about); return [f'{p.name}: its results at a glance are not those on record' for p, text in pages.items() if p.read_text(encoding='utf-8').strip() != text.strip()]
+    pages = _front_page(nbs, nbs/'results', about); return [f'{p.name}: its results at a glance are not those on record' for p, text in pages.items() if p.exists() and p.read_text(encoding='utf-8').strip() != text.strip()]
 
 # %% ../nbs/25_publish.ipynb #0866ccf2
 def _wrong_notebook(path, notebook, part, stamp) -> list[str]:
