@@ -135,7 +135,7 @@ def _body(card):
         "Measured": _table(*_measured(card)), "Settings": listed(f"{_inline(k)}: {_inline(v)}" for k, v in _flat(card.settings)),
         "Inputs and their licences": _table(*_inputs(card)), "Limits": listed(f"{_inline(r.get('text', ''))} *({_inline(r.get('evidence', ''))})*" for r in card.limits),
         "Notes": listed(map(_inline, card.notes))}
-    return "\n\n".join([f"# {_inline(card.title)}", f"**{_inline(card.outcome)}**", *(f"## {k}\n\n{v}" for k, v in parts.items() if v)]) + "\n"
+    return "\n\n".join([f"# {_inline(card.title)}", *(f"**{o}**" for o in [_inline(card.outcome)] if o), *(f"## {k}\n\n{v}" for k, v in parts.items() if v)]) + "\n"
 
 # %% ../nbs/31_cards.ipynb #69d79e9a
 _HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC BY 4.0": "cc-by-4.0", "CC BY-SA 4.0": "cc-by-sa-4.0"}
@@ -331,17 +331,28 @@ def _gallery(title, items, text=""):
     shown = []
     for item in items:
         _check_tone(item.get("tone", "neutral"))
-        caption, label = _shown(item.get("caption") or "no caption", 240), _shown(item.get("label") or "", 120)
+        caption, label = _shown(item.get("caption") or "no caption", 120), _shown(item.get("label") or "", 60)
         shown.append(dict(_thumbnail(item["image"]), caption=caption, label=label, tone=item.get("tone", "neutral")))
     return dict(title=_shown(title), text=_shown(text, 2000), shown=shown)
 
-def _cells(frame, most=200):
-    "A data frame as the page shows it: heads, rows of (text, is a number), and how many rows were left out."
+def _cell(value):
+    "A value as a page's table shows it: text, and 'number', 'long' or ''."
+    if hasattr(value, "item"): value = value.item()
+    if isinstance(value, bool): return ("yes" if value else "no"), ""
+    if value is None or value is pd.NA or value != value: return "", ""
+    text = _number(value) if isinstance(value, (int, float)) else _shown(value, 240)
+    return text, "number" if isinstance(value, (int, float)) else "long" if len(text) > 24 else ""
+
+def _grid(heads, rows, most=200):
+    "A table as the page shows it: heads and rows of (text, class), and how many rows were left out."
+    shown = [[_cell(v) for v in r] for r in rows[:most]]
+    kinds = ["number" if any(r[i][1] == "number" for r in shown) else "" for i in range(len(heads))]
+    return dict(heads=[(_shown(h, 80), k) for h, k in zip(heads, kinds)], rows=shown, left=max(0, len(rows) - most))
+
+def _frame_grid(frame):
+    "A data frame as the page shows it, with its index where that is more than a count."
     frame = frame if frame.index.equals(pd.RangeIndex(len(frame))) else frame.reset_index()
-    number = lambda v: isinstance(v, (int, float, np.integer, np.floating)) and not isinstance(v, (bool, np.bool_))
-    one = lambda v: ("", False) if v is None or v is pd.NA or (isinstance(v, float) and v != v) else (_number(v.item() if hasattr(v, "item") else v), True) if number(v) else (_shown(v, 240), False)
-    rows = [[one(v) for v in row] for row in frame.iloc[:most].itertuples(index=False, name=None)]
-    return dict(heads=[_shown(c, 80) for c in frame.columns], rows=rows, left=max(0, len(frame) - most))
+    return _grid(list(frame.columns), list(frame.itertuples(index=False, name=None)))
 
 # %% ../nbs/31_cards.ipynb #466d5964
 def write_page(card: Card, # any
@@ -351,10 +362,9 @@ def write_page(card: Card, # any
                tables=() # (title, DataFrame, text)
     ) -> Path: # the file
     "Write a card as one self-contained HTML page; the same content gives the same bytes. Raises SettingsError for a picture or a tone that it cannot show, StoreError where it cannot be written."
-    cells = lambda heads, rows: dict(heads=heads, rows=[[(_shown(c), False) for c in r] for r in rows], left=0)
     page = dict(card=dict(kind=_shown(card.kind), title=_shown(card.title), outcome=_shown(card.outcome, 2000), tone=card.tone, word=_TONE_WORDS[card.tone], done=[_shown(s, 2000) for s in card.done], notes=[_shown(s) for s in card.notes],
             limits=[dict(text=_shown(r.get("text", ""), 2000), evidence=_shown(r.get("evidence", ""))) for r in card.limits], settings=[(_shown(k), _shown(v)) for k, v in _flat(card.settings)]),
         galleries=[_gallery(*g) for g in galleries], figures=[dict(title=_shown(t), src=_figure_uri(f), text=_shown(text, 2000)) for t, f, text in figures],
-        tables=[dict(title=_shown(t), text=_shown(text, 2000), **_cells(frame)) for t, frame, text in tables],
-        measured=cells(*_measured(card)), inputs=cells(*_inputs(card)), made=", ".join(f"{k} {v}" for k, v in made_with().items()), words=_TONE_WORDS)
+        tables=[dict(title=_shown(t), text=_shown(text, 2000), **_frame_grid(frame)) for t, frame, text in tables],
+        measured=_grid(*_measured(card)), inputs=_grid(*_inputs(card)), made=", ".join(f"{k} {v}" for k, v in made_with().items()), words=_TONE_WORDS)
     return _write(path, _templates().get_template("card.html.j2").render(page))
