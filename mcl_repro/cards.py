@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
+from jinja2 import ChoiceLoader, PackageLoader
 from PIL import Image
 
 from .data import read_manifest
@@ -157,7 +158,7 @@ class _FactsDumper(yaml.SafeDumper):
 def _quoted(dumper, text): return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 _FactsDumper.add_representer(str, _quoted)
 
-class _FactsLoader(yaml.SafeLoader):
+class _SafeFacts(yaml.SafeLoader):
     "Safe YAML without aliases: a few lines of these can stand for a terabyte."
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent): raise yaml.YAMLError("aliases are not allowed")
@@ -185,7 +186,7 @@ def _front_matter(path):
     except (OSError, UnicodeDecodeError) as e: raise DataError(f"{path}: cannot be read as a card ({getattr(e, 'strerror', None) or 'not UTF-8'})") from None
     front = re.match(r"---\r?\n(.*?)^---\r?$", text, re.S | re.M)
     if not front: raise DataError(f"{path}: not a card; it must begin with --- and YAML")
-    try: return yaml.load(front[1], _FactsLoader)
+    try: return yaml.load(front[1], _SafeFacts)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e: raise DataError(f"{path}: its front matter is not safe YAML ({(str(e).splitlines() or [type(e).__name__])[0]})") from None
 
 def read_card(path # of `write_card`
@@ -354,7 +355,12 @@ def _frame_grid(frame):
     frame = frame if frame.index.equals(pd.RangeIndex(len(frame))) else frame.reset_index()
     return _grid(list(frame.columns), list(frame.itertuples(index=False, name=None)))
 
-# %% ../nbs/31_cards.ipynb #466d5964
+# %% ../nbs/31_cards.ipynb #5bafd30a
+@cache
+def _page_templates():
+    "The reports' templates and the card's, which stands in a folder of its own: the keys of some stages know the reports' folder by its name."
+    return _templates().overlay(loader=ChoiceLoader([PackageLoader("mcl_repro", "pages"), _templates().loader]))
+
 def write_page(card: Card, # any
                path, # of the HTML file
                *, figures=(), # (title, matplotlib Figure, text)
@@ -367,4 +373,4 @@ def write_page(card: Card, # any
         galleries=[_gallery(*g) for g in galleries], figures=[dict(title=_shown(t), src=_figure_uri(f), text=_shown(text, 2000)) for t, f, text in figures],
         tables=[dict(title=_shown(t), text=_shown(text, 2000), **_frame_grid(frame)) for t, frame, text in tables],
         measured=_grid(*_measured(card)), inputs=_grid(*_inputs(card)), made=", ".join(f"{k} {v}" for k, v in made_with().items()), words=_TONE_WORDS)
-    return _write(path, _templates().get_template("card.html.j2").render(page))
+    return _write(path, _page_templates().get_template("card.html.j2").render(page))

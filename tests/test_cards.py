@@ -53,7 +53,7 @@ def test_hostile_text_comes_back_as_it_was(text, tmp_path):
 @given(st.text(st.characters(codec=None, exclude_categories=()), max_size=60))
 def test_any_text_comes_back_as_it_was(text):
     card = card_with(text)
-    front = yaml.load(re.match(r'---\n(.*?)^---$', card_text(card), re.S | re.M)[1], cards._FactsLoader)
+    front = yaml.load(re.match(r'---\n(.*?)^---$', card_text(card), re.S | re.M)[1], cards._SafeFacts)
     assert Card(**{f.name: tuple(front[f.name]) if isinstance(front[f.name], list) else front[f.name] for f in dataclasses.fields(Card)}) == card
     card_text(card).encode('utf-8')
 
@@ -62,7 +62,7 @@ def test_any_text_comes_back_as_it_was(text):
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=12))
 def test_any_settings_come_back_as_they_were(value):
     card = Card('scan', 'a', 'b', settings=dict(value=value))
-    facts = yaml.load(card_text(card).split('\n---\n')[0].removeprefix('---\n'), cards._FactsLoader)
+    facts = yaml.load(card_text(card).split('\n---\n')[0].removeprefix('---\n'), cards._SafeFacts)
     assert facts['settings'] == card.settings and json.loads(json.dumps(card.settings)) == card.settings
 
 
@@ -83,14 +83,17 @@ def test_facts_that_yaml_could_not_keep_are_made_plain_or_refused():
 
 
 def test_no_path_of_this_machine_stays_in_a_card():
-    said = '/home/somebody/secret/pics/a.jpg cannot be read, nor C:\\Users\\somebody\\b.png or ~/secret/c.png; see https://example.org/x/y'
-    card = Card('scan', said, said, done=(said,), settings=dict(where='/home/some body/secret/x.csv', note=said), inputs=(dict(what='pairs', name='/home/somebody/secret/x.csv'),), notes=(said,))
+    said = '/data/somebody/secret/pics/a.jpg cannot be read, nor D:\\somebody\\pics\\b.png or ~/secret/c.png; see https://example.org/x/y'
+    card = Card('scan', said, said, done=(said,), settings=dict(where='/data/some body/secret/x.csv', note=said), inputs=(dict(what='pairs', name='/data/somebody/secret/x.csv'),), notes=(said,))
     text = card_text(card)
     assert 'secret' not in text and 'somebody' not in text and 'some body' not in text and 'https://example.org/x/y' in card.title
     assert card.settings['where'] == '…/x.csv' and card.inputs[0]['name'] == '…/x.csv' and dataclasses.replace(card) == card
 
 
 # ---- files that are no cards
+
+def test_the_loader_of_cards_is_a_safe_one(): assert issubclass(cards._SafeFacts, yaml.SafeLoader) and not vars(cards._SafeFacts).keys() & {'yaml_constructors', 'yaml_multi_constructors'}
+
 
 @pytest.mark.parametrize('content, said', [(b'', 'must begin with ---'), (b'# A model\n', 'must begin with ---'), (b'---\ntitle: x\n', 'must begin with ---'), (b'\xff\xfe---', 'not UTF-8'), (b'---\n---\n', 'needs kind, title and outcome'),
     (b'---\n- a\n- b\n---\n', 'needs kind, title and outcome'), (b'---\nkind: scan\ntitle: a\noutcome: [\n---\n', 'not safe YAML'), (b'---\nkind: scan\ntitle: a\noutcome: !!python/object/apply:os.getcwd []\n---\n', 'not safe YAML'),
