@@ -96,7 +96,7 @@ def _inline(text):
 def _number(value, unit=""):
     "A number with its unit for a reader."
     if value is None: return "not measured"
-    if isinstance(value, (bool, str)) or not isinstance(value, (int, float)): return str(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value): return str(value)
     text = f"{value:,.1f}" if unit in ("%", "points") else f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
     return text.replace("-", "−") + (unit if unit == "%" else f" {unit}" if unit not in ("", "fraction", "rank") else "")
 
@@ -149,7 +149,8 @@ def _for_hub(card):
     "What a model hub wants to know beside the card's own facts, as far as it is known."
     licences = {_HUB_LICENCES.get(str(r.get("licence")).partition(" (")[0]) for r in card.inputs}
     named = dict(license=licences.pop()) if len(licences) == 1 and None not in licences else {}
-    return {**(dict(library_name="open_clip") if card.kind.endswith("model") else {}), "tags": ["mcl_repro", "-".join(card.kind.lower().split())], **named}
+    library = card.settings.get("library_name", "open_clip") if card.kind.endswith("model") else None
+    return {**(dict(library_name=library) if library else {}), "tags": ["mcl_repro", "-".join(card.kind.lower().split())], **named}
 
 # %% ../nbs/31_cards.ipynb #bd16a547
 class _FactsDumper(yaml.SafeDumper):
@@ -284,7 +285,9 @@ def _evidence(entry, known):
     if not parts and "values" not in entry: return "not measured here"
     return f"run {known['run']}, profile {known['profile']}" + (": " + " and ".join(parts) if parts else "")
 
-# %% ../nbs/31_cards.ipynb #d947afba
+# %% ../nbs/31_cards.ipynb #e188a9e3
+_BY_METHOD = ("scan", "repair", "protect")     # topics whose sentences are about a method
+
 def _sentences(topic):
     "A topic's sentences with their evidence."
     known = _yaml("limits_values.yaml")
@@ -299,7 +302,7 @@ def limits_of(*topics: str # 'scan', 'repair', 'repair:ubt', 'protect', 'attack'
         if base not in known: raise SettingsError(_near(base, [k for k in known if ":" not in k], "topic of limits"))
         own = f"{base}:{method.lower().replace(' ', '_')}"
         if own in known: found += _sentences(own)
-        elif method: found.append(dict(text=f"What {method} cannot do is not known: it was not measured here.", evidence="not measured here"))
+        elif method and base in _BY_METHOD: found.append(dict(text=f"What {method} cannot do is not known: it was not measured here.", evidence="not measured here"))
         found += _sentences(base)
     if any(r["evidence"].startswith("run ") for r in found): found += _sentences("every")
     return tuple({r["text"]: r for r in found}.values())
@@ -338,9 +341,9 @@ def _gallery(title, items, text=""):
 
 def _cell(value):
     "A value as a page's table shows it: text, and 'number', 'long' or ''."
-    if hasattr(value, "item"): value = value.item()
+    if getattr(value, "shape", None) == (): value = value.item()
     if isinstance(value, bool): return ("yes" if value else "no"), ""
-    if value is None or value is pd.NA or value != value: return "", ""
+    if pd.api.types.is_scalar(value) and pd.isna(value): return "", ""
     text = _number(value) if isinstance(value, (int, float)) else _shown(value, 240)
     return text, "number" if isinstance(value, (int, float)) else "long" if len(text) > 24 else ""
 
@@ -352,7 +355,7 @@ def _grid(heads, rows, most=200):
 
 def _frame_grid(frame):
     "A data frame as the page shows it, with its index where that is more than a count."
-    frame = frame if frame.index.equals(pd.RangeIndex(len(frame))) else frame.reset_index()
+    frame = frame if frame.index.equals(pd.RangeIndex(len(frame))) else frame.reset_index(allow_duplicates=True)
     return _grid(list(frame.columns), list(frame.itertuples(index=False, name=None)))
 
 # %% ../nbs/31_cards.ipynb #5bafd30a
