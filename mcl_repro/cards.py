@@ -90,7 +90,7 @@ def _inline(text):
     "Text as one line of Markdown in which nothing is markup."
     text = re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", _shown(text))
     for raw, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("://", "&#58;//"), ("www.", "www&#46;"), ("@", "&#64;")): text = text.replace(raw, safe)
-    return re.sub(r"^(\d+)([.)])|^([-+=])", lambda m: f"{m[1]}\\{m[2]}" if m[1] else f"\\{m[3]}", text)
+    return re.sub(r"^(\d+)([.)])(?=\s|$)|^([-+=])", lambda m: f"{m[1]}\\{m[2]}" if m[1] else f"\\{m[3]}", text)
 
 # %% ../nbs/31_cards.ipynb #dd77bc4d
 def _number(value, unit=""):

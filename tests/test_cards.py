@@ -19,7 +19,7 @@ from mcl_repro.errors import DataError, SettingsError, StoreError
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT/'nbs'/'results'
 HOSTILE = ['---', '---\nkind: scan\n---', 'a: b # c', '- x', '"quoted" and \'quoted\'', '# heading', '```\ncode\n```', '| a | b |', '[here](http://evil.example)', '![p](http://evil.example/p.png)', '<script>alert(1)</script>',
-           '<img src=x onerror=alert(1)>.png', '"><svg onload=alert(1)>', '&lt;b&gt;', '{{ 7*7 }}', '{% include "page.css" %}', '$x^2$', 'yes', 'null', '1e5', '1_000', '0x10', '2026-01-31', '12:30:00', '=', '<<', '~', '!!python/object:os.system x',
+           '<img src=x onerror=alert(1)>.png', '"><svg onload=alert(1)>', '&lt;b&gt;', '{{ 7*7 }}', '{% include "page.css" %}', '$x^2$', 'yes', 'null', '1.', '12) x', '1e5', '1_000', '0x10', '2026-01-31', '12:30:00', '=', '<<', '~', '!!python/object:os.system x',
            '*alias', '&anchor', '🍌 emoji', 'line\u2028separator', 'next\x85line', 'nul\x00byte', 'bell\x07', '\ufeffbom', 'gpj\u202e.exe', 'lone\ud800surrogate', 'tab\tand\r\nreturn', ' leading and trailing ', '', 'long ' * 3000, 'https://example.org/a/b?c=d', 'www.example.org', '@someone']
 
 
