@@ -153,7 +153,7 @@ def attack(pairs, # what to poison: `Pairs` or a source of `open_data`
            dry_run: bool = False, # only say what it would cost
            progress = None # function (done, total, unit, note), such as `Meter()`
     ) -> Attacked: # or `Cost`
-    """Poison pairs that you own, to test a defence on. The same call gives the same bytes.
+    """Poison pairs that you own, to test a defence on, as `attacks.poison` does (CleanCLIP's `create_backdoor_data.py`). The same call gives the same bytes.
 
     Raises SettingsError for an unknown attack, one that fails the conformance check, or a number of pairs that cannot be
     met, and DataError for a folder that is not empty or too many unreadable pictures, all before anything is written.
