@@ -7,8 +7,8 @@ __all__ = ['INPUTS', 'METHODS', 'AFTERWARDS', 'VARIANTS', 'FILES', 'Method', 'pr
            'make_plan', 'trained', 'repair_finetune', 'repair_cleanclip', 'repair_supervised', 'similarities',
            'Suspects', 'find_suspects', 'product_rows', 'unlearn', 'repair_ubt', 'become', 'repair_cfbd', 'Given',
            'check_given', 'open_given', 'read_given', 'aside', 'set_aside', 'watch_pairs', 'watch_images',
-           'weight_change', 'identity_of', 'check_folder', 'release', 'estimate', 'make_card', 'Repaired',
-           'measure_change', 'repair', 'change_figure', 'selected_gallery']
+           'weight_change', 'identity_of', 'check_folder', 'check_storable', 'release', 'estimate', 'make_card',
+           'Repaired', 'measure_change', 'repair', 'change_figure', 'selected_gallery']
 
 # %% ../nbs/34_repairing.ipynb #93f5af26
 import copy, json, time
@@ -33,7 +33,7 @@ from .lab import _device, _peak, _reset_peak, _write_json, load_profile
 from .metrics import bootstrap_interval, correct, hits, paired_bootstrap, retrieval_ranks
 from .report import _near, _write
 from .stages import pair_similarities
-from .training import Callback, Recipe, StopWhen, contrastive_loss, epoch_batches, read_batch, rows_of, train, training_set
+from .training import Callback, Recipe, StopWhen, _free_memory, contrastive_loss, read_batch, rows_of, train, training_set
 from .ubt import (cartesian_pairs, forgotten, looks_poisoned, most_fitting, most_similar, overfitting_loss, split_suspicious, stop_level,
                            unlearning_loss)
 
@@ -49,7 +49,7 @@ class Method:
     defaults: object = field(default_factory=dict)  # all its settings, and under `recipe` those of `Recipe`; or a function (profile, count, given) -> these
     holds_out: str | None = None   # the input it trains on and a tenth of which is kept from it, to watch clean quality; None: `trusted` where it is needed
     check: Callable | None = None  # (clip, settings): raises SettingsError for what cannot work, before any long work
-    work: Callable | None = None   # (count, recipe, settings) -> (pairs it trains on, pairs it only embeds), passes counted, for the cost
+    work: Callable | None = None   # (given, recipe, settings) -> (pairs it trains on, pairs it only embeds), passes counted, for the cost; `given` has pairs, trusted, images; default: the recipe's epochs
 
 METHODS = {}
 
@@ -142,7 +142,7 @@ def _check_cleanclip(clip, settings):
     caption_views(clip, [], synonyms=settings["synonyms"], letterless=settings["letterless"])
 
 METHODS["cleanclip"] = Method(repair_cleanclip, says="Fine-tune on pairs that you trust, with CleanCLIP's losses.", defaults=_cleanclip_defaults, holds_out="pairs",
-                              check=_check_cleanclip, work=lambda n, recipe, settings: (2 * recipe["epochs"] * n, 0))
+                              check=_check_cleanclip, work=lambda given, recipe, settings: (2 * recipe["epochs"] * len(given.pairs), 0))
 METHODS["finetune"] = Method(repair_finetune, says="Fine-tune on pairs that you trust, with the contrastive loss.", defaults=_finetune_defaults, holds_out="pairs")
 
 # %% ../nbs/34_repairing.ipynb #8b3bf6d0
@@ -169,7 +169,7 @@ def _check_supervised(clip, settings):
     if settings["per_class"] < 1: raise SettingsError(f"per_class must be at least 1, not {settings['per_class']}")
 
 METHODS["supervised"] = Method(repair_supervised, ("images",), "Train a linear head and the image tower on labelled images.", _supervised_defaults, "images", _check_supervised,
-                               lambda n, recipe, settings: (recipe["epochs"] * n, 0))
+                               lambda given, recipe, settings: (recipe["epochs"] * min(len(given.images), settings["per_class"] * len(given.images.classnames)), 0))
 
 # %% ../nbs/34_repairing.ipynb #3f8b616a
 def _kept(path, make):
@@ -292,7 +292,7 @@ def _check_ubt(clip, settings):
     if not 0 < settings["trusted_share"] <= 1: raise SettingsError(f"trusted_share lies between 0 and 1, not {settings['trusted_share']:g}")
     Recipe(**settings["overfit"])
 
-def _ubt_work(n, recipe, s): return 2 * n * s["overfit"]["epochs"] + s["steps"] * (recipe["batch_size"] + 128), 2 * n
+def _ubt_work(given, recipe, s): return 2 * len(given.pairs) * s["overfit"]["epochs"] + s["steps"] * (recipe["batch_size"] + 128), 2 * len(given.pairs)
 
 METHODS["ubt"] = Method(repair_ubt, ("pairs", "reference"), "Find pairs that look poisoned, with a clean CLIP's help, and unlearn them.", _ubt_defaults, None, _check_ubt, _ubt_work)
 
@@ -325,7 +325,7 @@ def _cfbd_defaults(profile, count, given):
     return dict(keep="full", mapping=mapping, detect=dict(own["detect"], q=sizes, guard=True), recipe=scaled(profile["finetune"], profile_pairs(profile, "finetune"), count))
 
 METHODS["cfbd"] = Method(repair_cfbd, ("pairs", "reference", "trusted"), "Leave out the pairs that CFBD flags, and train a new model from the clean one.", _cfbd_defaults,
-                         work=lambda n, recipe, settings: (recipe["epochs"] * n, n))
+                         work=lambda given, recipe, settings: (recipe["epochs"] * len(given.pairs), len(given.pairs) + len(given.trusted)))
 
 # %% ../nbs/34_repairing.ipynb #5180d7ce
 @dataclass
@@ -428,9 +428,11 @@ def _change(what, before, after, scale=100., unit="%", groups=None, judged=True)
     "One measured row: means before and after, the interval of the second, and the difference with its paired interval."
     now, difference = bootstrap_interval(after, groups=groups), paired_bootstrap(after, before, groups=groups)
     return dict(what=what, before=scale * float(np.mean(before)), value=scale * now.value, unit=unit, ci_low=scale * now.ci_low, ci_high=scale * now.ci_high,
-                change=[scale * x for x in difference[:3]], fell=bool(judged and difference.ci_high < 0))
+                change=[scale * x for x in difference[:3]], **(dict(fell=bool(difference.ci_high < 0)) if judged else {}))
 
-def watch_pairs(before: Clip, after: Clip, pairs: Pairs) -> list: # dictionaries
+def watch_pairs(before: Clip, after: Clip, pairs: Pairs,
+                judged: bool = True # whether a fall would be one; not where the towers need not fit any more
+    ) -> list: # dictionaries
     "Retrieval and the cosine of matching pairs, of two models on the same pairs."
     used, rows = np.unique(pairs.image_rows, return_inverse=True)
     images, k = pairs.images.take(used), 10 if len(used) >= 500 else 1
@@ -439,7 +441,7 @@ def watch_pairs(before: Clip, after: Clip, pairs: Pairs) -> list: # dictionaries
         u, v = embed_images(clip, images), embed_texts(clip, list(pairs.captions))
         found.append(retrieval_ranks(u, v, rows)); cosines.append((u[rows] * v).sum(-1).double().numpy())
     pair = lambda way: [hits(getattr(r, way), k).astype(float) for r in found]
-    return [_change(f"retrieval, picture to caption, Hit@{k}", *pair("image_to_text")), _change(f"retrieval, caption to picture, Hit@{k}", *pair("text_to_image"), groups=rows),
+    return [_change(f"retrieval, picture to caption, Hit@{k}", *pair("image_to_text"), judged=judged), _change(f"retrieval, caption to picture, Hit@{k}", *pair("text_to_image"), groups=rows, judged=judged),
             _change("cosine of matching pairs", *cosines, 1., "", rows, judged=False)]
 
 def watch_images(before: Clip, after: Clip, images: LabelledImages, headed: bool = False # `after` has a head that classifies
@@ -478,6 +480,12 @@ def check_folder(folder: Path, identity: dict) -> Path: # for restart points
     elif (taken := next((n for n in FILES if (folder/n).exists()), None)): raise SettingsError(f"{folder} holds a {taken} already: take another folder")
     return unfinished
 
+def check_storable(clip: Clip):
+    "SettingsError for weights that a safetensors file cannot hold: two names for one memory."
+    seen = {}
+    for name, t in clip.model.state_dict().items():
+        if t.numel() and (other := seen.setdefault(t.data_ptr(), name)) != name: raise SettingsError(f"{clip.name}: the weights {other} and {name} share their memory, which a safetensors file cannot hold; repair it without a folder, or untie them")
+
 FILES = ("clip.safetensors", "head.safetensors", "CARD.md", "report.csv", "selected.csv")   # of a repair
 
 def release(unfinished: Path):
@@ -493,21 +501,21 @@ class _Clock(Callback):
 
 def _memory(device): return (_peak(dict(type=device.type)) or {}).get("peak_gpu_memory_mb" if device.type == "cuda" else "peak_memory_mb", 0.) * 2**20
 
-def estimate(clip: Clip, way: Method, opened: Given, plan: Plan, folder=None) -> Cost: # the model is trained for two steps
-    "Time two steps and multiply."
-    data = next(d for d in (opened.pairs, opened.images, opened.trusted) if d is not None)
+def estimate(clip: Clip, way: Method, data, opened: Given, plan: Plan, folder=None) -> Cost: # the model is trained for three steps
+    "Time steps on some of the pairs or images that a method trains on, and multiply."
     pairs = data if isinstance(data, Pairs) else Pairs(data.ids, [data.classnames[l] for l in data.labels], data.images, None, data.labels, data.name)
     n, batch, device, clock = len(pairs), min(plan.recipe.get("batch_size", 64), len(pairs)), clip.device, _Clock()
     some = pairs.select(np.random.default_rng(0).permutation(n)[:batch])
     _reset_peak(dict(type=device.type)); before, t = _memory(device), [time.perf_counter()]
     shown = training_set(clip, some); t.append(time.perf_counter())
     similarities(clip, some); t.append(time.perf_counter())
-    train(clip, shown, Recipe(2, batch, 1e-9), callbacks=[clock])
-    step, read, embed = clock.ends[1] - clock.ends[0], t[1] - t[0], max(t[2] - t[1] - (t[1] - t[0]), 0.)
-    shown_to, embedded = (way.work or (lambda n, recipe, settings: (recipe.get("epochs", 1) * n, 0)))(n, plan.recipe, plan.settings)
+    train(clip, shown, Recipe(3, batch, 1e-9), callbacks=[clock])
+    step, read, embed = float(np.diff(clock.ends).min()), t[1] - t[0], max(t[2] - t[1] - (t[1] - t[0]), 0.)
+    shown_to, embedded = way.work(opened, plan.recipe, plan.settings) if way.work else (plan.recipe.get("epochs", 1) * n, 0)
     weights, pictures = sum(p.numel() * 4 for p in clip.model.parameters()), n * 3 * clip.image_size**2
+    if pictures > _free_memory(device) / 2: pictures = 0           # then they are read when they are needed
     seconds = (2 * n * read + shown_to * step + (embedded + 2 * min(n, 1000)) * embed) / batch
-    return Cost(n, seconds, max(_memory(device) - before, 0.) + 2 * weights + pictures, 7 * weights if folder else 0., f"2 steps of {batch} pairs, the second in {step:.2f} s on {device.type}")
+    return Cost(n, seconds, max(_memory(device) - before, 0.) + 2 * weights + pictures, 7 * weights if folder else 0., f"a step of {batch} in {step:.2f} s on {device.type}")
 
 # %% ../nbs/34_repairing.ipynb #1f89e697
 def _named(clip, given):
@@ -516,11 +524,14 @@ def _named(clip, given):
 
 def _outcome(method, title, facts, measured):
     "The result in a few sentences, and its tone."
-    if facts.get("refused"): return f"{title} was left as it is by {method}: {facts.get('why', 'there was nothing to do')}.", "neutral"
+    if facts.get("refused"): return f"{title} was left as it is by {method}: {facts.get('why', 'there was nothing to do')}. That is no proof that there is no backdoor.", "neutral"
     fell, judged = [r for r in measured if r.get("fell")], [r for r in measured if "fell" in r]
     points = lambda r: f"{r['what']} from {r['before']:.1f}% to {r['value']:.1f}%"
-    kept = "What that did to clean quality nobody watched: give trusted pairs or labelled images." if not judged else f"Clean quality fell: {'; '.join(map(points, fell))}." if fell else \
-        f"No fall of clean quality was seen ({points(judged[0])}{f'; one of {-low:.1f} points cannot be excluded' if (low := judged[0]['change'][1]) < 0 else ''})."
+    if not judged: kept = "What that did to clean quality nobody watched: give trusted pairs or labelled images."
+    elif fell: kept = f"Clean quality fell: {'; '.join(map(points, fell))}."
+    else:
+        worst = min(judged, key=lambda r: r["change"][1]); low = worst["change"][1]
+        kept = f"No fall of clean quality was seen ({points(worst)}{f'; a fall of {-low:.1f} points cannot be excluded' if low < 0 else ''})."
     count = f" {facts['selected_pairs']:,} pairs were {'left out' if method == 'cfbd' else 'unlearned'}." if facts.get("selected_pairs") else ""
     return f"{title} was changed with {method} in {facts.get('steps', 0):,} steps.{count} {kept} Whether a backdoor is gone only a trigger can tell: see measure.", "bad" if any(r["before"] - r["value"] > 5 for r in fell) else "neutral"
 
@@ -541,6 +552,11 @@ def _rows(measured):
         note = f"change {r['change'][0]:+.1f} ({r['change'][1]:+.1f} to {r['change'][2]:+.1f})" if "change" in r and r["unit"] == "%" else ""
         yield {k: round(v, 6) if isinstance(v, float) else v for k, v in r.items() if k not in ("change", "fell")} | (dict(note=note) if note else {})
 
+def _topics(method, settings):
+    "What this project's limits call a method."
+    if method == "supervised" and settings["head_only"]: return ("repair:linear_probe",)
+    return dict(finetune=("repair:contrastive",), cfbd=("scan:cfbd", "repair")).get(method, (f"repair:{method}",))
+
 def make_card(method: str, way: Method, title: str, model: Clip, opened: Given, given: dict, identity: dict, plan: Plan, facts: dict, measured: list, tolerance: float) -> Card:
     "The card of a repaired model. It holds no time, so that the same call writes the same bytes."
     names = dict(model=title, **{k: getattr(v, "name", k) for k, v in opened.items()})
@@ -549,7 +565,7 @@ def make_card(method: str, way: Method, title: str, model: Clip, opened: Given, 
     done = [f"Took the settings of profile {plan.profile}: {plan.why}.", *(facts.get("done") or [f"Changed the model with {method}. {way.says}"])]
     outcome, tone = _outcome(method, title, facts, measured)
     return Card("repaired model", f"{title}, repaired with {method}", outcome, tone, tuple(done), dict(method=method, profile=plan.profile, recipe=plan.recipe, settings=plan.settings, tolerance=tolerance, seed=identity["seed"]),
-                tuple(_rows(measured)), tuple(inputs), limits_of(f"repair:{method}"), tuple(_notes(model, opened, facts)))
+                tuple(_rows(measured)), tuple(inputs), limits_of(*_topics(method, plan.settings)), tuple(_notes(model, opened, facts)))
 
 # %% ../nbs/34_repairing.ipynb #62dc2ffe
 @dataclass(frozen=True)
@@ -577,9 +593,9 @@ class Repaired:
 def measure_change(before: Clip, after: Clip, opened: Given, facts: dict) -> tuple: # measured rows for the card, selected pairs
     "Everything that is told of a change without a trigger."
     table = pd.DataFrame(facts.pop("selected", {}))
-    measured = [*(watch_pairs(before, after, opened.watched) if opened.watched is not None else []),
+    measured = [*(watch_pairs(before, after, opened.watched, "classnames" not in facts) if opened.watched is not None else []),
                 *(watch_images(before, after, opened.watched_images, "classnames" in facts) if opened.watched_images is not None else [])]
-    if len(table):
+    if len(table) and opened.pairs is not None:
         rows = table.pop("row").to_numpy(); chosen = opened.pairs.select(rows); facts["selected_pairs"] = len(rows)
         for column, values in dict(caption=chosen.captions, id=chosen.ids, row=opened.rows[rows]).items(): table.insert(0, column, values)
         measured.append(_change("cosine of the selected pairs", *(similarities(c, chosen).astype(float) for c in (before, after)), 1., "", judged=False))
@@ -624,9 +640,11 @@ def repair(model, # to repair: see `as_clip`; it is not changed
     check_given(method, way, given); check_tolerance(no_problems(), 1, tolerance, "tolerance")
     clip, opened = _own_copy(model, device), open_given(way, given, device)
     title, shown = _named(clip, model), next(d for d in (opened.images if way.holds_out == "images" else None, opened.pairs, opened.images, opened.trusted) if d is not None)
+    if len(shown) < 8: raise DataError(f"{shown.name}: {len(shown)} are too few to learn from; give at least 8")
+    if folder: check_storable(clip)
     plan = make_plan(way, clip, len(shown), recipe, settings, seed)
     if way.check: way.check(clip, plan.settings)
-    if dry_run: return estimate(clip, way, opened, plan, folder)
+    if dry_run: return estimate(clip, way, shown, opened, plan, folder)
     identity = identity_of(method, clip, opened, plan, seed)
     unfinished = check_folder(Path(folder), identity) if folder else None
     opened = set_aside(way, read_given(opened, tolerance, progress), seed)

@@ -99,6 +99,14 @@ def test_a_class_without_pictures_is_named(model):
     data = open_data(IMAGES); some = data.select(np.flatnonzero(data.labels != 3))
     with pytest.raises(DataError, match=f"0 images of class '{data.classnames[3]}'"): repair(model, None, "supervised", images=some)
 
+def test_tied_weights_are_refused_where_they_could_not_be_written(model, tmp_path):
+    tied = letters(); tied.model.module.more = torch.nn.Linear(768, 8); tied.model.module.more.weight = tied.model.module.pixels.weight
+    with pytest.raises(SettingsError, match="share their memory"): repair(tied, TRUSTED, "finetune", folder=tmp_path/"x")
+    assert repair(tied, TRUSTED, "finetune", recipe=dict(epochs=1)).facts["steps"] == 1
+
+def test_a_handful_of_pairs_is_too_few(model):
+    with pytest.raises(DataError, match="7 are too few to learn from"): repair(model, "world:validation:7", "finetune")
+
 def test_a_model_that_cannot_be_copied(model):
     class Stiff(Letters):
         def __deepcopy__(self, memo): raise RuntimeError("no")
@@ -136,6 +144,10 @@ def test_rows_of_selected_pairs_are_those_of_what_was_given(crawl, model, refere
 
 # ---- the model that was given, and the one that comes back
 
+def test_nothing_is_claimed_about_clean_quality_that_nobody_watched(model, reference, poisoned):
+    done = repair(model, poisoned, "ubt", reference=reference, settings=QUICK)
+    assert "nobody watched" in done.card.outcome and [r["what"] for r in done.card.measured] == ["cosine of the selected pairs", "weights moved, relative to their length"]
+
 def test_what_was_given_is_not_changed(model, reference, poisoned):
     given = replace(model, model=copy.deepcopy(model.model).train())
     for p in given.model.parameters(): p.requires_grad_(False)                  # loaded for use
@@ -149,7 +161,7 @@ def test_any_module_with_two_encoders(method, tmp_path):
     done = repair(letters(), TRUSTED, method, folder=tmp_path, recipe=dict(epochs=1, batch_size=16))
     again = load_weights(letters(), tmp_path/"clip.safetensors")
     assert torch.equal(embed_texts(again, ["a dog"]), embed_texts(done.clip, ["a dog"])) and not torch.equal(embed_texts(letters(), ["a dog"]), embed_texts(done.clip, ["a dog"]))
-    assert done.card.settings["profile"] == "paper"
+    assert done.card.settings["profile"] == "paper" and not any("not known" in l["text"] for l in done.card.limits)
 
 def test_open_clip_loads_what_was_written(tmp_path):
     "A public architecture, by open_clip's own factory."
@@ -164,6 +176,7 @@ def test_open_clip_loads_what_was_written(tmp_path):
 
 def test_a_model_that_does_not_look_poisoned_is_left_as_it_is(model, reference, tmp_path):
     done = repair(model, PAIRS, "ubt", reference=reference, settings=dict(QUICK, verdict=.999), folder=tmp_path)
+    assert "no proof" in done.card.outcome
     assert done.facts["refused"] and not len(done.selected) and "was left as it is by ubt" in done.card.outcome and model_fingerprint(done.clip) == model_fingerprint(model)
     assert done.report.set_index("what")["after"]["weights moved, relative to their length"] == 0 and not (tmp_path/"selected.csv").exists()
 
