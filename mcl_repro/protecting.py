@@ -324,7 +324,10 @@ class Protected:
     def __repr__(self): return f"Protected({self.card.title}: {self.card.outcome})"
     def gallery(self, rows=(0, 1, 2)): return protection_gallery(self.clean, self.protection, self.tokenizer, rows)
     def page(self, path, rows=(0, 1, 2)): # one HTML file
-        return write_page(self.card, path, figures=[("Some of the pairs", self.gallery(rows), "Before and after, the noise tenfold, and the caption with its trigger.")], tables=[("Pairs", self.table.head(200), "The first ones; all are in report.csv.")])
+        some = self.table[["id", "trigger", "caption", "width", "height", "psnr", "linf", "kept_published", "kept_jpeg_75", "kept_resize"]].head(20)
+        tested = [("The test", self.verified, "What a model knows after each training, on clean test pairs.")] if self.verified is not None else []
+        return write_page(self.card, path, figures=[("Some of the pairs", self.gallery(rows), "Before and after, the noise tenfold, and the caption with its trigger.")],
+                          tables=[*tested, ("Pairs", some, f"The first {len(some)} of {len(self.table):,}; report.csv has all, and more columns.")])
 
 # %% ../nbs/35_protecting.ipynb #a443051a
 UNTESTED = "Whether a model learns less from them was not tested; verify does that."

@@ -187,7 +187,7 @@ def test_the_card_on_disk_is_the_card(done):
 
 def test_a_page_is_one_file(done, tmp_path):
     text = done.page(tmp_path/"page.html").read_text()
-    assert text.lstrip().lower().startswith("<!doctype html") and "data:image/" in text
+    assert text.lstrip().lower().startswith("<!doctype html") and "data:image/" in text and "The first 20 of 24" in text
 
 # ---- photos at their own size
 
