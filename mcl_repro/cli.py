@@ -10,6 +10,7 @@ __all__ = ['parse_value', 'parse_pairs', 'columns', 'run', 'report', 'publish', 
 import argparse, os, signal, sys
 
 from . import __version__
+from .commands import USE, add_commands
 from .errors import DataError, SettingsError, UserError
 
 # %% ../nbs/21_cli.ipynb #afd8053c
@@ -219,7 +220,7 @@ def make_parser(
     p.add_argument('--param', action='append', metavar='KEY=VALUE', help='another value of a parameter of the notebooks; repeatable')
     p.add_argument('--notebooks', metavar='FOLDER', help='where the notebooks are (default: nbs beside the package)')
     p.add_argument('--force', action='store_true', help='run also what has not changed; cached stages stay')
-    _more_commands(commands); _claims_command(commands); _data_commands(commands)
+    _more_commands(commands); _claims_command(commands); _data_commands(commands); add_commands(commands, _Parser)
     return parser
 
 # %% ../nbs/21_cli.ipynb #15b18034
@@ -260,15 +261,17 @@ def _claims_command(commands):
 # %% ../nbs/21_cli.ipynb #83632297
 def main(
     argv:list[str]|None=None,  # words after `mcl_repro` (default: those of this process)
-)->int: # exit code: 0, 1 (a notebook stopped), 2 (something to mend), 130 (Ctrl-C)
+)->int: # exit code: 0, 1 (a notebook stopped), 2 (something to mend), 130 (Ctrl-C); of `USE`: 0, 3 (suspicious), 1 (something to mend), 130
     "Run one command; expected errors are one line on stderr."
     import warnings
     warnings.showwarning = lambda message, *rest, **more: _say(f'warning: {message}')
     try:
         if hasattr(signal, 'SIGTERM') and argv is None: signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        args = make_parser().parse_args(argv); args.call(args)
-        sys.stdout.flush(); return 0
-    except UserError as e: _say(f'error: {_one_line(e)}'); return 2
+        args = make_parser().parse_args(argv)
+        if args.command in USE: _plugins()
+        code = args.call(args) or 0
+        sys.stdout.flush(); return code
+    except UserError as e: _say(f'error: {_one_line(e)}'); return 1 if next(iter(sys.argv[1:] if argv is None else argv), '') in USE else 2
     except KeyboardInterrupt: _say('\nstopped; what is finished is kept, and the same command goes on from there'); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 1      # `mcl_repro ... | head`
     except Exception as e:
@@ -276,6 +279,11 @@ def main(
         _say(f'error: {_one_line(e)}'); return 1
 
 def _one_line(e): return ' '.join(str(e).split())
+
+def _plugins():
+    "Attacks and repairs of installed packages; a broken one is a warning."
+    from mcl_repro.plugins import load_plugins
+    load_plugins()
 
 # %% ../nbs/21_cli.ipynb #b4a706bf
 if __name__ == '__main__' and os.path.basename(sys.argv[0]) == 'cli.py': sys.exit(main())
