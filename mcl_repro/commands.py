@@ -153,7 +153,7 @@ def train(args):
     _claim(restart, dict(pairs=found.pairs.fingerprint, model=args.model, pretrained=args.pretrained, recipe=asdict(recipe), crop=args.crop))
     history = train(clip, training_set(clip, found.pairs), recipe, cropping(contrastive_loss, args.seed) if args.crop else contrastive_loss, checkpoint=restart/"checkpoint.safetensors", progress=meter)
     save_clip(clip, out)
-    measured = measure(clip, pairs=test, device=args.device).card.measured if test is not None else ()
+    measured = measure(clip, pairs=test).card.measured if test is not None else ()
     card = Card("trained model", f"{clip.name}, trained on {found.pairs.name}", f"{clip.name} saw {len(found.pairs):,} pairs {args.epochs} times; the loss ended at {history[-1]['loss']:.2f} nats.", "neutral",
                 (f"Started {'from ' + str(args.pretrained or args.model) if args.pretrained or Path(args.model).suffix else 'untrained'}.", "Trained with the contrastive loss" + (" on random crops and flips." if args.crop else ".")), dict(recipe=asdict(recipe), crop=args.crop), tuple(measured),
                 (dict(what="pairs", name=found.pairs.name, licence=input_licence(args.pairs), fingerprint=found.pairs.fingerprint),), notes=(f"{len(found.problems):,} pairs could not be read and were left out.",) if len(found.problems) else ())

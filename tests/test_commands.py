@@ -152,7 +152,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypat
     monkeypatch.undo()
     code, _, err = call('train', 'world:train:96', *words[2:], '--out', tmp_path/'parts.safetensors')
     assert code == 1 and 'unfinished training of something else' in err
-    assert call(*words, '--out', tmp_path/'parts.safetensors')[0] == 0
+    assert call(*words, '--test', 'world:validation:64', '--out', tmp_path/'parts.safetensors')[0] == 0
     assert (tmp_path/'parts.safetensors').read_bytes() == (tmp_path/'whole.safetensors').read_bytes() and not (tmp_path/'parts.safetensors.unfinished').exists()
     assert 'trained on world:train:128' in (tmp_path/'parts.CARD.md').read_text(encoding='utf-8')
 
