@@ -242,9 +242,9 @@ def test_a_changed_table_or_a_lost_cell_is_noticed(tmp_path):
     copy = tmp_path/'results'; shutil.copytree(RESULTS, copy)
     table = copy/'tables'/'cfbd.kept.csv'; text = table.read_text(encoding='utf-8')
     table.write_text(re.sub(r'(SIG,"CFBD, q chosen",poison kept),100,', r'\1,93,', text), encoding='utf-8')
-    assert collect_limits(copy)['values']['scan.silence']['sig']['value'] == 93. != shipped()['values']['scan.silence']['sig']['value']
+    assert collect_limits(copy)['values']['scan:cfbd.silence']['sig']['value'] == 93. != shipped()['values']['scan:cfbd.silence']['sig']['value']
     table.write_text(re.sub(r'(SIG,"CFBD, q chosen",poison kept),100,', r'\1,3,', text), encoding='utf-8')
-    with pytest.raises(SettingsError, match='scan.silence says that sig > 50, and the tables say 3 and 50; write another sentence'): collect_limits(copy)
+    with pytest.raises(SettingsError, match='scan:cfbd.silence says that sig > 50, and the tables say 3 and 50; write another sentence'): collect_limits(copy)
     table.write_text(re.sub(r'SIG,"CFBD, q chosen",poison kept.*\n', '', text), encoding='utf-8')
     with pytest.raises(SettingsError, match="cfbd.kept: unknown metric 'poison kept'"): collect_limits(copy)
     table.write_text(re.sub(r'(SIG,"CFBD, q chosen",poison kept),100,100,100,1', r'\1,,,,', text), encoding='utf-8')
@@ -276,7 +276,9 @@ def test_limits_of_topics():
     everything = [limits_of(t) for t in ('scan', 'repair', 'repair:ubt', 'repair:cleanclip', 'repair:supervised', 'protect', 'attack', 'measure')]
     assert all(len(found) >= 1 for found in everything) and all(len({r['text'] for r in found}) == len(found) for found in everything)
     assert limits_of('repair:UBT') == limits_of('repair:ubt') and limits_of('repair:linear probe') == limits_of('repair:linear_probe') and limits_of() == ()
-    assert limits_of('scan:cfbd') == limits_of('scan') and limits_of('protect:mem') == limits_of('protect') and limits_of('attack:badnet') == limits_of('attack')
+    assert set(map(repr, limits_of('scan'))) < set(map(repr, limits_of('scan:cfbd'))) and all('CFBD' in r['text'] for r in limits_of('scan:cfbd') if 'cfbd.' in r['evidence'])
+    assert not any('cfbd' in r['evidence'].lower() for t in ('scan', 'scan:contrast') for r in limits_of(t))          # nothing that was measured with the one method is said of the other
+    assert limits_of('protect:mem') == limits_of('protect') and limits_of('attack:badnet') == limits_of('attack')
     assert [r['evidence'] for r in limits_of('repair:mine')][:1] == ['not measured here'] and 'mine' in limits_of('repair:mine')[0]['text']
     for unknown in ('every', 'nothing', ''):
         with pytest.raises(SettingsError, match='unknown topic of limits'): limits_of(unknown)
@@ -285,4 +287,4 @@ def test_limits_of_topics():
 def test_numbers_that_were_not_collected_are_not_made_up(monkeypatch):
     real = cards._yaml
     monkeypatch.setattr(cards, '_yaml', lambda name: real(name) if name == 'limits.yaml' else {**real(name), 'values': {}})
-    with pytest.raises(SettingsError, match='call write_limits with the published results'): limits_of('scan')
+    with pytest.raises(SettingsError, match='call write_limits with the published results'): limits_of('scan:cfbd')
