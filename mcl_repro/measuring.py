@@ -18,25 +18,14 @@ import torch
 
 from .attacks import (ATTACKS, Attack, Poisoned, TriggeredImages, _eligible, _how_many, _stored_array, _stored_json, check_attack, distortion,
                                make_attack, mentions, poison, poison_gallery, save_poisoned, square_pixels, trigger_images)
-from .cards import Card, input_licence, limits_of, write_card
+from .cards import Card, limits_of, write_card
 from .clip import Clip, embed_images, embed_texts, tokenize, zero_shot_weights
 from .data import Images, LabelledImages, Pairs, write_csv_pairs
 from .errors import DataError, SettingsError, StoreError
-from .inputs import Cost, Readable, as_clip, as_labelled, as_pairs, first_error, foreign_captions, model_fingerprint, readable_pairs
+from .inputs import Cost, as_clip, as_labelled, as_pairs, first_error, input_row, model_title, pair_remarks, readable_pairs
 from .metrics import (STATISTICS, Items, attack_hits, bootstrap_interval, correct, hits, paired_bootstrap, retrieval_attack_hits,
                                retrieval_ranks)
 from .protection import _png
-
-# %% ../nbs/33_measuring.ipynb #1cd7aabd
-def _remarks(found: Readable, role: str = "pairs"):
-    "What a card must say about pairs: what was left out, other alphabets, repetitions."
-    pairs, notes = found.pairs, []
-    if n := len(found.problems): notes.append(f"{role}: {n:,} of {n + len(pairs):,} could not be read and were left out, first {found.problems['id'].iloc[0]}")
-    if n := int(foreign_captions(pairs.captions).sum()): notes.append(f"{role}: {n:,} captions are mostly in other letters than Latin ones, which CLIP's text tower hardly knows")
-    if n := len(pairs) - len(set(zip(pairs.image_rows.tolist(), pairs.captions))): notes.append(f"{role}: {n:,} pairs repeat another one, picture and caption")
-    return notes
-
-def _input(what, data): return dict(what=what, name=data.name, licence=input_licence(data), fingerprint=data.fingerprint)
 
 # %% ../nbs/33_measuring.ipynb #666a65c0
 class _Watched(Images):
@@ -97,7 +86,7 @@ def _attack_card(done, clean, table, notes):
                 dict(what="largest change of a pixel", value=int(table.linf.max()), unit="of 255"))
     return Card("attack", f"{clean.name}, poisoned with {done.attack.name} towards {done.target}", f"{k:,} of {n:,} pairs ({k/n:.2%}) are poisoned. A model that is trained on these pairs may take any picture with the trigger for {done.target!r}.",
         tone="bad", done=(f"Drew {k:,} pairs with seed {done.seed} among those that the attack may use.", "Put the trigger on their pictures." if done.attack.has_trigger else "Left their pictures as they were.",
-        f"Gave them the captions that {done.attack.name} gives for {done.target!r}."), settings=told, measured=measured, inputs=(_input("clean pairs", clean),), limits=limits_of("attack"), notes=tuple(notes))
+        f"Gave them the captions that {done.attack.name} gives for {done.target!r}."), settings=told, measured=measured, inputs=(input_row("clean pairs", clean),), limits=limits_of("attack"), notes=tuple(notes))
 
 # %% ../nbs/33_measuring.ipynb #2adce694
 def _new_folder(folder):
@@ -166,7 +155,7 @@ def attack(pairs, # what to poison: `Pairs` or a source of `open_data`
     found = readable_pairs(pairs, tolerance, progress)
     done = poison(found.pairs, attack, target, count, rate, image_size, seed)
     table = _poison_table(done, found.pairs)
-    out = Attacked(done.pairs, done, found.pairs, table, _attack_card(done, found.pairs, table, _remarks(found)))
+    out = Attacked(done.pairs, done, found.pairs, table, _attack_card(done, found.pairs, table, pair_remarks(found)))
     if folder: _write_attacked(out, folder, progress)
     return out
 
@@ -246,9 +235,7 @@ def _row(what, items, before, seed):
     difference = scaled(paired_bootstrap(items.outcomes, before.outcomes, statistic, **options))
     return line | dict(before=round(items.scale*float(statistic(before.outcomes, axis=-1)), 4)) | dict(zip(("difference", "difference_low", "difference_high"), difference))
 
-# %% ../nbs/33_measuring.ipynb #dfff8c4a
-def _title(model, clip): return f"{clip.name} ({Path(model).name})" if isinstance(model, (str, Path)) and str(model) != clip.name else clip.name
-
+# %% ../nbs/33_measuring.ipynb #0af9bc88
 def _said(row):
     "A line of the table in a sentence."
     text = f"{row['what']} {row['value']:.1f}{'%' if row['unit'] == '%' else ''}"
@@ -334,13 +321,6 @@ def _trigger(attack, settings, target, seed):
     if not target: raise SettingsError("attack without a target: give target=, the class that the trigger stands for")
     return made, target, its_seed if seed is None else seed
 
-def _readable_images(images, tolerance, progress):
-    "Labelled images that can be read, and a remark where some were left out."
-    found = readable_pairs(Pairs(images.ids, ["a picture"]*len(images), images.images, name=images.name), tolerance, progress)
-    return images if len(found.rows) == len(images) else images.select(found.rows), _remarks(found, "images")[:bool(len(found.problems))]
-
-def _clip(model, device): return as_clip(model, device=device or (str(model.device) if isinstance(model, Clip) else "cpu"))   # a Clip stays where it lives
-
 # %% ../nbs/33_measuring.ipynb #565a9dc5
 def _outcomes(clip, images, pairs, attack, target, target_caption, seed, progress):
     "All outcomes of one model, and what could not be measured."
@@ -366,7 +346,7 @@ def measure(model, # architecture, checkpoint of `save_clip`, `Clip`, or module,
             target_caption: str = None, # joins the captions for the retrieval ASR; default: a photo of the target
             tolerance: float = .01, # share of unreadable pictures that may be left out
             seed: int = None, # of random triggers and of the intervals; default: the folder's, else 0
-            device: str = None, # default: where a `Clip` lives, else cpu
+            device: str = None, # where the models work; None: where they are, and the CPU for a name or a file
             dry_run: bool = False, # only say what it would cost
             progress = None # function (done, total, unit, note), such as `Meter()`
     ) -> Measurement: # or `Cost`
@@ -379,15 +359,15 @@ def measure(model, # architecture, checkpoint of `save_clip`, `Clip`, or module,
     trigger, target, seed = _trigger(attack, settings, target, seed)
     images, pairs = images if images is None else as_labelled(images), pairs if pairs is None else as_pairs(pairs)
     models = [model, *([] if reference is None else [reference])]
-    clips = [_clip(m, device) for m in models]
+    clips = [as_clip(m, device=device) for m in models]
     if dry_run: return _measure_cost(clips, images, pairs, trigger)
     notes = []
-    if images is not None: images, notes = _readable_images(images, tolerance, progress)
-    if pairs is not None: found = readable_pairs(pairs, tolerance, progress); pairs = found.pairs; notes = notes + _remarks(found)
+    if images is not None: found = readable_pairs(images, tolerance, progress); images = found.pairs; notes += pair_remarks(found, "images")
+    if pairs is not None: found = readable_pairs(pairs, tolerance, progress); pairs = found.pairs; notes += pair_remarks(found)
     (found, said), *before = [_outcomes(c, images, pairs, trigger, target, target_caption, seed, progress) for c in clips]
     rows = [_row(k, v, before[0][0][k] if before else None, seed) for k, v in found.items()]
-    inputs = [dict(what=w, name=_title(m, c), licence="not stated", fingerprint=model_fingerprint(c)) for w, m, c in zip(("model", "reference"), models, clips)]
-    inputs += [_input(w, d) for w, d in (("images", images), ("pairs", pairs)) if d is not None]
+    inputs = [input_row(w, c, m) for w, m, c in zip(("model", "reference"), models, clips)]
+    inputs += [input_row(w, d) for w, d in (("images", images), ("pairs", pairs)) if d is not None]
     used = dict(attack=trigger and trigger.describe(clips[0].image_size), target=target, target_caption=target and (target_caption or f"a photo of {target}"), seed=seed, interval="percentile bootstrap over test items, 95%")
-    title = f"{_title(model, clips[0])}, measured" + (f" beside {_title(reference, clips[1])}" if before else "")
+    title = f"{model_title(clips[0], model)}, measured" + (f" beside {model_title(clips[1], reference)}" if before else "")
     return Measurement(pd.DataFrame(rows), _measurement_card(rows, title, inputs, used, list(dict.fromkeys(notes + said))), found)

@@ -20,11 +20,11 @@ import torch
 from PIL import Image, ImageOps
 
 from .attacks import distortion
-from .cards import Card, input_licence, limits_of, write_card, write_page
+from .cards import Card, limits_of, write_card, write_page
 from .clip import Clip, _is_causal, build_clip, embed_images, embed_texts, mini_models, tokenize
 from .data import ArrayImages, Images, Pairs, StoredImages, _sha, read_csv_pairs, read_json, square, write_csv_pairs
 from .errors import DataError, SettingsError
-from .inputs import Cost, as_clip, as_pairs, foreign_captions, model_fingerprint, no_problems, readable_pairs
+from .inputs import Cost, Readable, as_clip, as_pairs, differing, input_row, model_fingerprint, no_problems, pair_remarks, readable_pairs
 from .lab import _merge, _write_json, load_profile
 from .mem import Search, allowed_tokens, protect_pairs
 from .metrics import bootstrap_interval, hits, median_rank, paired_bootstrap, retrieval_ranks
@@ -139,13 +139,7 @@ def _check_room(problems, total, tolerance, name):
     more = f" and {len(problems) - 3:,} more" if len(problems) > 3 else ""
     raise DataError(f"{name}: {'; '.join(problems['problem'][:3])}{more}. Shorten them, take a shorter trigger with search=dict(length=...), or raise the tolerance to leave them out")
 
-# %% ../nbs/35_protecting.ipynb #30396ea5
-def _remarks(pairs: Pairs) -> tuple:
-    "Sentences about pairs that are not what they seem."
-    foreign, shared = int(foreign_captions(pairs.captions).sum()), len(pairs) - len(np.unique(pairs.image_rows))
-    said = [f"{foreign:,} captions are not in Latin letters; the surrogate may not understand them, and their triggers are Latin."] if foreign else []
-    return tuple(said + ([f"{shared:,} pairs share their picture with another pair: it is published once for each caption, with other noise each time."] if shared else []))
-
+# %% ../nbs/35_protecting.ipynb #97ef565e
 def ready_pairs(clip: Clip, # the surrogate
                 pairs: Pairs, # as they were given
                 length: int, # tokens of a trigger
@@ -156,12 +150,14 @@ def ready_pairs(clip: Clip, # the surrogate
     "Pairs that can be protected. DataError, before any work, for more bad ones than tolerated."
     long = captions_without_room(clip, pairs, length)
     _check_room(long, len(pairs), tolerance, pairs.name)
-    if len(long): pairs = pairs.select([k for k, i in enumerate(pairs.ids) if i not in set(long["id"])])
+    if len(long): full = set(long["id"]); pairs = pairs.select([k for k, i in enumerate(pairs.ids) if i not in full])
     if keep_size or isinstance(pairs.images, StoredImages): pairs = pairs.replace(images=Photos(pairs.images))
     read = readable_pairs(pairs, tolerance, progress)
     if len(read.pairs) < 2: raise DataError(f"{pairs.name}: one pair alone cannot be protected, as the search compares pairs with one another; give at least two")
     left_out = pd.concat([t for t in (long, read.problems) if len(t)], ignore_index=True) if len(long) + len(read.problems) else no_problems()
-    return Ready(read.pairs, left_out, _remarks(read.pairs) + ((f"{len(left_out):,} pairs were left out and are not among the published ones.",) if len(left_out) else ()))
+    shared = len(read.pairs) - len(np.unique(read.pairs.image_rows))
+    told = (f"{shared:,} pairs share their picture with another pair: it is published once for each caption, with other noise each time.",) if shared else ()
+    return Ready(read.pairs, left_out, pair_remarks(Readable(read.pairs, read.rows, left_out), repeated=0) + told)   # `_duplicates` compares the pictures themselves
 
 # %% ../nbs/35_protecting.ipynb #2245c1f8
 def enlarge_noise(noise: np.ndarray, # int8 [s, s, 3] in 1/255, of the centre square
@@ -249,24 +245,17 @@ def search_losses(clip: Clip, pairs: Pairs, protection: Protection, batch_size: 
     "Loss of the trained surrogate on pairs without and with their protection."
     return dict(clean=mean_loss(clip, training_set(clip, pairs), batch_size), protected=mean_loss(clip, protected_training_set(clip, pairs, protection), batch_size))
 
-# %% ../nbs/35_protecting.ipynb #27f3db22
-def _leaves(value, name=""):
-    "Nested settings as dotted names."
-    if not isinstance(value, dict): return {name: value}
-    return {k: v for key, part in value.items() for k, v in _leaves(part, f"{name}.{key}".strip(".")).items()}
-
+# %% ../nbs/35_protecting.ipynb #4096858b
 def claim_folder(folder: Path, # new, empty, or of the same work
                  identity: dict # JSON-able, nested: pairs, surrogate, settings
     ):
     "Note what a folder is for. SettingsError, naming what differs, where it is for something else."
-    note, short = folder/"protect.json", lambda value: value[:12] if isinstance(value, str) else value
+    note = folder/"protect.json"
     if folder.exists() and not folder.is_dir(): raise SettingsError(f"{folder} is a file; name a folder for the protected pairs")
     if not note.is_file():
         if folder.exists() and (there := next(folder.iterdir(), None)): raise SettingsError(f"{folder} holds other things ({there.name}); name a new or an empty folder")
         return _write_json(note, identity)
-    known, wanted = _leaves(read_json(note)), _leaves(json.loads(json.dumps(identity)))   # tuples are lists once they are read
-    other = [f"{k}: {short(known.get(k))} there, {short(wanted.get(k))} here" for k in {**known, **wanted} if known.get(k) != wanted.get(k)]
-    if other: raise SettingsError(f"{folder} is for something else ({'; '.join(other[:4])}): name another folder, or go on with what was there")
+    if other := differing(read_json(note), identity): raise SettingsError(f"{folder} is for something else ({'; '.join(other[:4])}): name another folder, or go on with what was there")
 
 # %% ../nbs/35_protecting.ipynb #53b13fbc
 def _searched(clip: Clip, ready: Ready, numbers: Numbers, folder: Path, seed: int, progress) -> tuple: # Protection, how it went
@@ -353,12 +342,6 @@ def _measured(table, protection, losses, check):
 # %% ../nbs/35_protecting.ipynb #8fbd91b2
 SQUARE = "What is published is the centre square of a picture at {side} x {side} pixels; what lay outside of it is cut off, and finer detail is lost."
 WHOLE = "Photos keep their size. Only their centre square carries noise, enlarged from {side} x {side} pixels: a model that looks elsewhere, or at another scale, meets less of it."
-
-def _whence(model, pretrained):
-    "Where a model's weights are from, for its name in a card."
-    if is_untrained(model, pretrained): return ", untrained at first"
-    file = pretrained or (model if isinstance(model, (str, Path)) else "")
-    return f" ({Path(str(file)).name})" if file else ""
 
 def _limits(protection, keep_size):
     "Limits of this set, then of the method."
@@ -492,8 +475,8 @@ def protect(pairs, # to protect: `Pairs`, a file, or `name:split`
     found = replace(found, recipe=found.recipe and replace(found.recipe, batch_size=min(found.recipe.batch_size, len(ready.pairs))))
     if dry_run: return protection_cost(clip, ready, found, keep_size, measured)
     about = dict(method=method, **found.describe(), keep_size=keep_size, format=format, seed=seed)
-    inputs = (dict(what="pairs", name=given.name, licence=input_licence(given), fingerprint=ready.pairs.fingerprint),
-              dict(what="surrogate", name=f"{clip.name}{_whence(surrogate, pretrained)}", licence="not stated", fingerprint=model_fingerprint(clip)))
+    inputs = (input_row("pairs", given, fingerprint=ready.pairs.fingerprint), input_row("surrogate", clip, pretrained or surrogate))
+    if is_untrained(surrogate, pretrained): inputs[1]["name"] += ", untrained at first"
     with _place(folder) as place:
         claim_folder(place, dict(pairs=inputs[0]["fingerprint"], surrogate=inputs[1]["fingerprint"], **{k: v for k, v in about.items() if k != "format"}))
         return _finish(clip, ready, about, inputs, found, place, folder is not None, measured, seed, progress)
@@ -587,7 +570,7 @@ def verify(protected: Protected, # of `protect`
     if change and change not in HACKER_CHANGES: raise SettingsError(f"change: {change!r} is none of {', '.join(HACKER_CHANGES)}")
     if both := set(test.ids) & set(protected.clean.ids): raise DataError(f"test: {min(both)} is among the protected pairs; test with others")
     settings = dict(model=start.name, how=how, recipe=asdict(recipe), change=change, seed=seed)
-    known = dict(pairs=protected.pairs.fingerprint, settings=settings, start=model_fingerprint(start), test=dict(what="test pairs", name=test.name, licence=input_licence(test), fingerprint=test.fingerprint))
+    known = dict(pairs=protected.pairs.fingerprint, settings=settings, start=model_fingerprint(start), test=input_row("test pairs", test))
     folder, key = protected.folder, _sha(json.dumps(known, sort_keys=True))[:16]
     if folder and (folder/"verified.json").is_file() and read_json(folder/"verified.json").get("key") == key: return _with_verified(protected)
     ranks = dict(nothing=_ranks(start, test))

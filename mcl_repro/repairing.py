@@ -6,9 +6,9 @@
 __all__ = ['INPUTS', 'METHODS', 'AFTERWARDS', 'VARIANTS', 'FILES', 'Method', 'profile_of', 'profile_pairs', 'scaled', 'Plan',
            'make_plan', 'trained', 'repair_finetune', 'repair_cleanclip', 'repair_supervised', 'similarities',
            'Suspects', 'find_suspects', 'product_rows', 'unlearn', 'repair_ubt', 'become', 'repair_cfbd', 'Given',
-           'check_given', 'open_given', 'read_given', 'aside', 'set_aside', 'watch_pairs', 'watch_images',
-           'weight_change', 'identity_of', 'check_folder', 'check_storable', 'release', 'estimate', 'make_card',
-           'Repaired', 'measure_change', 'repair', 'change_figure', 'selected_gallery']
+           'check_given', 'open_given', 'check_enough', 'read_given', 'aside', 'set_aside', 'watch_pairs',
+           'watch_images', 'weight_change', 'identity_of', 'check_folder', 'check_storable', 'release', 'estimate',
+           'make_card', 'Repaired', 'measure_change', 'repair', 'change_figure', 'selected_gallery']
 
 # %% ../nbs/34_repairing.ipynb #93f5af26
 import copy, json, time
@@ -22,13 +22,13 @@ import torch
 
 from .attribution import mask_tokens, token_relevance
 from .augmentation import bare_words, synonym_source
-from .cards import Card, input_licence, limits_of, write_card
+from .cards import Card, limits_of, write_card
 from .cfbd import detect, embed_pairs, kept_rows, train_mapping
 from .cleanclip import attach_head, balanced_pairs, caption_views, class_scores, cleanclip_loss, save_head, supervised_loss
 from .clip import Clip, embed_images, embed_texts, mini_models, save_clip, zero_shot_weights
 from .data import LabelledImages, Pairs, read_json
 from .errors import DataError, SettingsError
-from .inputs import Cost, as_clip, as_labelled, as_pairs, check_tolerance, foreign_captions, model_fingerprint, no_problems, readable_pairs
+from .inputs import Cost, as_clip, as_labelled, as_pairs, check_tolerance, differing, input_row, model_fingerprint, model_title, no_problems, pair_remarks, readable_pairs
 from .lab import _device, _peak, _reset_peak, _write_json, load_profile
 from .metrics import bootstrap_interval, correct, hits, paired_bootstrap, retrieval_ranks
 from .report import _near, _write
@@ -100,7 +100,7 @@ def make_plan(way: Method, clip: Clip, count: int, # pairs or images that it tra
     if changes and not base: raise SettingsError("recipe: this method trains by none; see its settings")
     numbers = {**base, **_laid_over({f.name: None for f in fields(Recipe)} | base, changes, "setting of recipe")} if base else {}
     numbers = {k: v for k, v in numbers.items() if k in base or k in changes} | (dict(seed=seed) if base else {})
-    if numbers: Recipe(**numbers)
+    if numbers and Recipe(**numbers).batch_size < 2: raise SettingsError("batch_size: a pair alone has nothing to be compared with; give at least 2")
     return Plan(numbers, _laid_over(known, given, "setting"), name, why)
 
 # %% ../nbs/34_repairing.ipynb #907be444
@@ -357,6 +357,7 @@ def check_given(name: str, way: Method, given: dict):
     "SettingsError for what a method needs and was not given."
     for k in way.needs:
         if given.get(k) is None: raise SettingsError(f"{name} needs {k}: {INPUTS[k]}" + (f"; give {k}=" if k != "pairs" else "") + (", or take cleanclip, which needs none" if k == "reference" else ""))
+    if not any(given.get(k) is not None for k in ("pairs", "trusted", "images")): raise SettingsError(f"{name} has nothing to learn from: give pairs, trusted= or images=")
 
 def open_given(way: Method, given: dict, device: str) -> Given:
     "Open what was given. Raises DataError and SettingsError naming what cannot be used."
@@ -364,36 +365,24 @@ def open_given(way: Method, given: dict, device: str) -> Given:
     if given["reference"] is not None: opened.reference = _own_copy(given["reference"], device)
     return opened
 
-# %% ../nbs/34_repairing.ipynb #dff0b681
-def _readable(data, tolerance, progress):
-    "Pairs or labelled images without those that cannot be read, their rows, and the problems."
-    pairs = data if isinstance(data, Pairs) else Pairs(data.ids, ["?"] * len(data), data.images, None, data.labels, data.name)
-    found = readable_pairs(pairs, tolerance, progress)
-    return (data if len(found.rows) == len(data) else data.select(found.rows)), found.rows, found.problems
+# %% ../nbs/34_repairing.ipynb #40843025
+def check_enough(data, # `Pairs` or `LabelledImages`
+                 least: int = 8
+    ):
+    "DataError for a handful of pairs or images."
+    if len(data) < least: raise DataError(f"{data.name}: {len(data)} are too few to learn from; give at least {least} that can be read")
 
 def read_given(opened: Given, tolerance: float, progress=None) -> Given:
     "Leave out what cannot be read. Raises DataError where that is more than tolerated."
     problems = []
     for name in ("pairs", "trusted", "images"):
         if (data := getattr(opened, name)) is None: continue
-        data, rows, wrong = _readable(data, tolerance, progress)
-        setattr(opened, name, data); problems.append(wrong)
-        if name == "pairs": opened.rows = rows
+        found = readable_pairs(data, tolerance, progress)
+        check_enough(found.pairs)
+        setattr(opened, name, found.pairs); problems.append(found.problems); opened.remarks += pair_remarks(found, name)
+        if name == "pairs": opened.rows = found.rows
     opened.problems = pd.concat(problems, ignore_index=True) if problems else no_problems()
-    opened.remarks = _remarks(opened)
     return opened
-
-def _count(count, total, what): return [f"{count:,} of {total:,} {what}"] if count else []
-
-def _remarks(opened):
-    "What a reader should know about the inputs."
-    bad, out = opened.problems, []
-    if len(bad): out.append(f"{len(bad):,} {'pictures' if len(bad) > 1 else 'picture'} could not be read and {'were' if len(bad) > 1 else 'was'} left out, first {bad['id'][0]}: {bad['problem'][0]}.")
-    for name in ("pairs", "trusted"):
-        if (p := getattr(opened, name)) is None: continue
-        out += _count(int(foreign_captions(p.captions).sum()), len(p), f"captions of {name} are mostly in letters other than Latin ones; a text tower trained on English makes little of them, and so do all similarities.")
-        out += _count(len(p) - len(set(zip(p.image_rows.tolist(), p.captions))), len(p), f"{name} repeat another, picture and caption.")
-    return out
 
 # %% ../nbs/34_repairing.ipynb #6d72bf1d
 def aside(data, # `Pairs` or `LabelledImages`
@@ -472,10 +461,9 @@ def check_folder(folder: Path, identity: dict) -> Path: # for restart points
     unfinished, note = folder/"unfinished", folder/"unfinished"/"repair.json"
     if unfinished.is_symlink() or unfinished.exists() and not unfinished.is_dir(): raise SettingsError(f"{unfinished} is not a folder of its own: remove it, or take another folder")
     if note.is_file():
-        known, short = read_json(note), lambda v: v[:8] if isinstance(v, str) else v
+        known = read_json(note)
         if not isinstance(known, dict): raise SettingsError(f"{note} is not what repair wrote there: remove {unfinished}, or take another folder")
-        other = [f"{k} {short(known.get(k))} there, {short(identity.get(k))} here" for k in {**known, **identity} if known.get(k) != identity.get(k)]
-        if other: raise SettingsError(f"{unfinished} holds another repair that was interrupted ({'; '.join(other)}): go on with that one, take another folder, or remove this one")
+        if other := differing(known, identity): raise SettingsError(f"{unfinished} holds another repair that was interrupted ({'; '.join(other[:4])}): go on with that one, take another folder, or remove this one")
     elif unfinished.is_dir() and any(unfinished.iterdir()): raise SettingsError(f"{unfinished} holds files and no note of what they belong to: take another folder, or empty this one")
     elif (taken := next((n for n in FILES if (folder/n).exists()), None)): raise SettingsError(f"{folder} holds a {taken} already: take another folder")
     return unfinished
@@ -517,11 +505,7 @@ def estimate(clip: Clip, way: Method, data, opened: Given, plan: Plan, folder=No
     seconds = (2 * n * read + shown_to * step + (embedded + 2 * min(n, 1000)) * embed) / batch
     return Cost(n, seconds, max(_memory(device) - before, 0.) + 2 * weights + pictures, 7 * weights if folder else 0., f"a step of {batch} in {step:.2f} s on {device.type}")
 
-# %% ../nbs/34_repairing.ipynb #1f89e697
-def _named(clip, given):
-    "The model as a title calls it."
-    return f"{clip.name} ({Path(given).name})" if isinstance(given, (str, Path)) and str(given) != clip.name else clip.name
-
+# %% ../nbs/34_repairing.ipynb #e4fc644a
 def _outcome(method, title, facts, measured):
     "The result in a few sentences, and its tone."
     if facts.get("refused"): return f"{title} was left as it is by {method}: {facts.get('why', 'there was nothing to do')}. That is no proof that there is no backdoor.", "neutral"
@@ -538,8 +522,9 @@ def _outcome(method, title, facts, measured):
 def _notes(clip, opened, facts):
     "What a reader should know beside: of the inputs, of the model, of how well it was watched."
     out = list(opened.remarks)
-    if hasattr(clip.tokenizer, "encode"): out += _count(facts.get("captions_cut", 0), facts.get("pairs", 0), "captions are longer than the model reads, and were cut.")
-    out += _count(facts.get("letterless", 0), facts.get("pairs", 0), "captions have no letters from a to z: they have no augmentation but themselves.")
+    cut, total = facts.get("captions_cut", 0) if hasattr(clip.tokenizer, "encode") else 0, facts.get("pairs", 0)
+    if cut: out.append(f"{cut:,} of {total:,} captions are longer than the model reads, and were cut.")
+    if n := facts.get("letterless", 0): out.append(f"{n:,} of {total:,} captions have no letters from a to z: they have no augmentation but themselves.")
     if getattr(clip.model, "logit_bias", None) is not None: out.append(f"{clip.name} was trained with a sigmoid loss; it was changed here with the softmax losses of the papers.")
     for what, d in (("pairs", opened.watched), ("labelled images", opened.watched_images)):
         if d is not None and len(d) < 200: out.append(f"Clean quality was watched on only {len(d)} {what}: small falls cannot be seen.")
@@ -557,11 +542,10 @@ def _topics(method, settings):
     if method == "supervised" and settings["head_only"]: return ("repair:linear_probe",)
     return dict(finetune=("repair:contrastive",), cfbd=("scan:cfbd", "repair")).get(method, (f"repair:{method}",))
 
-def make_card(method: str, way: Method, title: str, model: Clip, opened: Given, given: dict, identity: dict, plan: Plan, facts: dict, measured: list, tolerance: float) -> Card:
+def make_card(method: str, way: Method, title: str, model: Clip, opened: Given, given: dict, # what stood in the call, the model too
+              identity: dict, plan: Plan, facts: dict, measured: list, tolerance: float) -> Card:
     "The card of a repaired model. It holds no time, so that the same call writes the same bytes."
-    names = dict(model=title, **{k: getattr(v, "name", k) for k, v in opened.items()})
-    licence = lambda k: "not stated" if k in ("model", "reference") else input_licence(given[k] if isinstance(given[k], str) else getattr(opened, k))
-    inputs = [dict(what=k, name=n, licence=licence(k), fingerprint=identity[k]) for k, n in names.items()]
+    inputs = [input_row(k, v, given[k], identity[k]) for k, v in (("model", model), *opened.items())]
     done = [f"Took the settings of profile {plan.profile}: {plan.why}.", *(facts.get("done") or [f"Changed the model with {method}. {way.says}"])]
     outcome, tone = _outcome(method, title, facts, measured)
     return Card("repaired model", f"{title}, repaired with {method}", outcome, tone, tuple(done), dict(method=method, profile=plan.profile, recipe=plan.recipe, settings=plan.settings, tolerance=tolerance, seed=identity["seed"]),
@@ -639,8 +623,8 @@ def repair(model, # to repair: see `as_clip`; it is not changed
     way, began, given, device = METHODS[method], time.monotonic(), dict(pairs=pairs, reference=reference, trusted=trusted, images=images), _device(device)
     check_given(method, way, given); check_tolerance(no_problems(), 1, tolerance, "tolerance")
     clip, opened = _own_copy(model, device), open_given(way, given, device)
-    title, shown = _named(clip, model), next(d for d in (opened.images if way.holds_out == "images" else None, opened.pairs, opened.images, opened.trusted) if d is not None)
-    if len(shown) < 8: raise DataError(f"{shown.name}: {len(shown)} are too few to learn from; give at least 8")
+    title, shown = model_title(clip, model), next(d for d in (opened.images if way.holds_out == "images" else None, opened.pairs, opened.images, opened.trusted) if d is not None)
+    check_enough(shown)
     if folder: check_storable(clip)
     plan = make_plan(way, clip, len(shown), recipe, settings, seed)
     if way.check: way.check(clip, plan.settings)
@@ -651,7 +635,7 @@ def repair(model, # to repair: see `as_clip`; it is not changed
     if folder: _write_json(unfinished/"repair.json", identity)
     defended, facts = _run(way, clip, opened, plan, seed, progress, unfinished)
     measured, selected = measure_change(clip, defended, opened, facts)
-    card = make_card(method, way, title, clip, opened, given, identity, plan, facts, measured, tolerance)
+    card = make_card(method, way, title, clip, opened, dict(given, model=model), identity, plan, facts, measured, tolerance)
     head = defended.model.__dict__["_modules"].pop("head") if "classnames" in facts else None
     facts = json.loads(json.dumps({k: v for k, v in facts.items() if k != "done"}, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))) | dict(method=method, profile=plan.profile, unreadable=len(opened.problems), seconds=round(time.monotonic() - began, 1))
     done = Repaired(defended, _report(measured), facts, selected, card, head)

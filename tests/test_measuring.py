@@ -108,7 +108,7 @@ def test_captions_that_a_csv_must_quote_come_back(tmp_path):
     strange = several(8, 1).replace(captions=["a, b", 'say "cheese"', "two\nlines", "ends \\", "= 1 + 1", "собака", "a;b\tc", "plain"])
     done = M.attack(strange, "badnets", "banana", count=1, image_size=32, folder=tmp_path/"out")
     assert read_csv_pairs(tmp_path/"out"/"pairs.csv").captions == done.pairs.captions
-    assert any("1 captions are mostly in other letters" in n for n in done.card.notes)
+    assert any("1 captions are mostly in letters other than Latin ones" in n for n in done.card.notes)
 
 KILLED = """
 import os, signal, sys
@@ -161,7 +161,7 @@ def test_pictures_that_cannot_be_read_are_listed_or_refused(tmp_path):
     with pytest.raises(DataError, match="2 of 12 pairs cannot be read"): M.attack(source, "badnets", "banana", count=2, image_size=32, folder=tmp_path/"out")
     assert not (tmp_path/"out").exists()
     done = M.attack(source, "badnets", "banana", count=2, image_size=32, tolerance=.2)
-    assert len(done.pairs) == 10 and any("2 of 12 could not be read and were left out, first empty.png" in n for n in done.card.notes)
+    assert len(done.pairs) == 10 and any("2 of 12 were left out, first empty.png" in n for n in done.card.notes)
 
 def test_an_attack_that_fails_the_conformance_check_is_refused_unless_it_is_waived(pairs):
     class Marks(BadNets):
@@ -265,7 +265,7 @@ def test_labelled_pictures_that_cannot_be_read_are_listed_or_refused(clip, tmp_p
     (tmp_path/"cat"/"9.png").write_bytes(b"")
     with pytest.raises(DataError, match="1 of 9 pairs cannot be read"): M.measure(clip, images=tmp_path)
     found = M.measure(clip, images=tmp_path, tolerance=.2)
-    assert found.table["items"].tolist() == [8] and any("1 of 9 could not be read" in n for n in found.card.notes)
+    assert found.table["items"].tolist() == [8] and any("1 of 9 were left out" in n for n in found.card.notes)
 
 def test_the_words_of_a_card_name_no_place_of_this_machine(clip, pairs, images, tmp_path):
     save_clip(clip, tmp_path/"suspicious.safetensors")

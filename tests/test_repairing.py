@@ -106,6 +106,25 @@ def test_tied_weights_are_refused_where_they_could_not_be_written(model, tmp_pat
 
 def test_a_handful_of_pairs_is_too_few(model):
     with pytest.raises(DataError, match="7 are too few to learn from"): repair(model, "world:validation:7", "finetune")
+    with pytest.raises(DataError, match="1 are too few to learn from"): repair(model, open_data("world:validation:8").select([0]), "finetune")
+
+@pytest.mark.parametrize("method, data", [("finetune", dict(pairs=TRUSTED)), ("cleanclip", dict(pairs=TRUSTED)), ("supervised", dict(pairs=None, images=IMAGES))])
+def test_batches_of_one_are_refused_by_name(no_work, method, data, model):
+    with pytest.raises(SettingsError, match="batch_size: a pair alone has nothing to be compared with"): repair(model, method=method, recipe=dict(batch_size=1), **data)
+
+def test_a_handful_that_can_be_read_is_too_few(model, tmp_path):
+    for k in range(12): Image.fromarray(np.full((40, 40, 3), k, np.uint8)).save(tmp_path/f"{k}.png")
+    for k in range(1, 12): (tmp_path/f"{k}.png").write_bytes(b"")
+    (tmp_path/"pairs.csv").write_text("image,caption\n" + "".join(f"{k}.png,picture {k}\n" for k in range(12)))
+    for method in ("finetune", "cleanclip"):
+        with pytest.raises(DataError, match="1 are too few to learn from; give at least 8 that can be read"): repair(model, tmp_path/"pairs.csv", method, tolerance=.95, folder=tmp_path/"out")
+    assert not (tmp_path/"out").exists()
+
+@pytest.mark.parametrize("needs, given", [(("reference",), dict(reference="smoke-RN")), ((), {})])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_method_that_was_given_nothing_to_learn_from(monkeypatch, no_work, model, needs, given, dry_run):
+    monkeypatch.setitem(METHODS, "mine", Method(lambda clip, pairs, **other: {}, needs))
+    with pytest.raises(SettingsError, match="mine has nothing to learn from: give pairs, trusted= or images="): repair(model, None, "mine", dry_run=dry_run, **given)
 
 def test_a_model_that_cannot_be_copied(model):
     class Stiff(Letters):
@@ -133,7 +152,7 @@ def test_broken_pictures_are_left_out_up_to_the_tolerance_and_said(crawl, model,
     done = repair(model, crawl, "cleanclip", folder=tmp_path/"x", tolerance=.1, recipe=dict(batch_size=16))
     notes = " ".join(done.card.notes)
     assert done.facts["unreadable"] == 2
-    for said in ("2 pictures could not be read and were left out, first 3.png#0", "1 of 29 captions of pairs are mostly in letters other than Latin ones", "captions have no letters from a to z", "1 of 29 pairs repeat another"): assert said in notes, said
+    for said in ("pairs: 2 of 31 were left out, first 3.png#0", "pairs: 1 captions are mostly in letters other than Latin ones", "captions have no letters from a to z", "pairs: 1 repeat another"): assert said in notes, said
 
 def test_rows_of_selected_pairs_are_those_of_what_was_given(crawl, model, reference):
     given = read_csv_pairs(crawl)
@@ -236,10 +255,10 @@ def test_another_call_does_not_go_on_with_it(model, reference, poisoned, tmp_pat
         patch.setattr(repairing, "train", dying)
         with pytest.raises(KeyboardInterrupt): CALLS["ubt"](model, reference, poisoned, folder=tmp_path)
     before = files(tmp_path)
-    for change, says in [(dict(model=reference), "model "), (dict(pairs=open_data(PAIRS)), "pairs "), (dict(reference=model), "reference "), (dict(seed=1), "seed 0 there, 1 here")]:
+    for change, says in [(dict(model=reference), "model: "), (dict(pairs=open_data(PAIRS)), "pairs: "), (dict(reference=model), "reference: "), (dict(seed=1), "seed: 0 there, 1 here")]:
         given = dict(model=model, reference=reference, pairs=poisoned); extra = {k: change.pop(k) for k in ("seed",) if k in change}
         with pytest.raises(SettingsError, match=f"holds another repair that was interrupted.*{says}"): CALLS["ubt"](**{**given, **change}, folder=tmp_path, **extra)
-    with pytest.raises(SettingsError, match="method ubt there, finetune here"): repair(model, poisoned, "finetune", folder=tmp_path)
+    with pytest.raises(SettingsError, match="method: ubt there, finetune here"): repair(model, poisoned, "finetune", folder=tmp_path)
     assert files(tmp_path) == before
 
 def test_nothing_of_the_users_is_overwritten_or_removed(model, tmp_path):
