@@ -75,6 +75,8 @@ def _of_name(model, pretrained, device):
 def check_clip(clip: Clip # any
     ) -> int: # width of the embeddings
     "Put two pictures and two captions through a model. Raises SettingsError, naming what is wrong, for one that cannot be used as a CLIP."
+    for name, w in clip.model.named_parameters():
+        if not torch.isfinite(w).all(): raise SettingsError(f"{clip.name}: the weights {name} are not finite: the file or the training that they are from is damaged")
     try: images = embed_images(clip, np.zeros((2, clip.image_size, clip.image_size, 3), np.uint8))
     except Exception as e: raise SettingsError(f"{clip.name} cannot embed pictures of {clip.image_size} px ({type(e).__name__}: {_first_line(e)}); check image_size") from None
     try: texts = embed_texts(clip, ["a photo of a cat", "two dogs"])
@@ -134,15 +136,23 @@ def model_fingerprint(clip: Clip # any
         h.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../nbs/30_inputs.ipynb #d97aa310
+# %% ../nbs/30_inputs.ipynb #1ffcc53e
+def _check_text(data, what):
+    "DataError for a caption that is no text: half of a surrogate pair, which no tokenizer reads and no file holds."
+    for i, c in zip(data.ids, data.captions):
+        if c.isascii(): continue
+        try: c.encode("utf-8")
+        except UnicodeEncodeError as e: raise DataError(f"{what}: the caption of {i} in {data.name} has a character that is no text (position {e.start + 1}, {c[e.start]!a}); read the file as UTF-8, or mend the caption") from None
+
 def as_pairs(pairs, # `Pairs`, or a source of `open_data`: a path, `name:split[:count]`, a `DataRef`
              what: str = "pairs" # how an error calls them
     ) -> Pairs:
-    "Any image-caption pairs as `Pairs`. Raises DataError where there are none."
+    "Any image-caption pairs as `Pairs`. Raises DataError where there are none, or a caption is no text."
     data = open_data(str(pairs) if isinstance(pairs, Path) else pairs) if isinstance(pairs, (str, Path, DataRef)) else pairs
     if isinstance(data, LabelledImages): raise DataError(f"{what}: {data.name} has classes and no captions; give image-caption pairs, such as a CSV with the columns image and caption")
     if not isinstance(data, Pairs): raise DataError(f"{what}: {type(data).__name__} is not a set of pairs; give Pairs, a path or name:split")
     if not len(data): raise DataError(f"{what}: {data.name} has no pair")
+    _check_text(data, what)
     return data
 
 def as_labelled(images, # `LabelledImages`, or a source of `open_data`

@@ -7,8 +7,8 @@ __all__ = ['METHODS', 'SIZES', 'THRESHOLD', 'COLUMNS', 'Embedded', 'embed_stream
            'find_core', 'likeness', 'search', 'pair_fit', 'better_half', 'learn_mapping', 'Scan', 'count_copies',
            'shared_words', 'scan', 'PoisonDetector', 'scan_figure', 'quality', 'group_words']
 
-# %% ../nbs/32_scanning.ipynb #3be2c325
-import csv, hashlib, json, os, re, shutil, tempfile, time
+# %% ../nbs/32_scanning.ipynb #98c82a38
+import hashlib, inspect, json, os, re, shutil, tempfile, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,13 +21,15 @@ import torch
 from fastcore.basics import patch
 from sklearn.base import BaseEstimator, OutlierMixin
 
-from .cards import Card, input_licence, limits_of, write_card, write_page
+from .cards import Card, limits_of, write_card, write_page
 from .cfbd import MappingNetwork, _correlations, _Gathered, _one_thread, _rows_of, benign_level, detect, leave_one_out, load_mapping, mean_direction, save_mapping, train_mapping
 from .clip import Clip, embed_images, embed_tokens, tokenize
-from .data import Pairs, square
-from .errors import DataError, SettingsError
-from .inputs import Cost, Meter, as_clip, as_pairs, check_tolerance, first_error, foreign_captions, model_fingerprint, no_problems
+from .data import FileImages, Pairs, square
+from .errors import DataError, SettingsError, StoreError
+from .inputs import Cost, Readable, as_clip, as_pairs, check_clip, check_tolerance, first_error, foreign_captions, input_row, model_fingerprint, no_problems, pair_remarks
+from .lab import _read_json, _write_json
 from .metrics import detection_rates, placements
+from .report import _near
 from .training import Recipe
 
 # %% ../nbs/32_scanning.ipynb #e115e7ba
@@ -40,22 +42,30 @@ class Embedded:
     problems: pd.DataFrame     # `id`, `problem`
     captions_cut: int          # captions longer than the context
 
+def _is_state(known, new):
+    "Whether what a file holds is a state of the same work."
+    if not isinstance(known, dict) or known.keys() != new.keys() or known["identity"] != new["identity"]: return False
+    counted = all(type(known[k]) is int and known[k] >= 0 for k in ("images", "texts", "cut"))
+    return counted and isinstance(known["errors"], dict) and all(r.isdecimal() and isinstance(e, str) for r, e in known["errors"].items())
+
 class _Progressing:
     "What is done of an embedding, in a file that is always whole."
     def __init__(self, folder, identity):
-        self.path = folder/"state.json"
-        new = dict(identity=identity, images=0, texts=0, cut=0, errors={})
-        try: self.state = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError): self.state = new
-        if self.state.get("identity") != identity: self.state = new
-    def write(self):
-        part = self.path.with_suffix(".part"); part.write_text(json.dumps(self.state), encoding="utf-8"); os.replace(part, self.path)
+        self.path, new = folder/"state.json", dict(identity=identity, images=0, texts=0, cut=0, errors={})
+        known = _read_json(self.path)
+        self.state = known if _is_state(known, new) else new
+    def write(self): _write_json(self.path, self.state)
 
-# %% ../nbs/32_scanning.ipynb #18e65fa3
-def _table(path, rows, width, fresh):
-    "A file of half-precision rows, opened for writing; a fresh one where nothing was done."
-    if fresh or not path.exists(): return np.lib.format.open_memmap(path, "w+", np.float16, (rows, width))
-    return np.load(path, mmap_mode="r+", allow_pickle=False)
+# %% ../nbs/32_scanning.ipynb #0d8f9cae
+def _table(folder, name, shape, state):
+    "A file of half-precision rows, opened for writing. One that is not what the state says is made anew, and nothing of it counts as done."
+    try: table = np.lib.format.open_memmap(folder/f"{name}.npy", "r") if state[name] else None      # opened for writing, a file that is cut off would be filled up
+    except (OSError, ValueError): table = None
+    if table is not None and (table.shape, table.dtype) == (shape, np.float16) and state[name] <= shape[0]: return np.lib.format.open_memmap(folder/f"{name}.npy", "r+")
+    state |= {name: 0} | (dict(errors={}) if name == "images" else dict(cut=0))
+    needed, free = 2*shape[0]*shape[1], shutil.disk_usage(folder).free
+    if needed > free: raise StoreError(f"{folder}: the embeddings of {name} need {needed/1e9:.1f} GB and {free/1e9:.1f} GB are free; make room or choose another folder")
+    return np.lib.format.open_memmap(folder/f"{name}.npy", "w+", np.float16, shape)
 
 def _decoded(images, rows, size):
     "Pictures of a block, black where one cannot be read, and errors by row."
@@ -67,9 +77,14 @@ def _decoded(images, rows, size):
     if good.any(): pixels[good] = images.array(rows[good], size)
     return pixels, errors
 
-def _half(embedded, name):
-    "Unit-length float32 rows as float16."
-    return embedded.numpy().astype(np.float16)
+def _fingerprint(pairs):
+    "Of pairs some of whose files may be missing: a file that is there again makes other pairs of them."
+    try: return pairs.fingerprint
+    except DataError:
+        if not isinstance(pairs.images, FileImages): raise
+        files = [pairs.images.root/n for n in pairs.images.names]
+        told = [pairs.ids, pairs.captions, pairs.image_rows.tolist(), pairs.images.names, [f.stat().st_size if f.is_file() else -1 for f in files]]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 # %% ../nbs/32_scanning.ipynb #0439c4eb
 def _embed_pictures(clip, images, used, table, state, block, check, progress):
@@ -82,7 +97,7 @@ def _embed_pictures(clip, images, used, table, state, block, check, progress):
             if i + 1 < len(slices): waiting = ahead.submit(_decoded, images, used[slices[i + 1]], clip.image_size)
             state.state["errors"] |= {str(r): e for r, e in errors.items()}
             check()
-            table[at] = _half(embed_images(clip, pixels, 256), "images")
+            table[at] = embed_images(clip, pixels, 256).numpy().astype(np.float16)
             table[at[np.isin(used[at], list(errors))]] = np.nan
             table.flush(); state.state["images"] = int(at[-1]) + 1; state.write()
             if progress: progress(state.state["images"], len(used), "pictures", "embedding")
@@ -91,8 +106,8 @@ def _embed_captions(clip, captions, table, state, block, progress):
     "Fill the table of captions from where the state says."
     for k in range(state.state["texts"], len(captions), block):
         part = captions[k:k + block]; tokens, cut = tokenize(clip, part)
-        table[k:k + len(part)] = _half(embed_tokens(clip, tokens), "captions")
-        table.flush(); state.state["texts"], state.state["cut"] = k + len(part), state.state["cut"] + int(cut); state.write()
+        table[k:k + len(part)] = embed_tokens(clip, tokens).numpy().astype(np.float16)
+        table.flush(); state.state["texts"] = k + len(part); state.state["cut"] += int(cut); state.write()
         if progress: progress(state.state["texts"], len(captions), "captions", "embedding")
 
 # %% ../nbs/32_scanning.ipynb #8e502304
@@ -106,18 +121,23 @@ def embed_stream(clip: Clip, # a clean CLIP
     "Embed all pairs through files, restartable. Raises DataError as soon as more pairs than tolerated cannot be read."
     check_tolerance(no_problems(), len(pairs), tolerance, pairs.name)
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    state = _Progressing(folder, [model_fingerprint(clip), pairs.fingerprint])
+    state = _Progressing(folder, [model_fingerprint(clip), _fingerprint(pairs)])
     used, at = np.unique(pairs.image_rows, return_inverse=True)
     width = embed_images(clip, np.zeros((1, clip.image_size, clip.image_size, 3), np.uint8)).shape[1]
-    tables = [_table(folder/f"{n}.npy", k, width, not state.state[n]) for n, k in (("images", len(used)), ("texts", len(pairs)))]
-    problems = lambda: _problem_table(pairs, state.state["errors"])
-    _embed_pictures(clip, pairs.images, used, tables[0], state, block, lambda: check_tolerance(problems(), len(pairs), tolerance, pairs.name), progress)
+    tables = [_table(folder, n, (k, width), state.state) for n, k in (("images", len(used)), ("texts", len(pairs)))]
+    check = lambda: check_tolerance(_problem_table(pairs, state.state["errors"]), len(pairs), tolerance, pairs.name)
+    check()                     # what was found before may be more than is tolerated now
+    _embed_pictures(clip, pairs.images, used, tables[0], state, block, check, progress)
     _embed_captions(clip, pairs.captions, tables[1], state, 8*block, progress)
-    bad = np.isin(pairs.image_rows, [int(r) for r in state.state["errors"]])
+    return _sliceable(pairs, folder, at, state.state)
+
+def _sliceable(pairs, folder, at, state):
+    "What was embedded, without the pairs whose picture could not be read; nothing is copied."
     images, texts = (np.load(folder/f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in ("images", "texts"))
-    rows = np.flatnonzero(~bad)
-    whole = not bad.any()
-    return Embedded(images if whole and len(used) == len(pairs) and (at == np.arange(len(at))).all() else _Gathered(images, at[rows]), texts if whole else _Gathered(texts, rows), rows, problems(), state.state["cut"])
+    bad = np.isin(pairs.image_rows, [int(r) for r in state["errors"]])
+    rows, one_each = np.flatnonzero(~bad), len(images) == len(pairs) and (at == np.arange(len(at))).all()
+    return Embedded(images if one_each and not bad.any() else _Gathered(images, at[rows]), _Gathered(texts, rows) if bad.any() else texts,
+                    rows, _problem_table(pairs, state["errors"]), state["cut"])
 
 def _problem_table(pairs, errors):
     "Unreadable pairs by id."
@@ -128,6 +148,7 @@ def _problem_table(pairs, errors):
 # %% ../nbs/32_scanning.ipynb #ceb2726a
 METHODS = ("contrast", "cfbd")
 SIZES = (50, 100, 200, 400, 800, 1600)
+THRESHOLD = .5    # of the score: half way from ordinary captions to the core
 
 def sizes_for(count: int, # pairs of a set
               method: str = "contrast" # of METHODS
@@ -214,15 +235,17 @@ def search(fit: np.ndarray, # float32 [n], similarity of image and caption
     ) -> tuple: # score float32 [n], flagged bool [n], group int [n], list of `Core`
     "Cores one after the other, until none counts. Where none does, the score is that of the densest."
     badly, order = fit < np.median(fit), np.argsort(fit, kind="stable")
-    crowd, flagged, group, score, cores = np.flatnonzero(~badly), np.zeros(len(fit), bool), np.zeros(len(fit), int), None, []
+    crowd, flagged, group = np.flatnonzero(~badly), np.zeros(len(fit), bool), np.zeros(len(fit), int)
+    score, cores = np.full(len(fit), -np.inf), []
     with _one_thread():   # small products: threads would mostly wait for each other
         for number in range(1, rounds + 1):
-            core = max((find_core(texts, order, crowd, q, **options, seed=seed) for q in sizes if q <= len(order) // 2), key=lambda c: c.contrast / c.bar)
-            like, core = likeness(texts, core, crowd, progress=progress)
-            if core.counts or score is None: group[like > (-np.inf if score is None else score)] = number; score = like if score is None else np.maximum(score, like)
+            tried = [find_core(texts, order, crowd, q, **options, seed=seed) for q in sizes if q <= len(order) // 2]
+            if not tried: break
+            like, core = likeness(texts, max(tried, key=lambda c: c.contrast / c.bar), crowd, progress=progress)
             cores.append(core)
+            if core.counts or number == 1: group[like > score] = number; score = np.maximum(score, like)
             if not core.counts: break
-            flagged |= (like > .5) & badly
+            flagged |= (like > THRESHOLD) & badly
             order = order[~(flagged[order] | np.isin(order, core.rows))]
     return np.where(badly, score, score - 1).astype(np.float32), flagged, group, cores
 
@@ -233,7 +256,7 @@ def pair_fit(embedded: Embedded # of `embed_stream`
     fit = np.empty(len(embedded.rows), np.float32)
     for k in range(0, len(fit), 16384):
         u, v = (np.asarray(t[slice(k, k + 16384)], np.float32) for t in (embedded.images, embedded.texts))
-        fit[k:k + len(u)] = np.einsum("nd,nd->n", u, v) / (np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1))
+        fit[k:k + len(u)] = np.einsum("nd,nd->n", u, v) / np.maximum(np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1), 1e-12)
     return fit
 
 def better_half(fit: np.ndarray, # of `pair_fit`
@@ -251,13 +274,15 @@ def learn_mapping(embedded: Embedded, # pairs to learn from
     "A mapping network from embedded pairs, with the numbers of profile mini. Raises DataError where there are too few."
     if len(rows) < 64: raise DataError(f"{len(rows)} pairs are too few to calibrate a scan with: give at least 64 that you trust")
     take = lambda table: torch.from_numpy(np.concatenate([np.asarray(table[rows[k:k + 16384]], np.float32) for k in range(0, len(rows), 16384)]))
-    return train_mapping(take(embedded.images), take(embedded.texts), np.arange(len(rows)), Recipe(epochs=epochs, batch_size=min(256, len(rows)), learning_rate=1e-3, seed=seed), hidden, progress=progress)
+    recipe = Recipe(epochs=epochs, batch_size=min(256, len(rows)), learning_rate=1e-3, seed=seed)
+    return train_mapping(take(embedded.images), take(embedded.texts), np.arange(len(rows)), recipe, hidden, progress=progress)
 
 # %% ../nbs/32_scanning.ipynb #119c0dc8
 def _by_contrast(embedded, fit, sizes, options, seed, progress):
     "What `search` found, and a sentence on how."
     score, flagged, group, cores = search(fit, embedded.texts, sizes, options=options, seed=seed, progress=progress)
-    return score, flagged, group, cores, "Captions that are more alike among the worst-fitting pairs than in the better-fitting half were searched for, one group after the other."
+    how = "Captions that are more alike among the worst-fitting pairs than in the better-fitting half were searched for, one group after the other."
+    return score, flagged, group, cores, how
 
 def _by_cfbd(embedded, network, sizes, options, seed, progress):
     "What `detect` found, in the same terms: the score is 0.5 at its threshold."
@@ -267,11 +292,10 @@ def _by_cfbd(embedded, network, sizes, options, seed, progress):
     score[found.split.benign] -= 1
     flagged = np.zeros(len(score), bool); flagged[found.flagged] = found.attacked
     core = Core(found.core, len(found.split.poisoned), found.likeness, found.level, 2*found.threshold - own, own)
-    return score.astype(np.float32), flagged, np.ones(len(score), int), [core], f"CFBD's coarse stage put {len(found.split.benign):,} pairs into the benign region, and its fine stage compared the others with the {core.size:,} of oddest fit."
+    how = f"CFBD's coarse stage put {len(found.split.benign):,} pairs into the benign region, and its fine stage compared the others with the {core.size:,} of oddest fit."
+    return score.astype(np.float32), flagged, np.ones(len(score), int), [core], how
 
-# %% ../nbs/32_scanning.ipynb #5b2eebcc
-THRESHOLD = .5
-
+# %% ../nbs/32_scanning.ipynb #bd80a198
 @dataclass(frozen=True, eq=False, repr=False)
 class Scan:
     "What a scan found; arrays are for the pairs that could be read."
@@ -363,16 +387,32 @@ def _mapping_of(clip, embedded, fit, trusted, mapping, folder, tolerance, seed, 
     known = embed_stream(clip, trusted, folder/"trusted", tolerance, progress=progress)
     return learn_mapping(known, np.arange(len(known.rows)), seed, progress=progress), f"{len(known.rows):,} trusted pairs of {trusted.name}"
 
-def _checked(model, pretrained, pairs, method, trusted, mapping, tolerance, device):
-    "Everything that can be refused before work starts."
+def _check_method(method, trusted, mapping, sizes, options, count):
+    "SettingsError for a method and settings that do not go together; DataError for too few pairs."
     if method not in METHODS: raise SettingsError(f"unknown method {method!r} of scanning: use one of {', '.join(METHODS)}")
     if method == "contrast" and (trusted is not None or mapping is not None): raise SettingsError("method contrast needs neither trusted pairs nor a mapping network: leave them out, or take method cfbd")
     if trusted is not None and mapping is not None: raise SettingsError("give trusted pairs or a mapping network, not both")
-    clip, pairs = as_clip(model, pretrained, device=device), as_pairs(pairs)
-    if isinstance(mapping, (str, Path)): load_mapping(mapping)
+    sizes_for(count, method)
+    for q in sizes or []:
+        if isinstance(q, bool) or not isinstance(q, (int, np.integer)) or not 10 <= q <= count // 4: raise SettingsError(f"sizes: each is a number of pairs from 10 to a quarter of the set, {count // 4:,}, not {q!r}")
+    known = ["subsets", "margin"] if method == "contrast" else [p for p in inspect.signature(detect).parameters if p not in ("images", "texts", "mapping", "q", "seed", "progress")]
+    for k in options or {}:
+        if k not in known: raise SettingsError(_near(k, known, f"option of {method}"))
+
+def _checked(model, pretrained, pairs, method, trusted, mapping, sizes, options, tolerance, device):
+    "What was given, opened. Everything that can be refused is refused before work starts."
+    if method not in METHODS: _check_method(method, *[None]*4, 0)
+    pairs = as_pairs(pairs)
+    _check_method(method, trusted, mapping, sizes, options, len(pairs))
     check_tolerance(no_problems(), len(pairs), tolerance, pairs.name)
-    sizes_for(len(pairs), method)
+    clip = as_clip(model, pretrained, device=device)
+    if isinstance(mapping, (str, Path)): mapping = load_mapping(mapping)
+    if mapping is not None and mapping.up.in_features != (width := check_clip(clip)): raise SettingsError(f"mapping: it maps embeddings of width {mapping.up.in_features}, {clip.name} gives {width}; learn one with this model")
     return clip, pairs, None if trusted is None else as_pairs(trusted, "trusted pairs")
+
+def _check_finite(clip, ids, fit):
+    "SettingsError for a model that gives no numbers for some pairs."
+    if (wrong := np.flatnonzero(~np.isfinite(fit))).size: raise SettingsError(f"{clip.name} gives numbers that are not finite for {wrong.size:,} pairs, first {ids[wrong[0]]}: scan with another model, or leave these pairs out")
 
 # %% ../nbs/32_scanning.ipynb #4bd7bc41
 def scan(model, # a clean CLIP, anything for `as_clip`; not the one that was trained on these pairs
@@ -384,51 +424,57 @@ def scan(model, # a clean CLIP, anything for `as_clip`; not the one that was tra
          folder: Path = None, # keeps embeddings, so that an interrupted scan goes on; None: a temporary one
          tolerance: float = .01, # share of the pairs that may be unreadable
          sizes: list = None, # values of q; None: `sizes_for`
-         options: dict = None, # of `find_core`, or of `cfbd.detect`
-         seed: int = 0, device: str = "cpu",
-         progress=None, # function (done, total, unit, note)
+         options: dict = None, # of `find_core` (subsets, margin), or of `cfbd.detect`
+         seed: int = 0, # of random subsets and of a mapping network
+         device: str = None, # where the model works; None: where it is, and the CPU for a name or a file
+         progress=None, # function (done, total, unit, note), such as `Meter()`
          dry_run: bool = False # only say what it would cost
-    ):  # `Scan`, or `Cost`
+    ) -> Scan: # or `Cost`
     """Which pairs of a training set look planted.
 
     Raises, before any long work, SettingsError for a model that is no CLIP and settings that cannot work, and DataError for pairs that
     cannot be opened or are too few; later on DataError once more pairs than tolerated cannot be read. Source: method `cfbd` is CFBD
     sections 2.2 and 2.3 with the guard of `13_cfbd`; method `contrast` is ours.
     """
-    clip, pairs, trusted = _checked(model, pretrained, pairs, method, trusted, mapping, tolerance, device)
-    if dry_run: return _scan_cost(clip, pairs, trusted)
-    started, kept, folder = time.monotonic(), folder is not None, Path(folder or tempfile.mkdtemp())
+    clip, pairs, trusted = _checked(model, pretrained, pairs, method, trusted, mapping, sizes, options, tolerance, device)
+    if dry_run: return _scan_cost(clip, pairs, method, trusted, sizes or sizes_for(len(pairs), method))
+    started, place, source = time.monotonic(), Path(folder or tempfile.mkdtemp()), None
     try:
-        embedded = embed_stream(clip, pairs, folder/"pairs", tolerance, progress=progress)
-        fit, sizes, source = pair_fit(embedded), sizes or sizes_for(len(embedded.rows), method), None
-        if method == "contrast": score, flagged, group, cores, how = _by_contrast(embedded, fit, sizes, options or {}, seed, progress)
+        embedded = embed_stream(clip, pairs, place/"pairs", tolerance, progress=progress)
+        fit, sizes = pair_fit(embedded), sizes or sizes_for(len(embedded.rows), method)
+        _check_finite(clip, [pairs.ids[r] for r in embedded.rows], fit)
+        if method == "contrast": *found, how = _by_contrast(embedded, fit, sizes, options or {}, seed, progress)
         else:
-            network, source = _mapping_of(clip, embedded, fit, trusted, mapping, folder, tolerance, seed, progress)
-            score, flagged, group, cores, how = _by_cfbd(embedded, network, sizes, options or {}, seed, progress)
-            if kept: save_mapping(network, folder/"mapping.safetensors")
+            network, source = _mapping_of(clip, embedded, fit, trusted, mapping, place, tolerance, seed, progress)
+            *found, how = _by_cfbd(embedded, network, sizes, options or {}, seed, progress)
+            if folder: save_mapping(network, place/"mapping.safetensors")
+        score, flagged, group, cores = found
         copies = count_copies(embedded, pairs.captions)
     finally:
-        if not kept: shutil.rmtree(folder, ignore_errors=True)
-    facts = dict(model=clip.name, image_size=clip.image_size, method=method, how=how, calibration=source, sizes=list(map(int, sizes)), captions_cut=embedded.captions_cut, seed=seed, seconds=round(time.monotonic() - started, 1))
+        if not folder: shutil.rmtree(place, ignore_errors=True)
+    facts = dict(model=clip.name, scanner=input_row("scanning model", clip, pretrained or model), image_size=clip.image_size, method=method, how=how, calibration=source,
+                 sizes=list(map(int, sizes)), captions_cut=embedded.captions_cut, seed=seed, seconds=round(time.monotonic() - started, 1))
     return Scan(pairs, embedded.rows, fit, score, group, flagged, cores, copies, embedded.problems, facts)
 
-# %% ../nbs/32_scanning.ipynb #f974749f
-def _scan_cost(clip, pairs, trusted):
+# %% ../nbs/32_scanning.ipynb #afad895b
+def _scan_cost(clip, pairs, method, trusted, sizes):
     "Time a few hundred pairs; the rest is counting."
     used, sample = np.unique(pairs.image_rows), min(256, len(pairs))
     few = used[np.linspace(0, len(used) - 1, min(sample, len(used))).astype(int)]
     t0 = time.perf_counter(); embed_images(clip, _decoded(pairs.images, few, clip.image_size)[0], 256)
     t1 = time.perf_counter(); width = embed_tokens(clip, tokenize(clip, pairs.captions[:sample])[0]).shape[1]
     t2 = time.perf_counter(); more = 0 if trusted is None else len(trusted)
-    share = 1 + more / len(pairs)
-    seconds = share * ((t1 - t0) / len(few) * len(used) + (t2 - t1) / sample * len(pairs)) + len(pairs) * 2e-5 + 10
-    rows, text = len(pairs), sum(len(c) for c in pairs.captions[:sample]) / sample + 120
-    return Cost(len(pairs) + more, seconds, rows * (text + 200) + 3*256 * 4 * 3 * clip.image_size**2, share * (len(used) + rows) * width * 2, f"{len(few)} pictures and {sample} captions in {t2 - t0:.1f} s on {clip.device}")
+    rows, share, text = len(pairs), 1 + more / len(pairs), sum(len(c) for c in pairs.captions[:sample]) / sample + 120
+    search = .004 * sum(sizes) + rows * 3e-5 + (10 if method == "cfbd" else 0)       # two rounds of 50 subsets, some passes over all captions, a mapping network
+    seconds = share * ((t1 - t0) / len(few) * len(used) + (t2 - t1) / sample * rows) + search
+    return Cost(rows + more, seconds, rows * (text + 200) + 3*256 * 4 * 3 * clip.image_size**2, share * (len(used) + rows) * width * 2, f"{len(few)} pictures and {sample} captions in {t2 - t0:.1f} s on {clip.device}")
 
 # %% ../nbs/32_scanning.ipynb #fbb6d085
 class PoisonDetector(OutlierMixin, BaseEstimator):
-    "A scan with scikit-learn's habits."
-    def __init__(self, model, method="contrast", options=None, seed=0): self.model, self.method, self.options, self.seed = model, method, options, seed
+    "A scan with scikit-learn's habits; `X` are pairs, anything for `as_pairs`, all of which must be readable."
+    def __init__(self, model, # see `scan`, as for the rest
+                 method: str = "contrast", options: dict = None, seed: int = 0):
+        self.model, self.method, self.options, self.seed = model, method, options, seed
     def fit(self, X=None, y=None): # trusted pairs, for method cfbd
         "Check the model, and calibrate CFBD on trusted pairs."
         clip, self.mapping_ = as_clip(self.model), None
@@ -466,8 +512,8 @@ def quality(found: Scan, # of `scan`
             truth # ids of the pairs that are poisoned
     ) -> dict: # precision, recall, false_positive_rate, AUROC; None where undefined
     "How good a scan was, where the truth is known. Raises DataError for an id that the pairs do not have."
-    number = {i: r for r, i in enumerate(found.pairs.ids)}
-    if odd := [t for t in truth if t not in number]: raise DataError(f"truth: {found.pairs.name} has no pair {odd[0]!r} ({len(odd)} of {len(list(truth))} are unknown); give the ids of these pairs")
+    number, truth = {i: r for r, i in enumerate(found.pairs.ids)}, list(truth)
+    if odd := [t for t in truth if t not in number]: raise DataError(f"truth: {found.pairs.name} has no pair {odd[0]!r} ({len(odd)} of {len(truth)} are unknown); give the ids of these pairs")
     poisoned = np.isin(found.rows, [number[t] for t in truth])
     rates = detection_rates(found.flagged, poisoned)
     value = lambda x: None if x is None or not np.isfinite(x) else float(x)
@@ -477,11 +523,9 @@ def quality(found: Scan, # of `scan`
 # %% ../nbs/32_scanning.ipynb #cb082d92
 def _notes(found):
     "What a reader should know about the pairs."
-    foreign, copied = int(foreign_captions(found.pairs.captions).sum()), int((found.copies > 1).sum())
-    return tuple(filter(None, (
-        f"{len(found.problems):,} of {len(found.pairs):,} pairs could not be read and were left out; they are listed with the verdict `unreadable`." if len(found.problems) else "",
-        f"{copied:,} pairs are copies of others (same picture and caption). A caption repeated often under pictures that it fits badly looks like an attack." if copied else "",
-        f"{foreign:,} captions are written in letters other than Latin ones. CLIP's text tower was trained on English: verdicts on these pairs are unsure." if foreign else "",
+    repeated = len(found.rows) - round((1 / found.copies).sum())      # of three copies, two repeat another
+    return pair_remarks(Readable(found.pairs, found.rows, found.problems), repeated=repeated) + tuple(filter(None, (
+        "What was left out stands in scan.csv with the verdict `unreadable`." if len(found.problems) else "",
         f"{found.facts['captions_cut']:,} captions are longer than the model's context and were cut." if found.facts["captions_cut"] else "",
         "The set has fewer than 1,000 pairs: a few poisoned ones are hard to tell from chance." if len(found.rows) < 1000 else "")))
 
@@ -495,25 +539,32 @@ def group_words(found: Scan # of `scan`
 def _outcome(found):
     "One or two sentences that a person reads first."
     n, total, core = int(found.flagged.sum()), len(found.rows), found.cores[0]
-    if not found.attacked: return f"Nothing looks planted: of {total:,} pairs none is called suspicious. The captions of the worst-fitting pairs are no more alike than chance and the crowd explain ({core.contrast:.3f}; above {core.bar:.3f} would be suspicious)."
+    if not found.attacked:
+        return (f"Nothing looks planted: of {total:,} pairs none is called suspicious. The captions of the worst-fitting pairs are no more alike than chance "
+                f"and the crowd explain ({core.contrast:.3f}; above {core.bar:.3f} would be suspicious).")
     words = [", ".join(w) for w in group_words(found) if w]
     return f"This set looks poisoned: {n:,} of {total:,} pairs ({n/total:.2%}) are suspicious." + (f" What their captions share: {'; '.join(words)}." if words else "")
 
-# %% ../nbs/32_scanning.ipynb #af3d0925
+# %% ../nbs/32_scanning.ipynb #821bb418
+def _measured(found, truth):
+    "Rows of the card."
+    row = lambda what, value, note="": dict(what=what, value=value, unit="", note=note)
+    rows = [row("pairs", len(found.pairs)), row("suspicious", int(found.flagged.sum())), row("unreadable", len(found.problems)), row("threshold of the score", found.threshold)]
+    rows += [row(f"likeness of suspected captions, group {i}", round(c.contrast, 4), f"q = {c.size}; {'an attack' if c.counts else 'no attack'}, the bar is {c.bar:.4f}") for i, c in enumerate(found.cores, 1)]
+    known = {} if truth is None else quality(found, truth)
+    return tuple(rows + [row(k.replace("_", " "), None if v is None else round(v, 4), "against the known poison") for k, v in known.items()])
+
 @patch
 def card(self: Scan,
          truth=None, # ids of poisoned pairs, where they are known
          licence: str = None # of the pairs; default: what the manifest says
     ) -> Card:
     "The scan in words and numbers."
-    row = lambda what, value, unit="", note="": dict(what=what, value=value, unit=unit, note=note)
-    measured = [row("pairs", len(self.pairs)), row("suspicious", int(self.flagged.sum())), row("unreadable", len(self.problems)), row("threshold of the score", self.threshold)]
-    for i, c in enumerate(self.cores): measured += [row(f"likeness of suspected captions, group {i + 1}", round(c.contrast, 4), note=f"q = {c.size}; {'an attack' if c.counts else 'no attack'}, the bar is {c.bar:.4f}")]
-    if truth is not None: measured += [row(k.replace("_", " "), None if v is None else round(v, 4), note="against the known poison") for k, v in quality(self, truth).items()]
-    done = tuple(filter(None, (f"All pairs were embedded with {self.facts['model']} at {self.facts['image_size']} px.", f"CFBD was calibrated on {self.facts['calibration']}." if self.facts["calibration"] else "", self.facts["how"],
-                               "A pair is suspicious where its caption is like the suspected ones beyond the threshold and does not fit its image, and only where the suspected ones are more alike than the bar.")))
-    return Card("scan", f"Scan of {self.pairs.name}", _outcome(self), "bad" if self.attacked else "good", done, {k: self.facts[k] for k in ("method", "model", "sizes", "seed")}, tuple(measured),
-                (dict(what="pairs", name=self.pairs.name, licence=licence or input_licence(self.pairs.name), fingerprint=self.pairs.fingerprint[:16]),), limits_of("scan", *(["scan:cfbd"] if self.facts["method"] == "cfbd" else [])), _notes(self))
+    facts, pairs = self.facts, input_row("pairs", self.pairs, fingerprint=_fingerprint(self.pairs))
+    done = (f"All pairs were embedded with {facts['model']} at {facts['image_size']} px.", f"CFBD was calibrated on {facts['calibration']}." if facts["calibration"] else "", facts["how"],
+            "A pair is suspicious where its caption is like the suspected ones beyond the threshold and does not fit its image, and only where the suspected ones are more alike than the bar.")
+    return Card("scan", f"Scan of {self.pairs.name}", _outcome(self), "bad" if self.attacked else "good", tuple(filter(None, done)), {k: facts[k] for k in ("method", "model", "sizes", "seed")},
+                _measured(self, truth), (pairs | (dict(licence=licence) if licence else {}), facts["scanner"]), limits_of(f"scan:{facts['method']}"), _notes(self))
 
 # %% ../nbs/32_scanning.ipynb #9693c919
 def _thumbnails(found, rows):
@@ -526,17 +577,27 @@ def _thumbnails(found, rows):
 
 @patch
 def write_csv(self: Scan,
-              path, # file to write
-              step: int = 50_000 # rows at a time
+              path, # file to write, UTF-8
+              step: int = 50_000, # rows at a time
+              rows=None # of `pairs`; None: all of them
     ) -> Path:
-    "The table of all pairs, in pieces."
-    path = Path(path); part = path.with_suffix(".part")
-    for k in range(0, len(self.pairs), step):
-        self.part(np.arange(k, min(k + step, len(self.pairs)))).to_csv(part, mode="a" if k else "w", header=not k, index=False, lineterminator="\n", encoding="utf-8", errors="surrogatepass")
+    "The table of pairs, in pieces. The file is there when all of it is."
+    path, rows = Path(path), np.arange(len(self.pairs)) if rows is None else np.asarray(rows, np.int64)
+    part = path.with_suffix(".part")
+    for k in range(0, max(len(rows), 1), step):     # what no UTF-8 can hold, half of a surrogate pair, is spelt out
+        self.part(rows[k:k + step]).to_csv(part, mode="a" if k else "w", header=not k, index=False, lineterminator="\n", encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
     return path
 
-# %% ../nbs/32_scanning.ipynb #36d081d3
+# %% ../nbs/32_scanning.ipynb #f16b97d1
+def _galleries(found, shown):
+    "The worst pairs, and those that come next."
+    above, below = found.worst(shown, True), found.worst(12, False)
+    worst = [(f"The {len(above)} most suspicious pairs", _thumbnails(found, above), "Highest score first.")] if len(above) else []
+    return worst + [("Just below the threshold" if len(above) else "The pairs that come nearest to it", _thumbnails(found, below), "Not called suspicious; look at them if you want to be sure.")]
+
+_FIGURE = "Left: each pair by its fit and its score; pairs that fit better than the median lose a point. Right: how many pairs have which score. The dashed line is the threshold."
+
 @patch
 def write(self: Scan,
           folder, # gets scan.csv, suspicious.csv, scan.html, CARD.md
@@ -545,14 +606,11 @@ def write(self: Scan,
     ) -> Path: # the page
     "Write everything that a scan found."
     import matplotlib.pyplot as plt
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    self.write_csv(folder/"scan.csv"); self.part(self.suspicious).to_csv(folder/"suspicious.csv", index=False, lineterminator="\n")
-    told, above, below = self.card(truth, licence), self.worst(shown, True), self.worst(12, False)
-    galleries = [(f"The {len(above)} most suspicious pairs", _thumbnails(self, above), "Highest score first.")] if len(above) else []
-    galleries += [("Just below the threshold" if len(above) else "The pairs that come nearest to it", _thumbnails(self, below), "Not called suspicious; look at them if you want to be sure.")]
-    fig = scan_figure(self)
+    folder, told, fig = Path(folder), self.card(truth, licence), scan_figure(self)
+    folder.mkdir(parents=True, exist_ok=True)
+    self.write_csv(folder/"scan.csv"); self.write_csv(folder/"suspicious.csv", rows=self.suspicious)
     tables = [("Pairs that could not be read", self.problems.head(100), f"{len(self.problems):,} in all; every one is in scan.csv.")] if len(self.problems) else []
     write_card(told, folder/"CARD.md")
-    page = write_page(told, folder/"scan.html", galleries=galleries, figures=[("How far the suspicious pairs are from the others", fig, "Left: each pair by its fit and its score; pairs that fit better than the median lose a point. Right: how many pairs have which score. The dashed line is the threshold.")], tables=tables)
+    page = write_page(told, folder/"scan.html", galleries=_galleries(self, shown), figures=[("How far the suspicious pairs are from the others", fig, _FIGURE)], tables=tables)
     plt.close(fig)
     return page
