@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'Experiments']
 
-# %% ../nbs/09b_experiments.ipynb #a3a1244a
-from functools import cached_property
+# %% ../nbs/09b_experiments.ipynb #ca1cc32a
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +18,12 @@ from .clip import model_config
 from .data import open_data
 from .errors import SettingsError
 from .lab import Lab
+from .plugins import own_attacks, own_repairs, repaired_clip, takes, workers_load_plugins
+from .repairing import METHODS
 from .report import forest, paper_table, read_table, save_figure, show_table, table_note, tidy, write_table
 from .stages import attack_settings, classification, clean_clip, finetuned_clip, outcomes, percent, poisoned_pairs, retrieval, weights_checksum
 
-# %% ../nbs/09b_experiments.ipynb #9353528f
+# %% ../nbs/09b_experiments.ipynb #9ed07297
 class Experiments:
     "The plan of a paper notebook. Raises SettingsError for a table or an attack that it does not have."
     def __init__(self, lab: Lab, # gives settings, roles and seeds
@@ -35,11 +37,15 @@ class Experiments:
         settings = lab.profile
         attacks = dict(attacks or {name: name for name in settings.attacks})
         if unknown := set(wanted) - set(tables): raise SettingsError(f"unknown table {min(unknown)!r} in tables; this notebook makes {', '.join(tables)}")
-        if unknown := set(attack_names) - set(attacks): raise SettingsError(f"unknown attack {min(unknown)!r} in attack_names; profile {lab.name} has {', '.join(attacks)}")
+        own = {name: entry for name, entry in own_attacks().items() if name not in attacks}
+        if unknown := set(attack_names) - {*attacks, *own}: raise SettingsError(f"unknown attack {min(unknown)!r} in attack_names; profile {lab.name} has {', '.join([*attacks, *own])}")
+        if attack_names and not set(attack_names) & set(attacks): raise SettingsError(f"attack_names: beside {', '.join(attack_names)} name one of the paper's, {', '.join(attacks)}")
         self.lab, self.settings, self.wanted, self.whole, self.steps = lab, settings, list(wanted or tables), not attack_names, steps
         self.counts, self.lines, self.defenses, self.done, self._chains, self._lengths = dict(counts or {}), [], {}, {}, {}, {}
         self.image_size = model_config(settings.model.name)["vision_cfg"]["image_size"]
-        self._entries = {name: settings.attacks[attacks[name]] for name in attack_names or attacks}
+        self._entries = {name: settings.attacks[attacks[name]] for name in attack_names or attacks if name in attacks}
+        self.own_attacks, self.own_repairs, self._added = {name: entry for name, entry in own.items() if name in (attack_names or own)}, own_repairs(), set()
+        if own or self.own_repairs: workers_load_plugins(lab.engine)
 
     @cached_property
     def clean(self): # node; made when it is asked for, as not every paper needs the data of the role `pretrain`
@@ -48,7 +54,14 @@ class Experiments:
 
     @cached_property
     def attacks(self): # printed name -> settings for the stages
-        return {name: attack_settings(self.lab, entry, self.clean, self.settings.target) for name, entry in self._entries.items()}
+        made = {name: attack_settings(self.lab, entry, self.clean, self.settings.target) for name, entry in self._entries.items()}
+        return _Attacks(made, self.own_attacks) if self.own_attacks else made
+
+class _Attacks(dict):
+    "Attacks by name. Those of plug-ins are found, but neither listed nor counted: texts and figures speak of the paper's."
+    def __init__(self, listed, own): super().__init__(listed); self.own = own
+    def __missing__(self, name): return self.own[name]
+    def get(self, name, default=None): return self[name] if name in self or name in self.own else default
 
 # %% ../nbs/09b_experiments.ipynb #79d3d15c
 @patch
@@ -86,7 +99,7 @@ def method(self: Experiments,
     options = dict(options); recipe = dict(options.pop("recipe"), seed=chain.seed)
     return self.lab.node(stage, recipe=recipe, **options, **inputs)
 
-# %% ../nbs/09b_experiments.ipynb #e4e4ec21
+# %% ../nbs/09b_experiments.ipynb #403c3805
 @patch
 def measure(self: Experiments,
             model, # node with the CLIP to measure
@@ -107,13 +120,37 @@ def line(self: Experiments,
          role: str = "zeroshot", # test data
          **which # of `chain`
     ):
-    "Plan lines of a table, if the table is wanted."
+    "Plan lines of a table, if the table is wanted; with them those of plug-ins."
     if table not in self.wanted: return
-    chains = [self.chain(seed=seed, **which) for seed in self.lab.seeds]
-    for defense in defenses:
-        models = [self.defenses[defense](c) for c in chains]
-        self.lines.append(SimpleNamespace(table=table, defense=defense, labels=labels, chains=chains, models=models, found=[self.measure(m, c, role) for c, m in zip(chains, models)]))
+    self._plan(table, defenses, labels, role, which)
+    if labels.get("attack") not in self._entries or which.get("attack") not in (labels["attack"], "none"): return
+    for name in self.own_attacks:
+        added = table, name, *defenses, role, *(f"{k}={v}" for k, v in labels.items() if k != "attack")
+        if added not in self._added: self._plan(table, defenses, {**labels, "attack": name}, role, {**which, "attack": name if which["attack"] != "none" else "none"}, own=True)
+        self._added.add(added)
 
+@patch
+def _plan(self: Experiments, table, defenses, labels, role, which, own=False):
+    "Lines of one chain; `own`: of an attack that the paper does not have."
+    chains = [self.chain(seed=seed, **which) for seed in self.lab.seeds]
+    for defense in [*defenses, *(self.own_repairs if len(defenses) > 1 else ())]:
+        if defense in self.own_repairs: self.defenses.setdefault(defense, partial(self.repaired, defense))
+        models = [self.defenses[defense](c) for c in chains]
+        self.lines.append(SimpleNamespace(table=table, defense=defense, labels=labels, chains=chains, models=models, found=[self.measure(m, c, role) for c, m in zip(chains, models)], own=own))
+
+# %% ../nbs/09b_experiments.ipynb #b951155c
+@patch
+def repaired(self: Experiments,
+             name: str, # a registered defence, see `36_plugins`
+             chain # whose victim it is given
+    ): # node
+    "A defence of a plug-in as a node. Its trusted pairs have the role `clean_pairs`, its labelled images `labelled_images`."
+    roles, asked = dict(trusted="clean_pairs", images="labelled_images"), takes(METHODS[name])
+    given = {k: self.lab.role(role) for k, role in roles.items() if k in asked}
+    if "reference" in asked: given["reference"] = self.clean
+    return self.lab.node(repaired_clip, clip=chain.victim, poisoned=chain.poisoned, method=name, code=self.own_repairs[name], seed=chain.seed, **given)
+
+# %% ../nbs/09b_experiments.ipynb #5a94256f
 @patch
 def run(self: Experiments,
         extra: list = (), # nodes besides those of the lines
@@ -128,18 +165,19 @@ def get(self: Experiments, node):
     "The artefact of a node, computed now if it was not planned."
     return self.done[node] if node in self.done else self.done.setdefault(node, self.lab.run(node))
 
-# %% ../nbs/09b_experiments.ipynb #364c800e
+# %% ../nbs/09b_experiments.ipynb #3bb70652
 METRICS = {"CA": "clean", "ASR": "attacked"} # printed name -> outcome
 
 @patch
 def rows(self: Experiments,
          table: str, # id
          factors: list | None = None, # of a table that no paper prints
+         own: bool | None = None, # lines of attacks that the paper does not have: only these, none of them; None: all
     ): # yields dicts
     "Rows for `tidy`: what was measured on every line of a table, in per cent, over seeds."
     printed = paper_table(table) if factors is None else pd.DataFrame(dict(defense=[], metric=[]))
-    for l in [l for l in self.lines if l.table == table]:
-        ours = {"defense": l.defense, **l.labels, **({} if factors or l.defense in set(printed.defense) else {"extra": True})}
+    for l in [l for l in self.lines if l.table == table and own in (None, l.own)]:
+        ours = {"defense": l.defense, **l.labels, **({} if factors or l.defense in set(printed.defense) and not l.own else {"extra": True})}
         if factors: ours = {k: v for k, v in ours.items() if k in (*factors, "extra")}
         found = [self.get(n) for n in l.found]
         for metric, outcome in METRICS.items():
@@ -153,8 +191,21 @@ def table(self: Experiments,
           extra: dict | None = None, # title and factors of a table that no paper prints, see `tidy`
     ):
     "Write a table beside the paper's and show it; says so when it was not asked for."
-    found = [*self.rows(table, extra and extra["factors"]), *more] if table in self.wanted else []
+    factors, note = extra and extra["factors"], note + self.added(table)
+    more = [{**row, "extra": True} if row.get("attack") in self.own_attacks else row for row in more]
+    found = [*self.rows(table, factors, False if extra else None), *more] if table in self.wanted else []
     display(self.write(tidy(table, found, extra), table, note)) if found else print(f"{table} was not asked for")
+    if found and extra and (own := [*self.rows(table, factors, True)]):
+        about = {k: v for k, v in extra.items() if k in ("factors", "columns")} | dict(title=f"{extra['title']}: attacks of plug-ins")
+        display(self.write(tidy(f"{table}_own", own, about), f"{table}_own", note))
+
+@patch
+def added(self: Experiments, table: str) -> str: # '' without any
+    "What plug-ins added to a table, for the note under it."
+    lines = [l for l in self.lines if l.table == table]
+    attacks = [self.trigger(name) for name in dict.fromkeys(l.labels["attack"] for l in lines if l.own)]
+    repairs = [f"{name} (code {self.own_repairs[name]})" for name in dict.fromkeys(l.defense for l in lines) if name in self.own_repairs]
+    return "".join(f" Plug-in {what}, not in the paper: {'; '.join(names)}." for what, names in (("attacks", attacks), ("defences", repairs)) if names)
 
 @patch
 def write(self: Experiments, tidied: pd.DataFrame, table: str, note: str):

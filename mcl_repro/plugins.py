@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN', 'GROUPS', 'BESIDE', 'register_attack', 'as_method', 'register_repair', 'check_repair', 'load_plugins',
-           'compare', 'comparison_view', 'comparison_figure']
+           'compare', 'comparison_view', 'comparison_figure', 'code_hash', 'own_attacks', 'own_repairs', 'plugins_key',
+           'workers_load_plugins', 'dask_setup', 'takes', 'repaired_clip']
 
-# %% ../nbs/36_plugins.ipynb #e600acd7
-import copy, functools, hashlib, importlib.metadata, inspect, json, random, re, tempfile, types, warnings
+# %% ../nbs/36_plugins.ipynb #a9cc2845
+import copy, functools, hashlib, importlib.metadata, inspect, json, os, random, re, shutil, sys, tempfile, types, warnings
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,13 +19,14 @@ import torch
 
 from .attacks import ATTACKS, Attack, check_attack
 from .clip import Clip, build_clip, load_weights, save_clip
-from .data import LabelledImages, open_data, read_json
+from .data import DataRef, LabelledImages, open_data, read_json
 from .errors import SettingsError, UserError
-from .inputs import as_clip, as_labelled, as_pairs, model_fingerprint
-from .lab import _write_json, load_profile
-from .measuring import _made_attack, attack, measure
+from .inputs import as_labelled, as_pairs, model_fingerprint
+from .lab import _changed_since_import, _code, _code_of, _write_json, load_profile, stage
+from .measuring import _clip, _made_attack, attack, measure
 from .repairing import INPUTS, METHODS, Method, check_given, make_plan, profile_of, profile_pairs, repair, scaled
 from .report import _near
+from .stages import defender_pairs, load_clip
 from .training import Recipe, train, training_set
 
 # %% ../nbs/36_plugins.ipynb #ff1ffa22
@@ -161,6 +163,7 @@ def _add(kind, point):
     "Load one entry point and register what it names."
     thing = point.load()
     if isinstance(thing, types.ModuleType): return
+    if kind == "module": raise SettingsError(f"MCL_REPRO_PLUGINS: {point.value} is no module")
     if kind == "attacks":
         if ATTACKS.get(getattr(thing, "name", None)) is not thing: register_attack(thing)
     elif not callable(thing) and not isinstance(thing, Method): raise SettingsError(f"{point.value} is no function and no Method")
@@ -176,13 +179,19 @@ def _load_one(kind, point):
         warnings.warn(f"plugin {point.name} of package {told['package'] or '?'} was left out: {told['problem']}", stacklevel=3)
     return told
 
-# %% ../nbs/36_plugins.ipynb #c83d20a6
+# %% ../nbs/36_plugins.ipynb #e2edf747
 _loaded = [] # what the first call found
 
+def _points():
+    "(kind, entry point) of everything that is there to be loaded."
+    installed = [(kind, p) for kind, group in GROUPS.items() for p in sorted(importlib.metadata.entry_points(group=group), key=lambda p: (p.name, p.value))]
+    named = [m.strip() for m in os.environ.get("MCL_REPRO_PLUGINS", "").split(",") if m.strip()]
+    return [*installed, *(("module", importlib.metadata.EntryPoint(m, m, "MCL_REPRO_PLUGINS")) for m in named)]
+
 def load_plugins() -> pd.DataFrame: # kind, name, package, problem ('' where it works), one row per entry point
-    "Register the attacks and defences of installed packages. Later calls only tell what the first one found."
+    "Register the attacks and defences of installed packages, and of modules that MCL_REPRO_PLUGINS names. Later calls only tell what the first one found."
     if not _loaded:
-        rows = [_load_one(kind, p) for kind, group in GROUPS.items() for p in sorted(importlib.metadata.entry_points(group=group), key=lambda p: (p.name, p.value))]
+        rows = [_load_one(kind, p) for kind, p in _points()]
         _loaded.append(pd.DataFrame(rows, columns=["kind", "name", "package", "problem"]))
     return _loaded[0].copy()
 
@@ -191,7 +200,7 @@ BESIDE = dict(attacks=("badnets",), repairs=("cleanclip",)) # what stands beside
 
 def _wanted_attacks(attacks):
     "Printed name -> Attack."
-    names = [*BESIDE["attacks"], *(n for n in ATTACKS if n not in BUILT_IN["attacks"] and _has_defaults(ATTACKS[n]))] if attacks is None else attacks
+    names = [*BESIDE["attacks"], *(n for n, cls in ATTACKS.items() if n not in BUILT_IN["attacks"] and n == cls.name and _has_defaults(cls))] if attacks is None else attacks
     if isinstance(names, (str, Attack)): names = [names]
     if not names: raise SettingsError(f"no attack to compare with; name some of {', '.join(ATTACKS)}")
     return {k: _made_attack(v) for k, v in names.items()} if isinstance(names, dict) else {(a.name if isinstance(a, Attack) else a): _made_attack(a) for a in names}
@@ -298,7 +307,7 @@ def compare(model, # a clean one, see `as_clip`: victims are fine-tuned from it,
     names that are not known and inputs that are missing.
     """
     load_plugins()
-    clip, pairs, images = as_clip(model, device=device), as_pairs(pairs), as_labelled(images)
+    clip, pairs, images = _clip(model, device), as_pairs(pairs), as_labelled(images)
     profile = load_profile(profile_of(clip)[0]); size = profile_pairs(profile, "finetune")
     given = dict(pairs=pairs, reference=clip, trusted=trusted if trusted is None else as_pairs(trusted, "trusted"), images=labelled if labelled is None else as_labelled(labelled, "labelled"))
     triggers, ways = _wanted_attacks(attacks), _wanted_repairs(repairs, given)
@@ -333,3 +342,101 @@ def comparison_figure(table: pd.DataFrame # of `compare`
         ax.set(title=name, xlim=(-3, 103), ylim=(-.6, len(defences) - .4), yticks=range(len(defences)), yticklabels=defences, xlabel="% (bar: 95% interval)")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return fig
+
+# %% ../nbs/36_plugins.ipynb #d58b2d27
+def _files_beside(module):
+    "The files that a module's code is in: those of its package, or its own; none for a notebook."
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if module == "__main__" or not file: return []
+    if "." not in module and Path(file).name != "__init__.py": return [Path(file)]
+    top = getattr(sys.modules.get(module.partition(".")[0]), "__file__", None) or file
+    return sorted(p for p in Path(top).parent.rglob("*") if p.is_file() and p.suffix != ".pyc")
+
+def _written(function):
+    "What a function of a notebook is, with the functions and values of the notebook that it uses."
+    try: return _code_of(function)[0]
+    except Exception: return repr(_code(function.__code__))
+
+def _parts(thing):
+    "The functions, or other things that are called, and the plain values that an attack or a defence consists of."
+    own = [c for c in thing.__mro__[:-1] if not c.__module__.startswith("mcl_repro.")] if isinstance(thing, type) else [thing]
+    values = [v for o in own for k, v in vars(o).items() if not k.startswith("__")] + [f.default for f in (fields(thing) if isinstance(thing, type) else ())]
+    values = [getattr(v, "fget", None) or getattr(v, "func", None) or getattr(v, "__func__", v) for v in values]      # of properties, partial functions, class methods
+    return [inspect.unwrap(v) for v in values if callable(v)], [v for v in values if isinstance(v, (str, int, float, tuple, dict))]
+
+def _homes(thing):
+    "The modules that the code is in."
+    homes = {f.__module__ for f in _parts(thing)[0]} | ({thing.__module__} if isinstance(thing, type) else set())
+    return sorted(m for m in homes if m and not m.startswith("mcl_repro."))
+
+# %% ../nbs/36_plugins.ipynb #138495f7
+def code_hash(thing # a registered class, or a `Method`
+    ) -> str: # 12 hex digits
+    "Hash of the code of an attack or a defence: another one where a file of its package has changed, or a cell of its notebook. Raises SettingsError for a file that was edited after it was imported."
+    called, values = _parts(thing)
+    homes, h = _homes(thing), hashlib.sha256()
+    for home in homes:
+        files = _files_beside(home)
+        if files and (changed := _changed_since_import(home, sys.modules[home].__file__)): raise SettingsError(f"{home} was edited after it was imported ({changed}); restart the kernel so that what runs is what stands there")
+        for file in files: h.update(f"{home}\0{file.name}\0".encode() + file.read_bytes() + b"\0")
+    if not all(map(_files_beside, homes)): h.update("\0".join([*(_written(f) for f in called if inspect.isfunction(f)), repr(values)]).encode())
+    return h.hexdigest()[:12]
+
+# %% ../nbs/36_plugins.ipynb #1bd272e6
+def own_attacks() -> dict: # name -> settings for the stages
+    "Registered attacks that need no settings; known by the hash of their code from now on, in this process."
+    load_plugins()
+    named = {n: f"{n}@{code_hash(cls)}" for n, cls in ATTACKS.items() if n not in BUILT_IN["attacks"] and n == cls.name and _has_defaults(cls)}
+    ATTACKS.update({known: ATTACKS[n] for n, known in named.items()})
+    return {n: dict(name=known) for n, known in named.items()}
+
+def own_repairs() -> dict: # name -> hash of the code
+    "Registered defences."
+    load_plugins()
+    return {n: code_hash(way) for n, way in METHODS.items() if n not in BUILT_IN["repairs"]}
+
+def plugins_key() -> str: # '' without any
+    "Names and code of everything that is registered, and of what could not be loaded."
+    told = [*own_attacks().items(), *own_repairs().items(), *load_plugins().query("problem != ''").to_dict("records")]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest() if told else ""
+
+def workers_load_plugins(engine: str # of a lab
+    ):
+    "Have the worker processes that are started from now on load plugins. Raises SettingsError for what is registered in this process alone."
+    if engine == "serial": return
+    package, loaded = lambda module: module.partition(".")[0], {p.module.partition(".")[0] for _, p in _points()}
+    alone = [n for n in (*own_attacks(), *own_repairs()) if not loaded & set(map(package, _homes(ATTACKS.get(n) or METHODS[n])))]
+    if alone: raise SettingsError(f"{alone[0]} is registered in this process only, which workers do not see: name its module in MCL_REPRO_PLUGINS, install it with an entry point, or use one job")
+    import dask
+    known = dask.config.get("distributed.worker.preload", [])
+    if __name__ not in known: dask.config.set({"distributed.worker.preload": [*known, __name__]})
+
+def dask_setup(worker):
+    "What a Dask worker does that is started with this module as its preload."
+    own_attacks()
+
+# %% ../nbs/36_plugins.ipynb #ec9e9f9d
+def takes(way: Method) -> set: # keys of INPUTS
+    "What a defence asks for: what it needs, and what it names. For one that fine-tunes on pairs you trust these are `trusted`."
+    return {k for k in INPUTS if k in _needs(way) or k in inspect.signature(way.function).parameters}
+
+@stage
+def repaired_clip(work, *,
+    clip, # artefact with the CLIP to repair
+    poisoned, # artefact of `poisoned_pairs`: what it was trained on
+    method: str, # a registered defence
+    code: str, # hash of its code, see `own_repairs`
+    reference=None, # artefact with a clean CLIP
+    trusted: DataRef | None = None, # pairs that the defence may trust
+    images: DataRef | None = None, # labelled images likewise
+    seed: int = 0,
+):
+    "A defence of one's own as a paper's table has it. Raises SettingsError where this process has other code of it."
+    if own_repairs().get(method) != code: raise SettingsError(f"defence {method} is not here with the code {code} that the run was planned with; start the kernel or the workers anew")
+    folder = work.scratch/"repair"
+    if not (folder/"unfinished").is_dir(): shutil.rmtree(folder, ignore_errors=True)      # stopped after its end, before it was committed
+    given = dict(pairs=defender_pairs(poisoned), reference=reference and load_clip(reference, work.device), trusted=trusted and open_data(trusted), images=images and open_data(images))
+    if _trains_on_trust(METHODS[method]): given |= dict(pairs=given["trusted"], trusted=None)
+    done = repair(load_clip(clip, work.device), method=method, **given, folder=folder, seed=seed, device=work.device, progress=work.progress)
+    save_clip(done.clip, work.out/"clip.safetensors")
+    return dict(model=done.clip.name, method=method, refused=bool(done.facts.get("refused")), why=str(done.facts.get("why", "")))
