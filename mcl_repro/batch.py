@@ -6,11 +6,12 @@
 __all__ = ['STANDARD', 'notebooks_folder', 'find_notebooks', 'notebook_parameters', 'check_parameters', 'run_key', 'Progress',
            'NotebookError', 'NotebookRun', 'notebook_page', 'run_notebooks']
 
-# %% ../nbs/20_batch.ipynb #e2a2ba33
+# %% ../nbs/20_batch.ipynb #4a207f00
 import ast, difflib, hashlib, json, os, platform, re, shlex, signal, sys, threading, time, uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -101,17 +102,28 @@ def _checked(notebooks, standard, extra):
         out[name] = check_parameters(name, known, {**standard, **extra})
     return out
 
-# %% ../nbs/20_batch.ipynb #0c411d3e
+# %% ../nbs/20_batch.ipynb #46e237f2
 _VERSIONED = ('torch', 'open_clip_torch', 'torchvision', 'numpy', 'pandas', 'scikit-learn', 'matplotlib', 'seaborn', 'pillow')
 
 def _hash(*parts): return hashlib.sha256('\0'.join(parts).encode()).hexdigest()
 
-def _library() -> str:
-    "Hash of the package's source and data files; page templates do not change a result, nor do the batch, its command line, the site, publishing and the description for archives."
+# what cannot change what a paper's notebook writes: the batch and its surroundings, and what is for one's own models and data
+_ASIDE = ('_modidx.py', 'archive.py', 'batch.py', 'cli.py', 'protecting.py', 'publish.py', 'scan_study.py', 'scanning.py', 'site.py')
+_WITH_PLUGINS = ('cards.py', 'inputs.py', 'measuring.py', 'plugins.py', 'repairing.py', 'papers/limits.yaml', 'papers/limits_values.yaml') # nor these, unless there are plug-ins
+
+def _library(plugins:bool=False) -> str:
+    "Hash of the package's source and data files, but for those that cannot change a result; page templates are none of them."
     root = Path(errors.__file__).parent; h = hashlib.sha256()
     for path in sorted(p for kind in ('py', 'yaml', 'json', 'txt') for p in root.rglob(f'*.{kind}')):
-        if path.name not in ('batch.py', 'cli.py', 'site.py', 'publish.py', 'archive.py', '_modidx.py'): h.update(f'{path.relative_to(root).as_posix()}\0'.encode() + path.read_bytes() + b'\0')
+        name = path.relative_to(root).as_posix()
+        if name not in (_ASIDE if plugins else _ASIDE + _WITH_PLUGINS): h.update(f'{name}\0'.encode() + path.read_bytes() + b'\0')
     return h.hexdigest()
+
+def _plugins() -> str:
+    "Hash of the names and the code of plug-ins, '' without any; they are loaded only where there are some."
+    if not os.environ.get('MCL_REPRO_PLUGINS') and not any(g.startswith('mcl_repro.') for g in metadata.entry_points().groups): return ''
+    from mcl_repro.plugins import plugins_key
+    return plugins_key()
 
 def _source(path) -> str:
     "Hash of what is in a notebook's cells; stored outputs do not count."
@@ -130,7 +142,8 @@ def run_key(
         except UserError as e: data[role] = f'not here: {e}'     # the notebook says so itself if it needs that role
     values = {k: v for k, v in parameters.items() if k not in ('runs', 'jobs', 'device')}
     versions = {'python': platform.python_version(), **{p: report._version(p) for p in _VERSIONED}}
-    return _hash(_source(notebook), _library(), json.dumps([values, data, lab.device, versions], sort_keys=True, default=str))
+    own = _plugins()
+    return _hash(_source(notebook), _library(True) if own else _library(), json.dumps([values, data, lab.device, versions, *([own] if own else [])], sort_keys=True, default=str))
 
 # %% ../nbs/20_batch.ipynb #579296e8
 def _executed(path) -> dict:
