@@ -600,6 +600,7 @@ def _run(way, clip, opened, plan, seed, progress, unfinished):
     for p in defended.model.parameters(): p.requires_grad_(True)
     return defended, facts
 
+# %% ../nbs/34_repairing.ipynb #153d4e9c
 def repair(model, # to repair: see `as_clip`; it is not changed
            pairs, # see `as_pairs`: for ubt and cfbd those that it was trained on, for cleanclip and finetune those that you trust; None for supervised
            method: str = "ubt", # a key of METHODS
