@@ -21,9 +21,9 @@ from .attacks import ATTACKS, Attack, check_attack
 from .clip import Clip, build_clip, load_weights, save_clip
 from .data import DataRef, LabelledImages, open_data, read_json
 from .errors import SettingsError, UserError
-from .inputs import as_labelled, as_pairs, model_fingerprint
+from .inputs import as_clip, as_labelled, as_pairs, model_fingerprint
 from .lab import _changed_since_import, _code, _code_of, _write_json, load_profile, stage
-from .measuring import _clip, _made_attack, attack, measure
+from .measuring import _made_attack, attack, measure
 from .repairing import INPUTS, METHODS, Method, check_given, make_plan, profile_of, profile_pairs, repair, scaled
 from .report import _near
 from .stages import defender_pairs, load_clip
@@ -307,7 +307,7 @@ def compare(model, # a clean one, see `as_clip`: victims are fine-tuned from it,
     names that are not known and inputs that are missing.
     """
     load_plugins()
-    clip, pairs, images = _clip(model, device), as_pairs(pairs), as_labelled(images)
+    clip, pairs, images = as_clip(model, device=device), as_pairs(pairs), as_labelled(images)
     profile = load_profile(profile_of(clip)[0]); size = profile_pairs(profile, "finetune")
     given = dict(pairs=pairs, reference=clip, trusted=trusted if trusted is None else as_pairs(trusted, "trusted"), images=labelled if labelled is None else as_labelled(labelled, "labelled"))
     triggers, ways = _wanted_attacks(attacks), _wanted_repairs(repairs, given)
