@@ -307,3 +307,7 @@ def test_nothing_of_the_users_model_is_moved_or_changed(suspect):
     assert vars(clip) == known and all(torch.equal(v, before[k]) for k, v in clip.model.state_dict().items())
 
 def test_a_figure_of_a_set_without_suspects(clip): assert len(scan_figure(scan(clip, squares(300, 9))).axes) == 2
+
+def test_a_model_that_knows_nothing_is_called_blind():
+    done = scan(build_clip("smoke-RN"), "world:train:300")
+    assert done.facts["tells_pairs"] < .6 and done.card().tone == "neutral" and done.card().outcome.startswith("This scan says little: smoke-RN prefers")
