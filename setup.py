@@ -23,7 +23,7 @@ setup(
     author=settings["author"], author_email=settings["author_email"], url=settings["git_url"],
     license="Apache-2.0", license_files=["LICENSE"], keywords=settings["keywords"],
     packages=find_namespace_packages(include=["mcl_repro", "mcl_repro.*"]), include_package_data=True,
-    package_data={"mcl_repro": ["profiles.yaml", "model_configs/*.json", "papers/*.yaml", "papers/claims/*.yaml", "templates/*", "pages/*"]},
+    package_data={"mcl_repro": ["profiles.yaml", "model_configs/*.json", "papers/*.yaml", "papers/*.csv", "papers/claims/*.yaml", "templates/*", "pages/*"]},
     install_requires=settings["requirements"].split(), extras_require=extras,
     python_requires=f">={settings['min_python']}",
     entry_points={"console_scripts": settings["console_scripts"].split("\n")}, zip_safe=False, cmdclass={"build_py": BuildWithManifest},

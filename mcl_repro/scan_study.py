@@ -17,7 +17,7 @@ from .errors import UserError
 from .experiments import Experiments
 from .lab import Lab
 from .metrics import detection_rates, placements
-from .scan_sets import Planted, pair_embeddings, planted, planted_duplicates, planted_embeddings, planted_mistakes, planted_poison, robustness_points, robustness_pool
+from .scan_sets import pair_embeddings, planted, planted_duplicates, planted_embeddings, planted_mistakes, planted_poison, robustness_points, robustness_pool
 from .scanning import METHODS, Embedded, _by_cfbd, _by_contrast, better_half, learn_mapping, pair_fit, sizes_for
 from .stages import arrays
 
@@ -64,8 +64,8 @@ def plant(clean: tuple, # images and texts [n, d]
     odd = planted_duplicates(clean[0], pool["boilerplate"][0], point["duplicates"], bad[0], rng)
     mixed = planted_mistakes(*clean, round(point["wrong"]*n), np.concatenate([bad[0], odd[0]]), rng)
     rows, *new = (np.concatenate(part) for part in zip(bad, odd, mixed))
-    order = np.argsort(rows)
-    return *(Planted(c, rows[order], x[order]) for c, x in zip(clean, new)), bad[0]
+    def laid_over(table, x): table = table.copy(); table[rows] = x; return table
+    return *(laid_over(c, x) for c, x in zip(clean, new)), bad[0]
 
 def study_sets(lab: Lab, nodes: dict, # of `study_nodes`
                axes: dict = AXES, share: float = .024 # of poison where it is not the experiment

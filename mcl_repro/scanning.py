@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'SIZES', 'THRESHOLD', 'COLUMNS', 'BLIND', 'Embedded', 'embed_stream', 'sizes_for', 'neighbour_fit',
            'density', 'contrast', 'Core', 'own_pictures', 'find_core', 'likeness', 'search', 'pair_fit', 'tells_pairs',
            'better_half', 'learn_mapping', 'Scan', 'count_copies', 'shared_words', 'scan', 'PoisonDetector',
-           'scan_figure', 'quality', 'group_words']
+           'scan_figure', 'quality', 'group_words', 'study', 'contrast_limits']
 
 # %% ../nbs/32_scanning.ipynb #98c82a38
 import hashlib, inspect, json, os, re, shutil, tempfile, time
@@ -14,6 +14,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -605,6 +606,22 @@ def _found(found):
     words = [", ".join(w) for w in group_words(found) if w]
     return f"This set looks poisoned: {n:,} of {total:,} pairs ({n/total:.2%}) are suspicious." + (f" What their captions share: {'; '.join(words)}." if words else "")
 
+# %% ../nbs/32_scanning.ipynb #c0a57e11
+def study() -> pd.DataFrame: # experiment, level, method, precision, recall, attacked, ...
+    "What `32b_scan_study` found on the embedded world."
+    return pd.read_csv(resources.files("mcl_repro")/"papers/scan_study.csv", float_precision="round_trip")
+
+def contrast_limits() -> tuple: # dicts of text and evidence
+    "What contrast missed in that study, in sentences with its numbers."
+    found = study().query("method == 'contrast'").set_index(["experiment", "level"])
+    recall, honest = (lambda *which: f"{found.recall[which]:.0%}"), (lambda *which: f"{1 - found.precision[which]:.0%}")
+    missed = [f"{float(level):.1%}" for level in found.loc["poison"].index if not found.attacked["poison", level]]
+    said = (f"Poison whose captions are true, or written by people, passes: of label-consistent poison {recall('attack', 'LC')} was found and of BadCLIP's {recall('attack', 'BadCLIP')}; of natural captions on ordinary triggers {recall('captions', 'natural')} (templates: {recall('captions', 'templates')}).",
+            f"A little poison goes unseen: {' and '.join(missed)} of 6,000 pairs raised no alarm.",
+            f"With eight targets at once {recall('targets', '8')} was found, and {honest('targets', '8')} of what was flagged was honest (one target: {recall('targets', '1')} and {honest('targets', '1')}).",
+            f"One caption under many pictures that it does not fit is taken for an attack: {found.flagged['duplicates, no poison', '200']:.0f} of 200 copies were flagged in a set without poison.")
+    return tuple(dict(text=s, evidence="32b_scan_study, embedded world, one draw of each set") for s in said)
+
 # %% ../nbs/32_scanning.ipynb #821bb418
 def _measured(found, truth):
     "Rows of the card."
@@ -624,7 +641,7 @@ def card(self: Scan,
     done = (f"All pairs were embedded with {facts['model']} at {facts['image_size']} px.", f"CFBD was calibrated on {facts['calibration']}." if facts["calibration"] else "", facts["how"],
             "A pair is suspicious where its caption is like the suspected ones beyond the threshold and does not fit its image, and only where the suspected ones are more alike than the bar.")
     return Card("scan", f"Scan of {self.pairs.name}", _outcome(self), "neutral" if self.facts["tells_pairs"] < BLIND else "bad" if self.attacked else "good", tuple(filter(None, done)), {k: facts[k] for k in ("method", "model", "sizes", "seed")},
-                _measured(self, truth), (pairs | (dict(licence=licence) if licence else {}), facts["scanner"]), limits_of(f"scan:{facts['method']}"), _notes(self))
+                _measured(self, truth), (pairs | (dict(licence=licence) if licence else {}), facts["scanner"]), (contrast_limits() if facts["method"] == "contrast" else ()) + limits_of(f"scan:{facts['method']}"), _notes(self))
 
 # %% ../nbs/32_scanning.ipynb #9693c919
 def _thumbnails(found, rows):

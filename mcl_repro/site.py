@@ -260,17 +260,17 @@ def _shown_cells(notebook) -> list[tuple]:
         if text or c.outputs: out.append((c, kind, text, [o for o in c.outputs if batch._says(o)]))
     return out
 
-# %% ../nbs/24_site.ipynb #1b7cc054
+# %% ../nbs/24_site.ipynb #4a39f8ff
 def collect_pages(
     notebooks:str|Path|None=None,  # folder of notebooks (default: `nbs` beside the package)
     folder:str|Path|None=None,  # a run's folder; executed copies are taken from its `notebooks`
 )->list[Page]: # `index` first, then in the order of their names
     "Read every notebook; raises `SettingsError` for a missing `index.ipynb` and for one that cannot be read."
-    nbs = batch.notebooks_folder(notebooks); found = sorted(p for p in nbs.glob('[!._]*.ipynb'))
+    nbs = batch.notebooks_folder(notebooks); found = [p for part in ('', 'tutorials/') for p in nbs.glob(f'{part}[!._]*.ipynb')]
     if not (nbs/'index.ipynb').is_file(): raise SettingsError(f'no index.ipynb in {nbs}; it is the home page: restore it, or give another folder with --notebooks')
     pages = []
     for path in sorted(found, key=lambda p: (p.stem != 'index', p.stem)):
-        copy = Path(folder or '', 'notebooks', f"{path.stem.partition('_')[2]}.ipynb"); executed = bool(folder) and copy.exists() and _whole(copy)
+        copy = Path(folder or '', 'notebooks', f"{path.stem.partition('_')[2]}.ipynb"); executed = bool(folder) and path.parent == nbs and copy.exists() and _whole(copy)
         notebook = _read_notebook(copy if executed else path, 'run it again with `mcl_repro run`' if executed else 'restore it')
         pages.append(Page(path.stem, without_paths(notebook, [nbs.parent, Path(folder).absolute().parent]) if executed else notebook, executed))
     return pages
@@ -508,7 +508,7 @@ def copy_claims(
         if 'rel="icon"' not in text: text = text.replace('</head>', '<link rel="icon" href="../_static/site.svg"></head>', 1)
         (out/row['page']).write_text(re.sub(r'(\b(?:href|src)=")([^"]*)"', place, text), encoding='utf-8', newline='\n')
 
-# %% ../nbs/24_site.ipynb #d1a5d5f6
+# %% ../nbs/24_site.ipynb #1dbed36c
 class Links:
     "Where names lead on the site."
     def __init__(self, pages):
@@ -530,7 +530,7 @@ class Links:
 
     def of_text(self, docname, text) -> str:
         "Where code in a sentence leads, '' for nowhere."
-        if (m := re.fullmatch(r'(?:nbs/)?(\w+?)(?:\.ipynb)?', text)) and m[1] in self.pages and m[1] != 'index': return f'{m[1]}#'
+        if (m := re.fullmatch(r'(?:nbs/)?(?:tutorials/)?(\w+?)(?:\.ipynb)?', text)) and m[1] in self.pages and m[1] != 'index': return f'{m[1]}#'
         if not (m := re.fullmatch(r'@?([A-Za-z_][\w.]*)(\(.*\))?', text, re.S)): return ''
         scope = self.scopes.get(docname) or Scope([]); name = m[1]; target = scope.resolve(name)
         if not target and name.partition('.')[0] in self.library: target = scope.resolve(f'mcl_repro.{name}') if '.' in name else None
@@ -620,8 +620,8 @@ def settings(
                 html_theme_options=dict(light_css_variables=colours[0], dark_css_variables=colours[1], navigation_with_keys=False), html_math_renderer='mathml', html_last_updated_fmt=None, html_copy_source=False, html_show_sourcelink=False,
                 html_show_copyright=False, html_domain_indices=False, html_use_index=True, html_permalinks_icon='#', python_maximum_signature_line_length=80, python_use_unqualified_type_names=True, add_module_names=False, toc_object_entries_show_parents='hide')
 
-# %% ../nbs/24_site.ipynb #eff19116
-GROUPS = (('Papers', range(10, 20)), ('Building blocks', range(0, 7)), ('The lab', range(7, 10)), ('Running it', range(20, 100)))   # by a notebook's number
+# %% ../nbs/24_site.ipynb #d7359107
+GROUPS = (('Papers', range(10, 20)), ('Building blocks', range(0, 7)), ('The lab', range(7, 10)), ('Running it', range(20, 30)), ('Your model, your data', range(30, 100)))   # by a notebook's number
 
 def contents(
     names:list[str],  # of pages
@@ -631,7 +631,7 @@ def contents(
     number = lambda n: int(m[0]) if (m := re.match(r'\d+', n)) else -1
     groups = [(title, [n for n in names if number(n) in numbers]) for title, numbers in GROUPS]
     rest = [n for n in names if n != 'index' and not any(n in g for _, g in groups)]
-    groups = [*groups, ('More', rest), ('Reference', [*['claims']*claims, 'api/index', 'genindex'])]
+    groups = [('Tutorials', rest), *groups, ('Reference', [*['claims']*claims, 'api/index', 'genindex'])]
     return '\n'.join(fence('\n'.join(g), '{toctree}', {'hidden': '', 'caption': title, 'maxdepth': 1}) for title, g in groups if g)
 
 # %% ../nbs/24_site.ipynb #f591ba83

@@ -1,8 +1,8 @@
-"""What `make test` does: every notebook as a test, then pytest. A tree that has passed already is not run again.
+"""What `make test` does: every notebook as a test, the tutorials too, then pytest. A tree that has passed already is not run again.
 
 The order matters: pytest comes last, so that its closing line is the last thing one reads.
 """
-import argparse, hashlib, os, re, subprocess, sys
+import argparse, hashlib, os, re, subprocess, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,17 +19,24 @@ def tree_hash() -> str:
     return digest.hexdigest()
 
 
-def run(*command) -> str:
-    "Run a command, show its output as it comes, and return it; a failure ends the tests."
+def start(*command, output=subprocess.PIPE):
+    "Start a command of this environment, one thread each: there are as many processes as cores."
     print("$", *command[1:], flush=True)
     environment = dict(os.environ, OMP_NUM_THREADS="1", PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    lines = []
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+
+
+def run(*command) -> str:
+    "Run a command, show its output as it comes, and return it; a failure ends the tests."
+    process, lines = start(*command), []
     for line in process.stdout:
         print(line, end="", flush=True)
         lines.append(line)
     if process.wait(): sys.exit(process.returncode)
     return "".join(lines)
+
+
+def notebooks(folder, workers): return sys.executable, "-c", f"from nbdev.test import nbdev_test; nbdev_test({folder!r}, n_workers={workers}, timing=True, do_print=True)"
 
 
 def main():
@@ -40,8 +47,14 @@ def main():
     if stamp.exists() and not force:
         print("nothing changed since this tree passed (make test FORCE=1 runs it again); it ended with")
         return print(stamp.read_text(encoding="utf-8").rstrip())
-    run(sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test(n_workers=2, timing=True, do_print=True)")
-    output = run(sys.executable, "-m", "pytest", "tests", "-q", "--color=no", "-p", "no:cacheprovider", "--durations=10")
+    run(*notebooks("nbs", 2))
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as told:      # pytest has one process, so the tutorials go beside it
+        tutorials = start(*notebooks("nbs/tutorials", 1), output=told)
+        try: output = run(sys.executable, "-m", "pytest", "tests", "-q", "--color=no", "-p", "no:cacheprovider", "--durations=10")
+        except SystemExit: tutorials.kill(); raise
+        failed = tutorials.wait(); told.seek(0); print(told.read())
+    if failed: sys.exit(failed)
+    print(output.strip().splitlines()[-1])
     stamp.parent.mkdir(exist_ok=True)
     stamp.write_text(output.strip().splitlines()[-1] + "\n", encoding="utf-8")
 
