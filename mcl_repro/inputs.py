@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .cards import input_licence
 from .clip import Clip, build_clip, embed_images, embed_texts, import_open_clip
