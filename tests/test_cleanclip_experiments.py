@@ -309,7 +309,7 @@ def plan(lab, tmp_path):
         folder = tmp_path/f'line{len(plan.lines)}'; folder.mkdir()
         np.savez(folder/'outcomes.npz', **{k: np.array(v, bool) for k, v in found.items()})
         plan.done[str(folder)] = SimpleNamespace(path=folder)
-        plan.lines.append(SimpleNamespace(table=table, defense=defense, labels=labels, found=[str(folder)], models=[], chains=[]))
+        plan.lines.append(SimpleNamespace(table=table, defense=defense, labels=labels, found=[str(folder)], models=[], chains=[], own=False))
     plan.add = line
     return plan
 
