@@ -183,6 +183,7 @@ def rows(self: Experiments,
         for metric, outcome in METRICS.items():
             if (factors or metric in set(printed.metric)) and outcome in outcomes(found[0]): yield {**ours, "metric": metric, **percent(found, outcome)}
 
+# %% ../nbs/09b_experiments.ipynb #0b9e0001
 @patch
 def table(self: Experiments,
           table: str, # id
@@ -207,6 +208,7 @@ def added(self: Experiments, table: str) -> str: # '' without any
     repairs = [f"{name} (code {self.own_repairs[name]})" for name in dict.fromkeys(l.defense for l in lines) if name in self.own_repairs]
     return "".join(f" Plug-in {what}, not in the paper: {'; '.join(names)}." for what, names in (("attacks", attacks), ("defences", repairs)) if names)
 
+# %% ../nbs/09b_experiments.ipynb #0b9e0002
 @patch
 def write(self: Experiments, tidied: pd.DataFrame, table: str, note: str):
     "Write a table that `tidy` made, with a picture of it beside the paper's numbers where there are some, and give its view."
