@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['import_torchvision', 'import_open_clip', 'mini_models', 'model_config', 'Clip', 'build_clip', 'save_clip',
-           'read_tensors', 'load_weights', 'tokenize', 'to_pixels', 'encode_text', 'embed_images', 'embed_tokens',
-           'embed_texts', 'imagenet_templates', 'zero_shot_weights', 'info_nce']
+           'read_tensors', 'load_weights', 'tokenize', 'to_pixels', 'encode_text', 'text_length', 'embed_images',
+           'embed_tokens', 'embed_texts', 'imagenet_templates', 'zero_shot_weights', 'info_nce']
 
 # %% ../nbs/02_clip.ipynb #ba915fcb
-import functools, importlib, json, sys
+import functools, importlib, json, sys, weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import mcl_repro
+from .devices import gather_rows, own_share, tf32_as, world
 from .errors import DataError, SettingsError
 
 # %% ../nbs/02_clip.ipynb #af8a051c
@@ -85,6 +87,7 @@ def build_clip(
     oc = import_open_clip()
     config = model_config(name)
     tag = _public_tag(oc, name, pretrained)
+    name = _as_trained(oc, name, tag); config = model_config(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = oc.CLIP(**config) if name in mini_models() else oc.create_model(name, pretrained=tag, precision="fp32")
@@ -101,6 +104,13 @@ def _public_tag(oc, name, pretrained):
     if pretrained in tags: return pretrained
     if Path(str(pretrained)).is_file(): return None
     raise SettingsError(f"unknown weights {pretrained!r} for {name}: open_clip has {', '.join(tags) or 'none'}, or give the path of a .safetensors file")
+
+def _as_trained(oc, name, tag):
+    "The architecture with the activation that public weights were trained with: OpenAI's need QuickGELU, of which open_clip only warns."
+    if not tag: return name
+    plain = name.removesuffix("-quickgelu")
+    wanted = f"{plain}-quickgelu" if oc.get_pretrained_cfg(name, tag).get("quick_gelu") else plain
+    return wanted if wanted in oc.list_models() else name
 
 def _tokenizer(oc, name, config):
     "CLIP's own byte-pair tokenizer at the model's context length, or what open_clip says for other text towers."
@@ -171,42 +181,77 @@ def to_pixels(clip: Clip, # gives mean, std and device
     "Normalised float32 [n, 3, s, s] input of the image tower, channels last in memory, on the model's device."
     if isinstance(images, np.ndarray): images = torch.from_numpy(images).permute(0, 3, 1, 2)
     x = images.to(clip.device, non_blocking=True).float().contiguous(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) * 255 for v in (clip.mean, clip.std))
+    mean, std = _normalisation(tuple(clip.mean), tuple(clip.std), x.device)
     return (x - mean) / std
+
+@functools.lru_cache(maxsize=16)
+def _normalisation(mean, std, device): return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (mean, std))   # made anew, a GPU would wait for each
 
 # %% ../nbs/02_clip.ipynb #dc2b9218
 def encode_text(model, # open_clip model
                 tokens: torch.Tensor, # int64 [n, context_length] on the model's device
-                groups: int = 4 # captions of like length go through the transformer together, in so many groups
+                groups: int = 4, # on a CPU: captions of like length go through the transformer together, in so many groups
+                length: int | None = None # positions up to the last end, where the caller knows it: asking a GPU means waiting for it
     ) -> torch.Tensor:
     "Text features float [n, d], not normalised; equal to `model.encode_text`, without computing on padding."
     if not _is_causal(model): return model.encode_text(tokens)
     end = tokens.argmax(-1)
-    length = int(end.max()) + 1
+    length = length or int(end.max()) + 1
     x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
-    order = end.argsort(stable=True) if len(tokens) >= 16 * groups else torch.arange(len(end), device=end.device)
-    parts = [_pooled(model, x[rows], end[rows]) for rows in order.chunk(groups if len(tokens) >= 16 * groups else 1)]
-    x = model.ln_final(torch.cat(parts)[order.argsort()])
-    return model.text_projection(x) if isinstance(model.text_projection, torch.nn.Linear) else x @ model.text_projection
+    split = not tokens.is_cuda and len(tokens) >= 16 * groups
+    if not split: return _projected(model, _pooled(model, x, end, length))
+    order = end.argsort(stable=True)
+    parts = [_pooled(model, x[rows], end[rows]) for rows in order.chunk(groups)]
+    return _projected(model, torch.cat(parts)[order.argsort()])
 
-def _pooled(model, x, end):
+def _pooled(model, x, end, length=None):
     "Transformer output at each caption's end, on no more positions than the longest caption needs."
-    length = int(end.max()) + 1
+    length = length or int(end.max()) + 1
     x = model.transformer(x[:, :length], attn_mask=model.attn_mask[:length, :length])
     return x[torch.arange(len(x), device=x.device), end]
 
+def _projected(model, x):
+    "Features from the transformer's output at the ends."
+    x = model.ln_final(x)
+    return model.text_projection(x) if isinstance(model.text_projection, torch.nn.Linear) else x @ model.text_projection
+
+_causal = weakref.WeakKeyDictionary()   # model -> answer: looking at the mask would wait for a GPU at every step
+
 def _is_causal(model):
     "Whether a text tower is CLIP's own: causal mask, pooled at the largest token id."
+    if model not in _causal: _causal[model] = _looks_causal(model)
+    return _causal[model]
+
+def _looks_causal(model):
     parts = ("transformer", "token_embedding", "positional_embedding", "ln_final", "attn_mask", "text_projection")
     if any(getattr(model, p, None) is None for p in parts) or getattr(model, "text_pool_type", "") != "argmax": return False
     mask = model.attn_mask
     return bool(torch.isinf(mask[0, 1:]).all()) and model.transformer.get_cast_dtype() == model.positional_embedding.dtype
 
+def text_length(tokens: torch.Tensor # int64 [n, context_length] on the CPU
+    ) -> int: # at most context_length
+    "Positions that a batch of captions needs, rounded up to a multiple of 8: GPUs like few different shapes."
+    return min(-(-(int(tokens.argmax(-1).max()) + 1) // 8) * 8, tokens.shape[1])
+
 # %% ../nbs/02_clip.ipynb #bf760d4c
-def _in_batches(function, count, batch_size):
-    "Concatenate `function(slice)` over batches, without gradients, on the CPU as float32."
-    parts = [function(slice(i, min(i + batch_size, count))).float().cpu() for i in range(0, count, batch_size)]
-    return torch.cat(parts) if parts else torch.zeros(0)
+def _in_batches(function, count, batch_size, device, read=None):
+    "Concatenate `function(read(slice))` over batches, without gradients, on the CPU as float32. Several processes share the work."
+    share = own_share(count) if count >= world()[1] else slice(0, count)
+    rows = [slice(i, min(i + batch_size, share.stop)) for i in range(share.start, share.stop, batch_size)]
+    with tf32_as("fp32", torch.device(device).type): parts = [function(x).float().cpu() for x in _read_ahead(read, rows, device)]
+    own = torch.cat(parts) if parts else torch.zeros(0)
+    return own if share == slice(0, count) else gather_rows(own.to(device), count).cpu()
+
+def _read_ahead(read, items, device):
+    "`read` of each item in order; where a GPU computes, the next is read meanwhile."
+    if read is None or torch.device(device).type != "cuda": yield from map(read, items) if read else items; return
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            following = pool.submit(read, item)
+            if waiting: yield waiting.result()
+            waiting = following
+        if waiting: yield waiting.result()
 
 def _batch_array(images, rows, size):
     "A slice of images as `to_pixels` takes it, from an array or tensor of pixels or from a lazy source with `.array`."
@@ -220,8 +265,8 @@ def embed_images(clip: Clip, # the model
     ) -> torch.Tensor:
     "Unit-length image embeddings, float32 [n, d] on the CPU, in the order of `images`."
     clip.model.eval()
-    encode = lambda rows: F.normalize(clip.model.encode_image(to_pixels(clip, _batch_array(images, rows, clip.image_size))), dim=-1)
-    return _in_batches(encode, len(images), batch_size)
+    encode = lambda batch: F.normalize(clip.model.encode_image(to_pixels(clip, batch)), dim=-1)
+    return _in_batches(encode, len(images), batch_size, clip.device, lambda rows: _batch_array(images, rows, clip.image_size))
 
 # %% ../nbs/02_clip.ipynb #509d8225
 @torch.no_grad()
@@ -232,8 +277,11 @@ def embed_tokens(clip: Clip, # the model
     "Unit-length text embeddings of token ids, float32 [n, d] on the CPU."
     clip.model.eval()
     order = tokens.argmax(-1).argsort(stable=True)   # captions of like length together: least padding
-    embedded = _in_batches(lambda rows: F.normalize(encode_text(clip.model, tokens[order[rows]].to(clip.device)), dim=-1), len(tokens), batch_size)
-    return embedded[order.argsort()]
+    def encode(rows):
+        some = tokens[order[rows]]
+        length = text_length(some.cpu()) if clip.device.type == "cuda" else None
+        return F.normalize(encode_text(clip.model, some.to(clip.device), length=length), dim=-1)
+    return _in_batches(encode, len(tokens), batch_size, clip.device)[order.argsort()]
 
 def embed_texts(clip: Clip, # the model
                 captions: list, # n strings
@@ -267,6 +315,7 @@ def info_nce(image_embeddings: torch.Tensor, # unit length [n, d]
              logit_scale # 1/temperature, a positive number
     ) -> torch.Tensor:
     "Symmetric contrastive loss of a batch, a scalar in nats. Source: UBT Eq. 1, CLIP."
-    logits = logit_scale * image_embeddings @ text_embeddings.T
+    with torch.autocast(image_embeddings.device.type, enabled=False):   # products of embeddings in float32, whatever the towers computed in
+        logits = logit_scale * image_embeddings @ text_embeddings.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

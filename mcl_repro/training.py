@@ -16,7 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .clip import Clip, encode_text, info_nce, to_pixels, tokenize
+from .clip import Clip, encode_text, info_nce, text_length, to_pixels, tokenize
+from .devices import (PRECISIONS, average_gradients, check_splittable, gather_rows, half_precision, in_parts, own_share, part_by_part,
+                               synchronised, tf32_as, towers_in, world)
 from .errors import SettingsError, TrainingError, UserError
 
 # %% ../nbs/03_training.ipynb #55e44cc2
@@ -32,15 +34,18 @@ class Recipe:
     warmup_steps: int = 0         # linear rise from 0
     schedule: str = "cosine"      # `cosine` to 0 over all steps, `cosine_late`: the same one epoch late, or `constant`
     betas: tuple = (0.9, 0.999)   # AdamW moments
-    precision: str = "fp32"       # `fp32`, or `amp`: mixed precision, on a GPU only
+    precision: str = "auto"       # of the towers, see `02b_devices`: `auto` is 16 bits on a GPU and float32 on a CPU; `fp32`, `tf32`, `amp`
     frozen_batchnorm: bool = False # keep running statistics as they are (evaluation mode)
+    micro_batch: int | None = None # rows that go through the towers at once, for small memories; the loss stays the whole batch's
+    compiled: bool = False        # torch.compile for the towers: minutes first, then faster
     seed: int = 0                 # of order and augmentations
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "learning_rate"):
             if not getattr(self, name) > 0: raise SettingsError(f"{name} must be positive, not {getattr(self, name)}")
         if self.schedule not in SCHEDULES: raise SettingsError(f"unknown schedule {self.schedule!r}: use one of {', '.join(SCHEDULES)}")
-        if self.precision not in ("fp32", "amp"): raise SettingsError(f"unknown precision {self.precision!r}: use fp32 or amp")
+        if self.precision not in PRECISIONS: raise SettingsError(f"unknown precision {self.precision!r}: use one of {', '.join(PRECISIONS)}")
+        if self.micro_batch is not None and not self.micro_batch > 0: raise SettingsError(f"micro_batch must be positive, not {self.micro_batch}")
 
 # %% ../nbs/03_training.ipynb #8ee85bd3
 @dataclass
@@ -99,12 +104,14 @@ class Batch:
     tokens: torch.Tensor  # int64 [b, context_length] on the device
     rows: torch.Tensor    # int64 [b], rows of the training set
     step: int             # global step, from 0
+    length: int | None = None # on a GPU: positions that the longest caption needs, see `text_length`
 
 def read_batch(data: TrainingSet, rows: torch.Tensor, device, step: int = 0) -> Batch:
     "The pairs of some rows, on the device."
-    image_rows = data.image_rows[rows]
+    image_rows, tokens = data.image_rows[rows], data.tokens[rows]
     images = data.images[image_rows.to(data.images.device)] if data.resident else _lazy_images(data, image_rows)
-    return Batch(images.to(device, non_blocking=True), data.tokens[rows].to(device, non_blocking=True), rows, step)
+    length = text_length(tokens) if torch.device(device).type == "cuda" else None
+    return Batch(images.to(device, non_blocking=True), tokens.to(device, non_blocking=True), rows, step, length)
 
 def _lazy_images(data, image_rows):
     pixels = data.images.array(image_rows.numpy(), data.image_size)
@@ -128,43 +135,50 @@ def step_rows(count: int, # pairs of the second set
 
 # %% ../nbs/03_training.ipynb #59d38236
 class _LazyBatches(torch.utils.data.Dataset):
-    "Batches of an epoch as the items of a data set, so that loader processes read whole batches."
-    def __init__(self, data, batches): self.data, self.batches = data, batches
+    "Batches of an epoch as the items of a data set, so that loader processes read whole batches: of the pictures only this process's share."
+    def __init__(self, data, batches): self.data, self.batches, self.world = data, batches, world()
     def __len__(self): return len(self.batches)
     def __getitem__(self, i):
-        try: return read_batch(self.data, self.batches[i], "cpu", i)
+        rows = self.batches[i]; share = own_share(len(rows), *self.world)
+        try: return _lazy_images(self.data, self.data.image_rows[rows[share]]), self.data.tokens[rows]
         except UserError as error: return error   # raised in a loader process, its line would drown in a traceback
 
 def iterate(data: TrainingSet, # the pairs
             batches: torch.Tensor, # int64 [steps, b]
             device, # where batches go
             first_step: int = 0, # global number of the first batch
-            workers: int = None # loader processes for data that are not resident; default: all cores but one
+            workers: int = None # loader processes for data that are not resident; default: all cores but one, shared by the processes of a training
     ):
     "Yield the batches of one epoch in order; resident data directly, others through loader processes that read ahead."
     if data.resident:
         for i, rows in enumerate(batches): yield read_batch(data, rows, device, first_step + i)
         return
-    workers = max((os.cpu_count() or 1) - 1, 1) if workers is None else workers
-    pin = torch.device(device).type == "cuda"
-    for b in torch.utils.data.DataLoader(_LazyBatches(data, batches), batch_size=None, num_workers=workers, pin_memory=pin):
-        if isinstance(b, UserError): raise b
-        yield Batch(b.images.to(device, non_blocking=True), b.tokens.to(device, non_blocking=True), b.rows, first_step + b.step)
+    cuda = torch.device(device).type == "cuda"
+    workers = max((os.cpu_count() or 1) // world()[1] - 1, 1) if workers is None else workers
+    loader = torch.utils.data.DataLoader(_LazyBatches(data, batches), batch_size=None, num_workers=workers, pin_memory=cuda, prefetch_factor=4 if workers else None)
+    for i, (rows, found) in enumerate(zip(batches, loader)):
+        if isinstance(found, UserError): raise found
+        images, tokens = found
+        images = gather_rows(images.to(device, non_blocking=True), len(rows))
+        yield Batch(images, tokens.to(device, non_blocking=True), rows, first_step + i, text_length(tokens) if cuda else None)
 
 # %% ../nbs/03_training.ipynb #fba5508a
 def embed_batch(clip: Clip, # the model, in the mode the loop has set
                 images: torch.Tensor, # uint8 [b, 3, s, s]
-                tokens: torch.Tensor # int64 [b, context_length]
-    ) -> tuple: # unit-length image and text embeddings [b, d], with gradients
-    "Embeddings of a batch, for use inside a loss."
-    u = F.normalize(clip.model.encode_image(to_pixels(clip, images)), dim=-1)
-    return u, F.normalize(encode_text(clip.model, tokens), dim=-1)
+                tokens: torch.Tensor, # int64 [b, context_length]
+                length: int | None = None # see `encode_text`
+    ) -> tuple: # unit-length image and text embeddings, float32 [b, d], with gradients
+    "Embeddings of a batch, for use inside a loss: computed in parts where the recipe asks for it, and by all processes together."
+    share = own_share(len(tokens))
+    towers = lambda x, t: (clip.model.encode_image(to_pixels(clip, x)), encode_text(clip.model, t, length=length))
+    u, v = (F.normalize(e.float(), dim=-1) for e in part_by_part(towers, images[share], tokens[share]))
+    return gather_rows(u, len(tokens)), gather_rows(v, len(tokens))
 
 def contrastive_loss(clip: Clip, # the model
                      batch: Batch # one step's pairs
     ) -> torch.Tensor:
     "InfoNCE of a batch: what CLIP is trained with."
-    return info_nce(*embed_batch(clip, batch.images, batch.tokens), clip.model.logit_scale.exp())
+    return info_nce(*embed_batch(clip, batch.images, batch.tokens, batch.length), clip.model.logit_scale.exp())
 
 # %% ../nbs/03_training.ipynb #581f9f6f
 def parameter_groups(model, weight_decay: float) -> list:
@@ -203,6 +217,7 @@ class TrainingState:
 def save_checkpoint(state: TrainingState, path: Path):
     "Write model, optimiser moments and history as one safetensors file, atomically."
     from safetensors.torch import save_file
+    if world()[0]: return   # one of several processes writes
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in state.clip.model.state_dict().items()}
     for i, p in enumerate(_parameters(state.optimizer)):
         for k, v in state.optimizer.state.get(p, {}).items(): tensors[f"optimizer.{i}.{k}"] = v.detach().cpu().contiguous().clone()
@@ -265,8 +280,10 @@ def train(
 ) -> list: # one dict per epoch
     """Train a CLIP with AdamW and return the history.
 
-    Continues from `checkpoint` to the same weights as an undisturbed run on the same machine.
-    Raises TrainingError when the loss or a weight is not a finite number, and SettingsError for mixed precision without a GPU.
+    Continues from `checkpoint` to the same weights as an undisturbed run on the same machine. In several processes of
+    torch.distributed all must call it with the same arguments; they train one model together, see `02b_devices`.
+    Raises TrainingError when the loss or a weight is not a finite number, and SettingsError for a precision that
+    the device does not have and for a split batch where BatchNorm would notice.
     """
     state = _start(clip, data, recipe)
     if checkpoint: load_checkpoint(state, checkpoint)
@@ -276,18 +293,25 @@ def train(
         for c in callbacks: c.after_epoch(state)
         if checkpoint: save_checkpoint(state, checkpoint)
     clip.model.eval()
+    if recipe.compiled: _compile(clip.model, False)
     return state.history
 
 # %% ../nbs/03_training.ipynb #abced5be
 def _start(clip, data, recipe):
     "A fresh state; refuses what cannot work before any step is taken."
-    cuda = clip.device.type == "cuda"
-    if recipe.precision == "amp" and not cuda: raise SettingsError("precision amp needs a GPU: use fp32 on a CPU")
+    half_precision(recipe.precision, clip.device.type)
+    check_splittable(clip.model, recipe.frozen_batchnorm, clip.device.type, recipe.micro_batch)
     if len(data) == 0: raise SettingsError("there is no pair to train on")
-    clip.model.to(memory_format=torch.channels_last)
+    clip.model = synchronised(clip.model).to(memory_format=torch.channels_last)
+    if recipe.compiled: _compile(clip.model)
     groups = parameter_groups(clip.model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=tuple(recipe.betas), eps=1e-8, fused=True)
     return TrainingState(clip, optimizer, recipe, len(epoch_batches(len(data), recipe, 0)))
+
+def _compile(model, on=True):
+    "Let torch compile the towers when they are next called, or not any more. Weights and their names stay."
+    for tower, kwargs in ((getattr(model, "visual", None), {}), (getattr(model, "transformer", None), dict(dynamic=True))):
+        if tower is not None: tower.compile(**kwargs) if on else setattr(tower, "_compiled_call_impl", None)
 
 def _set_mode(state):
     "Training mode, with BatchNorm kept in evaluation mode where the recipe says so."
@@ -324,24 +348,20 @@ def _check_finite(values, state, what="the loss"):
 # %% ../nbs/03_training.ipynb #1e37180f
 def _step(state, batch, loss, learning_rate):
     "Forward, backward, update; returns the detached loss."
+    recipe, device = state.recipe, state.clip.device.type
     for group in state.optimizer.param_groups: group["lr"] = learning_rate
-    half = _half_precision(state)
-    with torch.autocast(state.clip.device.type, dtype=half or torch.bfloat16, enabled=half is not None):
-        value = loss(state.clip, batch)
-    state.optimizer.zero_grad(set_to_none=True)
-    if half is torch.float16: _scaled_update(state, value)
-    else:
-        value.backward()
-        state.optimizer.step()
+    scaler = torch.amp.GradScaler(init_scale=state.scale) if half_precision(recipe.precision, device) is torch.float16 else None
+    with tf32_as(recipe.precision, device):
+        with towers_in(recipe.precision, device), in_parts(recipe.micro_batch): value = loss(state.clip, batch)
+        state.optimizer.zero_grad(set_to_none=True)
+        (scaler.scale(value) if scaler else value).backward()
+    average_gradients(_parameters(state.optimizer))
+    _update(state, scaler)
     with torch.no_grad(): state.clip.model.logit_scale.clamp_(0, math.log(100))
     return value.detach().float()
 
-def _half_precision(state):
-    if state.recipe.precision != "amp": return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-def _scaled_update(state, value):
-    "One update with dynamic loss scaling; the scale is part of the state."
-    scaler = torch.amp.GradScaler(init_scale=state.scale)
-    scaler.scale(value).backward(); scaler.step(state.optimizer); scaler.update()
+def _update(state, scaler):
+    "One update; with the dynamic loss scale of float16, which is part of the state."
+    if scaler is None: state.optimizer.step(); return
+    scaler.step(state.optimizer); scaler.update()
     state.scale = scaler.get_scale()
