@@ -1,6 +1,6 @@
 # make reproduce   run the papers' notebooks and print where the report is
 # make publish     write the outputs of that run into the notebooks under nbs/
-# make test        check that notebooks and library are in step, run every test
+# make test        check that notebooks and library are in step, run every test; DEVICE=cuda: what needs a GPU
 # make lab         open JupyterLab
 # make site        build the documentation: notebooks as executed, library, claims, search
 # make bench       time the training loop, the store and the imports
@@ -40,7 +40,7 @@ publish: $(READY)
 	@$(PY) -m mcl_repro.cli publish --profile $(PROFILE) $(RUN)
 
 test: $(READY)
-	@$(PY) tests/run_all.py $(if $(FORCE),--force)
+	@$(PY) tests/run_all.py $(if $(FORCE),--force) $(if $(filter cuda,$(DEVICE)),--device cuda)
 
 lab: $(READY)
 	@$(PY) -m jupyterlab --notebook-dir=nbs

@@ -771,7 +771,8 @@ def show_rows(rows: list):
 # %% ../nbs/22_bench.ipynb #556d278d
 def main(argv: list = None) -> int: # exit code
     "The command line of `make bench`; expected errors are one line on stderr."
-    parser = argparse.ArgumentParser(prog="python -m mcl_repro.bench", description="Time the training loop, the store, the imports, the drawing, the search for poison and the protection of pairs.")
+    importlib.import_module("mcl_repro.paper_bench")    # registers its own
+    parser = argparse.ArgumentParser(prog="python -m mcl_repro.bench", description="Time the training loop, the store, the imports, the drawing, the search for poison, the protection of pairs, and training at the papers' size.")
     parser.add_argument("only", nargs="*", metavar="BENCHMARK", help=f"one or more of {', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="measure little, to see that everything works")
     parser.add_argument("--pairs", type=int, metavar="N", help=f"embeddings for detection_scale (default: {FULL.pairs:,}, 12.3 GB on disk)")

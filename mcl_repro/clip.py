@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import mcl_repro
-from .devices import gather_rows, own_share, tf32_as, world
+from .devices import gather_rows, own_share, tf32_as, towers_in, world
 from .errors import DataError, SettingsError
 
 # %% ../nbs/02_clip.ipynb #af8a051c
@@ -234,11 +234,12 @@ def text_length(tokens: torch.Tensor # int64 [n, context_length] on the CPU
     return min(-(-(int(tokens.argmax(-1).max()) + 1) // 8) * 8, tokens.shape[1])
 
 # %% ../nbs/02_clip.ipynb #bf760d4c
-def _in_batches(function, count, batch_size, device, read=None):
+def _in_batches(function, count, batch_size, device, read=None, precision="fp32"):
     "Concatenate `function(read(slice))` over batches, without gradients, on the CPU as float32. Several processes share the work."
     share = own_share(count) if count >= world()[1] else slice(0, count)
     rows = [slice(i, min(i + batch_size, share.stop)) for i in range(share.start, share.stop, batch_size)]
-    with tf32_as("fp32", torch.device(device).type): parts = [function(x).float().cpu() for x in _read_ahead(read, rows, device)]
+    kind = torch.device(device).type
+    with tf32_as(precision, kind), towers_in(precision, kind): parts = [function(x).float().cpu() for x in _read_ahead(read, rows, device)]
     own = torch.cat(parts) if parts else torch.zeros(0)
     return own if share == slice(0, count) else gather_rows(own.to(device), count).cpu()
 
@@ -261,12 +262,13 @@ def _batch_array(images, rows, size):
 @torch.no_grad()
 def embed_images(clip: Clip, # the model
                  images, # uint8 [n, s, s, 3] array, uint8 [n, 3, s, s] tensor, or a lazy `Images` source
-                 batch_size: int = 500
+                 batch_size: int = 500,
+                 precision: str = "fp32" # of the tower, see `02b_devices`; what is ranked by similarity wants float32
     ) -> torch.Tensor:
     "Unit-length image embeddings, float32 [n, d] on the CPU, in the order of `images`."
     clip.model.eval()
-    encode = lambda batch: F.normalize(clip.model.encode_image(to_pixels(clip, batch)), dim=-1)
-    return _in_batches(encode, len(images), batch_size, clip.device, lambda rows: _batch_array(images, rows, clip.image_size))
+    encode = lambda batch: F.normalize(clip.model.encode_image(to_pixels(clip, batch)).float(), dim=-1)
+    return _in_batches(encode, len(images), batch_size, clip.device, lambda rows: _batch_array(images, rows, clip.image_size), precision)
 
 # %% ../nbs/02_clip.ipynb #509d8225
 @torch.no_grad()

@@ -50,13 +50,14 @@ def tf32_as(precision: str, device_type: str):
         for s, allowed in zip(switches, before): s.allow_tf32 = allowed
 
 # %% ../nbs/02b_devices.ipynb #21401588
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # cuBLAS reads it when it starts, and repeats itself with it only
+
 @contextmanager
 def deterministic(on: bool = True):
-    "Let torch take kernels that give the same bits every time. cuBLAS reads its setting when it is first used: set it before the first product."
-    if on: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    "Let torch take kernels that give the same bits every time; what has none warns once."
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(on, warn_only=True)
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not on
     try: yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

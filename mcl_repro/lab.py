@@ -786,6 +786,18 @@ def _threads(device, versions):
     finally:
         if torch: torch.set_num_threads(before)
 
+def _gpu():
+    "What the key says of a GPU: kernels that do not repeat themselves give other artefacts."
+    from mcl_repro.devices import wants_determinism
+    return {'type': 'cuda'} if wants_determinism() else {'type': 'cuda', 'deterministic': False}
+
+@contextmanager
+def _repeatable(device):
+    "On a GPU, compute with kernels that give the same bits every time, unless the key says otherwise."
+    if device['type'] != 'cuda': yield; return
+    from mcl_repro.devices import deterministic
+    with deterministic(device.get('deterministic', True)): yield
+
 # %% ../nbs/07_lab.ipynb #f8c5f44a
 def _run_stage(store, spec, function, attempt, running):
     "Call the stage function and return the finished record, without the files."
@@ -796,7 +808,7 @@ def _run_stage(store, spec, function, attempt, running):
     function = function or _function(spec); attempt.mkdir(parents=True)
     work = Work(attempt, store.scratch(spec['key']), running, spec)
     started, clock = _now(), time.perf_counter(); _reset_peak(spec['device'])
-    with _threads(spec['device'], spec['versions']), _seeded(spec['key'], spec['versions']): result = function(work, **_decode(spec['settings'], inputs))
+    with _threads(spec['device'], spec['versions']), _repeatable(spec['device']), _seeded(spec['key'], spec['versions']): result = function(work, **_decode(spec['settings'], inputs))
     seconds = round(time.perf_counter() - clock, 3)
     kept = {k: spec[k] for k in ('key', 'stage', 'version', 'label', 'settings', 'inputs', 'code', 'versions', 'device')}
     return dict(format=_FORMAT, **kept, result=_plain_result(spec, result), started=started, finished=_now(), seconds=seconds,
@@ -1189,7 +1201,7 @@ class Lab:
         if device != 'auto': self._where
 
     @functools.cached_property
-    def _where(self): return {'type': 'cpu', 'threads': self._threads} if _device(self._asked) == 'cpu' else {'type': 'cuda'}
+    def _where(self): return {'type': 'cpu', 'threads': self._threads} if _device(self._asked) == 'cpu' else _gpu()
     @property
     def device(self)->str: return self._where['type']
     def __repr__(self): return f'Lab({self.name!r}, store={self.store.folder})'

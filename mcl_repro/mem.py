@@ -22,6 +22,7 @@ from . import training
 from .attribution import _token_embeddings, quiet
 from .clip import Clip, _is_causal, build_clip, embed_images, embed_texts, encode_text, info_nce, to_pixels
 from .data import ArrayImages, DataRef, Pairs, _sha, open_data, read_json
+from .devices import towers_in
 from .errors import SettingsError
 from .lab import _write_json, stage
 from .metrics import median_rank, retrieval_ranks
@@ -73,7 +74,7 @@ def noise_step(clip: Clip, # the surrogate, its weights frozen
     images = images.float()
     x = (images if under is None else images[under]) + noise
     x.requires_grad_()
-    u = F.normalize(clip.model.encode_image(to_pixels(clip, x)), dim=-1)
+    with towers_in("auto", x.device.type): u = F.normalize(clip.model.encode_image(to_pixels(clip, x)).float(), dim=-1)
     gradient, = torch.autograd.grad(info_nce(u, text_embeddings, clip.model.logit_scale.exp()), x)
     sign = -1 if search.direction == "minimise" else 1
     noise = (noise + sign * search.step * gradient.sign()).clamp(-search.bound, search.bound)

@@ -6,3 +6,6 @@ import torch
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config): config.addinivalue_line("markers", "cuda: needs a GPU; make test DEVICE=cuda runs these alone")

@@ -36,13 +36,25 @@ def run(*command) -> str:
     return "".join(lines)
 
 
-def notebooks(folder, workers): return sys.executable, "-c", f"from nbdev.test import nbdev_test; nbdev_test({folder!r}, n_workers={workers}, timing=True, do_print=True)"
+def notebooks(path, workers, flags=""): return sys.executable, "-c", f"from nbdev.test import nbdev_test; nbdev_test({path!r}, n_workers={workers}, timing=True, do_print=True, flags={flags!r})"
+
+
+def on_gpu():
+    "The cells and tests that need a GPU; where there is none, the reason why they are left out."
+    import torch
+    if not torch.cuda.is_available(): return print(f"skipped: torch {torch.__version__} sees no GPU here, and cells and tests marked cuda need one")
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
+    for path in sorted((ROOT/"nbs").glob("*.ipynb")):
+        if "#| cuda" in path.read_text(encoding="utf-8"): run(*notebooks(str(path.relative_to(ROOT)), 1, "cuda"))
+    run(sys.executable, "-m", "pytest", "tests", "-q", "-m", "cuda", "--color=no", "-p", "no:cacheprovider", "--durations=5")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--force", action="store_true", help="run although this tree has passed already")
-    force = parser.parse_args().force
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: only the cells and tests that need a GPU")
+    args = parser.parse_args(); force = args.force
+    if args.device == "cuda": return on_gpu()
     stamp = ROOT/".stamps"/tree_hash()
     if stamp.exists() and not force:
         print("nothing changed since this tree passed (make test FORCE=1 runs it again); it ended with")

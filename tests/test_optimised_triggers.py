@@ -217,7 +217,8 @@ def test_bad_settings_of_the_stages(lab_and_clean, make, words):
     with pytest.raises(Exception, match=words): make(*lab_and_clean)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here; make test DEVICE=cuda runs it where there is one')
 def test_on_a_gpu(photos):
     clip = build_clip('smoke-RN', device='cuda')
     assert O.optimise_trojan(clip, photos, O.Box(24, 24, 8), [0, 1], steps=3).pattern.shape == (8, 8, 3)
