@@ -55,13 +55,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # cuBLAS reads it 
 @contextmanager
 def deterministic(on: bool = True):
     "Let torch take kernels that give the same bits every time; what has none warns once."
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
+    extra = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark, extra.fill_uninitialized_memory
     torch.use_deterministic_algorithms(on, warn_only=True)
     torch.backends.cudnn.benchmark = not on
+    extra.fill_uninitialized_memory = False   # nothing here reads what it has not written
     try: yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = before[2]
+        torch.backends.cudnn.benchmark, extra.fill_uninitialized_memory = before[2:]
 
 def wants_determinism() -> bool:
     "Whether stages are to give the same bytes twice: yes, unless `MCL_REPRO_DETERMINISTIC` is 0."

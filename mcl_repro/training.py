@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .clip import Clip, encode_text, info_nce, text_length, to_pixels, tokenize
+from .data import Images
 from .devices import (PRECISIONS, average_gradients, check_splittable, gather_rows, half_precision, in_parts, own_share, part_by_part,
                                synchronised, tf32_as, towers_in, world)
 from .errors import SettingsError, TrainingError, UserError
@@ -143,6 +144,10 @@ class _LazyBatches(torch.utils.data.Dataset):
         try: return _lazy_images(self.data, self.data.image_rows[rows[share]]), self.data.tokens[rows]
         except UserError as error: return error   # raised in a loader process, its line would drown in a traceback
 
+def _one_decoding_thread(worker):
+    "There are as many loader processes as cores: threads in each would only get in each other's way."
+    Images.workers = 1
+
 def iterate(data: TrainingSet, # the pairs
             batches: torch.Tensor, # int64 [steps, b]
             device, # where batches go
@@ -155,7 +160,8 @@ def iterate(data: TrainingSet, # the pairs
         return
     cuda = torch.device(device).type == "cuda"
     workers = max((os.cpu_count() or 1) // world()[1] - 1, 1) if workers is None else workers
-    loader = torch.utils.data.DataLoader(_LazyBatches(data, batches), batch_size=None, num_workers=workers, pin_memory=cuda, prefetch_factor=4 if workers else None)
+    loader = torch.utils.data.DataLoader(_LazyBatches(data, batches), batch_size=None, num_workers=workers, pin_memory=cuda,
+                                         prefetch_factor=4 if workers else None, worker_init_fn=_one_decoding_thread)
     for i, (rows, found) in enumerate(zip(batches, loader)):
         if isinstance(found, UserError): raise found
         images, tokens = found
