@@ -54,10 +54,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # cuBLAS reads it 
 
 @contextmanager
 def deterministic(on: bool = True):
-    "Let torch take kernels that give the same bits every time; what has none warns once."
+    "Let torch take kernels that give the same bits every time. On a GPU an operation that has none raises RuntimeError and says so."
     extra = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark, extra.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(on, warn_only=True)
+    torch.use_deterministic_algorithms(on)   # strictly: told only to warn, attention would stay as it is
     torch.backends.cudnn.benchmark = not on
     extra.fill_uninitialized_memory = False   # nothing here reads what it has not written
     try: yield

@@ -6,8 +6,9 @@
 __all__ = ['ON_GPU', 'ON_CPU', 'SMALL', 'PaperScale', 'paper_scale', 'plain_loop', 'flops_per_pair', 'matrix_peak',
            'paper_training', 'paper_switches', 'paper_images']
 
-# %% ../nbs/22b_paper_bench.ipynb #aae40db6
+# %% ../nbs/22b_paper_bench.ipynb #ddd06b7d
 import functools, io, time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,16 +17,16 @@ import torch
 from .bench import Scale, _bare_batches, benchmark, in_turns, ratio_rows, row
 from .clip import build_clip, embed_images, info_nce
 from .data import ArrayImages, Images, StoredImages, open_data
-from .devices import deterministic, half_precision, tf32_as, towers_in
+from .devices import deterministic, half_precision, towers_in
 from .training import Recipe, contrastive_loss, read_batch, rows_of, train, training_set
 
-# %% ../nbs/22b_paper_bench.ipynb #340447cf
+# %% ../nbs/22b_paper_bench.ipynb #5701a915
 @dataclass(frozen=True)
 class PaperScale:
     "How much is measured at paper scale."
     models: tuple = ("RN50", "ViT-B-32")  # architectures
     batch_sizes: tuple = (128, 1024)      # pairs per step
-    pairs: int = 2560                     # in a turn of each side
+    pairs: int = 1280                     # in a turn of each side, or 8 steps if they are more
     turns: int = 3                        # of each side of a comparison
     matrix: int = 8192                    # side of the matrices of the peak
     images: int = 4096                    # embedded and decoded
@@ -67,14 +68,14 @@ def plain_loop(model, # open_clip model, trained in place
         with torch.no_grad(): model.logit_scale.clamp_(0, 4.6052)
     return loss.item()
 
-# %% ../nbs/22b_paper_bench.ipynb #7aa1cb99
+# %% ../nbs/22b_paper_bench.ipynb #0f7f5954
 @functools.lru_cache(maxsize=2)
 def _pictures(count, size): return open_data(f"world:train:{count}").images.array(size=size)
 
 def _material(model, batch_size, pairs, steps=8):
-    "A CLIP, so many pairs of the embedded world at its size or a few steps' worth, and the recipe of a pass over them. At most 1,024 pairs are different."
+    "A CLIP, so many pairs of the embedded world at its size or a few steps' worth, and the recipe of a pass over them. At most 128 pairs are different."
     clip, count = build_clip(model, device=_device()), max(pairs // batch_size, steps if pairs >= 1024 else 1) * batch_size
-    few = open_data(f"world:train:{min(count, 1024)}")
+    few = open_data(f"world:train:{min(count, 128)}")
     data = training_set(clip, few.replace(images=ArrayImages(_pictures(len(few), clip.image_size))))
     return clip, rows_of(data, np.arange(count) % len(few)), Recipe(epochs=1, batch_size=batch_size, learning_rate=1e-4)
 
@@ -102,12 +103,12 @@ def matrix_peak(side: int, turns: int = 10) -> float:
     speeds = [_speed(lambda: a @ b, 1)() for _ in range(turns + 2)]
     return 2 * side**3 * max(speeds[2:])
 
-# %% ../nbs/22b_paper_bench.ipynb #cb829a20
+# %% ../nbs/22b_paper_bench.ipynb #7e182e8b
 def _training_rows(name, model, batch_size, scale, peak):
     "Rows of one architecture and batch size."
     clip, data, recipe = _material(model, batch_size, scale.pairs)
     what, bare = f"{model}, batch {batch_size}", build_clip(model, device=_device())
-    batches = _bare_batches(clip, data, recipe)
+    batches = [(x, t.to(_device())) for x, t in _bare_batches(clip, data, recipe)]
     used = flops_per_pair(clip, read_batch(data, torch.arange(min(batch_size, 64)), _device()))
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
@@ -133,31 +134,30 @@ def paper_training(scale: Scale) -> list:
         for batch_size in paper.batch_sizes: rows += _training_rows(name, model, batch_size, paper, peak)
     return rows
 
-# %% ../nbs/22b_paper_bench.ipynb #81c13dd5
-def _variant(model, batch_size, scale, context, **changes):
-    "Pairs per second of our loop with another recipe, after a first turn; seconds of the first turn."
-    clip, data, recipe = _material(model, batch_size, scale.pairs)
-    recipe = replace(recipe, **changes)
+# %% ../nbs/22b_paper_bench.ipynb #7b666e1b
+def _variant(clip, data, recipe, turns, context):
+    "Pairs per second of our loop with a recipe, after a first turn; seconds of the first turn."
     with context:
         started = time.perf_counter()
         train(clip, data, recipe); _wait()
         first = time.perf_counter() - started
-        return np.median([_speed(lambda: train(clip, data, recipe), len(data))() for _ in range(scale.turns)]), first
+        return np.median([_speed(lambda: train(clip, data, recipe), len(data))() for _ in range(turns)]), first
 
 @benchmark
 def paper_switches(scale: Scale) -> list:
     "Pairs per second of our loop with other precisions, deterministic kernels, batches in parts, and compiled."
     paper, name, rows = paper_scale(scale), "paper_switches", []
-    size, gpu = paper.batch_sizes[0], torch.cuda.is_available()
+    size, gpu, alone = paper.batch_sizes[0], torch.cuda.is_available(), nullcontext()
     for model in paper.models:
-        variants = {"deterministic": (deterministic(), {}), "usual kernels": (deterministic(False), {})}
-        variants["float32"] = tf32_as("auto", "cpu"), dict(precision="fp32")
-        if gpu: variants["TF32"] = tf32_as("auto", "cpu"), dict(precision="tf32")
-        variants[f"in parts of {size // 4}, BatchNorm frozen"] = tf32_as("auto", "cpu"), dict(micro_batch=size // 4, frozen_batchnorm=True)
-        for what, (context, changes) in variants.items(): rows.append(row(name, f"{model}, batch {size}: {what}", _variant(model, size, paper, context, **changes)[0], "pairs/s"))
-        if model in paper.compiled:
-            speed, first = _variant(model, size, paper, tf32_as("auto", "cpu"), compiled=True)
-            rows += [row(name, f"{model}, batch {size}: compiled", speed, "pairs/s"), row(name, f"{model}, batch {size}: first turn with the compiler", first, "s")]
+        clip, data, recipe = _material(model, size, paper.pairs)
+        variants = {"deterministic": (deterministic(), {}), "usual kernels": (deterministic(False), {}), "float32": (alone, dict(precision="fp32"))}
+        if gpu: variants["TF32"] = alone, dict(precision="tf32")
+        variants[f"in parts of {size // 4}, BatchNorm frozen"] = alone, dict(micro_batch=size // 4, frozen_batchnorm=True)
+        if model in paper.compiled: variants["compiled"] = alone, dict(compiled=True)
+        for what, (context, changes) in variants.items():
+            speed, first = _variant(clip, data, replace(recipe, **changes), paper.turns, context)
+            rows.append(row(name, f"{model}, batch {size}: {what}", speed, "pairs/s"))
+            if what == "compiled": rows.append(row(name, f"{model}, batch {size}: first turn with the compiler", first, "s"))
     return rows
 
 # %% ../nbs/22b_paper_bench.ipynb #e17d9522
