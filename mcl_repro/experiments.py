@@ -14,14 +14,14 @@ import pandas as pd
 from IPython.display import display
 from fastcore.basics import patch
 
-from .clip import model_config
+from .clip import build_clip, model_config
 from .data import open_data
 from .errors import SettingsError
 from .lab import Lab
 from .plugins import own_attacks, own_repairs, repaired_clip, takes, workers_load_plugins
 from .repairing import METHODS
 from .report import forest, paper_table, read_table, save_figure, show_table, table_note, tidy, write_table
-from .stages import attack_settings, classification, clean_clip, finetuned_clip, outcomes, percent, poisoned_pairs, retrieval, weights_checksum
+from .stages import attack_settings, classification, clean_clip, finetuned_clip, given_clip, outcomes, percent, poisoned_pairs, retrieval, weights_checksum
 
 # %% ../nbs/09b_experiments.ipynb #9ed07297
 class Experiments:
@@ -42,14 +42,16 @@ class Experiments:
         if attack_names and not set(attack_names) & set(attacks): raise SettingsError(f"attack_names: beside {', '.join(attack_names)} name one of the paper's, {', '.join(attacks)}")
         self.lab, self.settings, self.wanted, self.whole, self.steps = lab, settings, list(wanted or tables), not attack_names, steps
         self.counts, self.lines, self.defenses, self.done, self._chains, self._lengths = dict(counts or {}), [], {}, {}, {}, {}
-        self.image_size = model_config(settings.model.name)["vision_cfg"]["image_size"]
+        self.model = settings.get("models", {}).get(tables[0].partition(".")[0] if tables else "", settings.model)      # name and weights of the CLIP
+        self.image_size = model_config(self.model.name)["vision_cfg"]["image_size"]
         self._entries = {name: settings.attacks[attacks[name]] for name in attack_names or attacks if name in attacks}
         self.own_attacks, self.own_repairs, self._added = {name: entry for name, entry in own.items() if name in (attack_names or own)}, own_repairs(), set()
+        self.checkpoints = _checkpoints(settings, {**attacks, **{name: name for name in own}}, self.model.name)
         if own or self.own_repairs: workers_load_plugins(lab.engine)
 
     @cached_property
     def clean(self): # node; made when it is asked for, as not every paper needs the data of the role `pretrain`
-        name, pretrained = self.settings.model.name, self.settings.model.pretrained
+        name, pretrained = self.model.name, self.model.pretrained
         return self.lab.node(clean_clip, model=name, pretrained=pretrained, pairs=self.lab.role("pretrain"), recipe=dict(self.settings.pretrain), checksum=weights_checksum(pretrained))
 
     @cached_property
@@ -63,6 +65,18 @@ class _Attacks(dict):
     def __missing__(self, name): return self.own[name]
     def get(self, name, default=None): return self[name] if name in self or name in self.own else default
 
+def _checkpoints(settings, attacks, model):
+    "Printed name -> path and checksum of a model that is poisoned already. What is wrong with the files is said here, before anything runs."
+    given = settings.poison.get("checkpoints") or {}
+    if not isinstance(given, dict): raise SettingsError(f"poison.checkpoints is {given!r}: write {{BadNet: victim.safetensors}}, an entry of the profile's attacks and a file for each")
+    known = {*settings.attacks, *attacks.values()}
+    if unknown := set(given) - known: raise SettingsError(f"unknown attack {min(unknown)!r} in poison.checkpoints; known: {', '.join(sorted(known))}")
+    files = {printed: str(given[entry]) for printed, entry in attacks.items() if entry in given}
+    for printed, file in files.items():
+        if not Path(file).is_file(): raise SettingsError(f"poison.checkpoints: no file at {Path(file).absolute()} for {printed}; give the whole path, as notebooks run in their own folder")
+        build_clip(model, pretrained=file)     # raises DataError for pickles and for another architecture
+    return {printed: (file, weights_checksum(file)) for printed, file in files.items()}
+
 # %% ../nbs/09b_experiments.ipynb #79d3d15c
 @patch
 def chain(self: Experiments,
@@ -73,11 +87,14 @@ def chain(self: Experiments,
           count: int | None = None, # poisoned pairs; default: the attack's
     ): # namespace: attack, seed, target, pairs, poisoned, victim, and what `steps` adds
     "One poisoned set and the model that was trained on it."
-    target, count = target or self.settings.target, count or self.counts.get(attack, self.settings.poison.count)
+    target, usual = target or self.settings.target, self.counts.get(attack, self.settings.poison.count)
+    count = count or usual
     key = attack, seed, target, pairs, count
     if key not in self._chains:
         poisoned = self.lab.node(poisoned_pairs, pairs=self.lab.role(pairs), attack=self.attacks.get(attack), target=target, count=count, image_size=self.image_size, seed=seed)
-        victim = self.lab.node(finetuned_clip, clip=self.clean, poisoned=poisoned, recipe=dict(self.settings.finetune, seed=seed))
+        if attack in self.checkpoints and (target, pairs, count) == (self.settings.target, "finetune", usual):
+            file, checksum = self.checkpoints[attack]; victim = self.lab.node(given_clip, model=self.model.name, checkpoint=file, checksum=checksum)
+        else: victim = self.lab.node(finetuned_clip, clip=self.clean, poisoned=poisoned, recipe=dict(self.settings.finetune, seed=seed))
         made = SimpleNamespace(attack=attack, seed=seed, target=target, pairs=pairs, count=count, poisoned=poisoned, victim=victim)
         self._chains[key] = SimpleNamespace(**vars(made), **self.steps(made))
     return self._chains[key]
@@ -239,8 +256,10 @@ def note(self: Experiments,
          triggers: list = (), # attacks to describe
     ) -> str:
     "The note under a table or a figure."
-    data = data or f"{self.source('finetune')}, {self.settings.poison.count} poisoned, tested on {self.source('zeroshot')}"
-    return table_note(self.lab.name, data, self.settings.model.name, trigger="; ".join(map(self.trigger, triggers)), stand_in=self.lab.name != "paper", paper=paper)
+    counts = [self.counts.get(name, self.settings.poison.count) for name in self._entries] or [self.settings.poison.count]
+    data = data or f"{self.source('finetune')}, {max(set(counts), key=counts.count)} poisoned, tested on {self.source('zeroshot')}"
+    data = "; ".join([data, *(f"poisoned model of {name} from the file {Path(file).name}" for name, (file, _) in self.checkpoints.items())])
+    return table_note(self.lab.name, data, self.model.name, trigger="; ".join(map(self.trigger, triggers)), stand_in=self.lab.name != "paper", paper=paper)
 
 # %% ../nbs/09b_experiments.ipynb #e5e32dce
 @patch

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['load_clip', 'train_and_save', 'save_trained', 'weights_checksum', 'clean_clip', 'attack_of', 'poisoned_pairs',
            'open_poisoned', 'defender_pairs', 'steganography_encoder', 'trojan_trigger', 'badclip_trigger',
-           'attack_settings', 'finetuned_clip', 'pair_similarities', 'arrays', 'classification', 'retrieval',
-           'divergence', 'noise_size', 'outcomes', 'cell', 'percent']
+           'attack_settings', 'finetuned_clip', 'given_clip', 'pair_similarities', 'arrays', 'classification',
+           'retrieval', 'divergence', 'noise_size', 'outcomes', 'cell', 'percent']
 
 # %% ../nbs/09_stages.ipynb #732ddbc4
 import hashlib
@@ -246,6 +246,19 @@ def finetuned_clip(work, *,
 ):
     "Fine-tune a CLIP on a set as it is, poison included."
     return train_and_save(work, load_clip(clip, work.device), defender_pairs(poisoned), recipe)
+
+# %% ../nbs/09_stages.ipynb #6f673c94
+@stage
+def given_clip(work, *,
+    model: str, # a mini model or an open_clip name
+    checkpoint: str, # file with its weights: safetensors, or a torch file of tensors only
+    checksum: str, # `weights_checksum(checkpoint)`: another file under the same path is another artefact
+):
+    "A CLIP from a file, such as a poisoned one that was published. Raises SettingsError for another file than was asked for and DataError for one that does not fit."
+    if checksum is None or checksum != weights_checksum(checkpoint): raise SettingsError(f"{checkpoint} is not the file that was asked for: pass checksum=weights_checksum(checkpoint)")
+    clip = build_clip(model, pretrained=checkpoint, device=work.device)
+    save_clip(clip, work.out/"clip.safetensors")
+    return dict(model=clip.name, checkpoint=str(checkpoint))
 
 # %% ../nbs/09_stages.ipynb #10130ef9
 def pair_similarities(clip: Clip, # the model
