@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['import_torchvision', 'import_open_clip', 'mini_models', 'model_config', 'Clip', 'build_clip', 'save_clip',
-           'read_tensors', 'load_weights', 'tokenize', 'to_pixels', 'encode_text', 'text_length', 'embed_images',
-           'embed_tokens', 'embed_texts', 'imagenet_templates', 'zero_shot_weights', 'info_nce']
+           'read_tensors', 'saved_name', 'load_weights', 'tokenize', 'to_pixels', 'encode_text', 'text_length',
+           'embed_images', 'embed_tokens', 'embed_texts', 'imagenet_templates', 'zero_shot_weights', 'info_nce']
 
 # %% ../nbs/02_clip.ipynb #ba915fcb
 import functools, importlib, json, sys, weakref
@@ -154,11 +154,19 @@ def _state_dict(loaded, path):
         raise DataError(f"{path} holds no state dict of tensors: save model.state_dict() and try again")
     return {k.removeprefix("module."): v for k, v in loaded.items()}
 
+def saved_name(path: Path) -> str | None:
+    "The architecture that `save_clip` noted in a file; None where it does not say."
+    if Path(path).suffix != ".safetensors": return None
+    from safetensors import safe_open
+    with safe_open(str(path), "pt") as f: return (f.metadata() or {}).get("model")
+
 def load_weights(clip: Clip, # its model is changed in place
                  path: Path # checkpoint written by `save_clip`, open_clip or plain torch
     ) -> Clip:
     "Load a checkpoint into a model of the same architecture. Raises DataError naming the first tensor that does not fit."
-    tensors, own = read_tensors(path), clip.model.state_dict()
+    tensors, own, saved = read_tensors(path), clip.model.state_dict(), saved_name(path)
+    if saved and saved != clip.name and saved.removesuffix("-quickgelu") == clip.name.removesuffix("-quickgelu"):
+        raise DataError(f"{path} was saved from {saved}, whose activation is another one than that of {clip.name}: its tensors fit, its embeddings would be wrong; build {saved}")
     wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape] + [k for k in tensors if k not in own]
     if wrong: raise DataError(f"{path} does not fit {clip.name}: {len(wrong)} tensors differ, first {wrong[0]!r}; build the model it was saved from")
     clip.model.load_state_dict(tensors)

@@ -180,3 +180,15 @@ def test_the_variant_that_profile_paper_names_is_the_public_model_and_the_plain_
     assert not same(plain, public, pixels)
     name = load_profile('paper').model.name
     assert open_clip.get_model_config(name)['quick_gelu'] and open_clip.pretrained.get_pretrained_cfg(name, 'openai')['quick_gelu']
+
+
+def test_public_weights_get_their_activation_also_under_the_plain_name(public, pixels):
+    built = build_clip('tiny-ViT', pretrained='openai')
+    assert built.name == 'tiny-ViT-quickgelu' and same(built.model, public, pixels)
+
+
+def test_a_file_is_not_read_into_another_activation(public, tmp_path):
+    save_clip(build_clip('tiny-ViT', pretrained='openai'), tmp_path/'clip.safetensors')
+    with pytest.raises(DataError, match='was saved from tiny-ViT-quickgelu, whose activation is another one than that of tiny-ViT: .* build tiny-ViT-quickgelu'):
+        build_clip('tiny-ViT', pretrained=str(tmp_path/'clip.safetensors'))
+    assert build_clip('tiny-ViT-quickgelu', pretrained=str(tmp_path/'clip.safetensors')).name == 'tiny-ViT-quickgelu'
