@@ -7,7 +7,7 @@ __all__ = ['load_profile', 'stage', 'Node', 'Artefact', 'Store', 'Work', 'StageE
 
 # %% ../nbs/07_lab.ipynb #0d2f3824
 import ast, builtins, copy, errno, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json
-import logging, math, os, platform, re, shutil, subprocess, sys, textwrap, threading, time, traceback, uuid, warnings, weakref
+import logging, math, os, platform, re, shutil, socket, subprocess, sys, textwrap, threading, time, traceback, uuid, warnings, weakref
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -754,7 +754,10 @@ def _function(spec):
     "The stage function in this process, which must be the same code as where the run was planned."
     function = getattr(importlib.import_module(spec['module']), spec['function'], None)
     if not hasattr(function, 'stage'): raise SettingsError(f"stage {spec['stage']!r} cannot be imported from {spec['module']!r} here; put it into a module that the workers can import")
-    if _code_of(function)[0] != spec['code']: raise SettingsError(f"stage {spec['stage']!r}: this worker has other code than the run was planned with; start the workers anew")
+    code, versions = _code_of(function)
+    if code != spec['code']: raise SettingsError(f"stage {spec['stage']!r}: this worker has other code than the run was planned with; start the workers anew")
+    if other := next((p for p, v in spec['versions'].items() if versions.get(p) != v), None):
+        raise SettingsError(f"stage {spec['stage']!r}: this worker has {other} {versions.get(other)}, the run was planned with {spec['versions'][other]}; install the same version on both sides")
     return function
 
 # %% ../nbs/07_lab.ipynb #3606c8b0
@@ -826,7 +829,10 @@ def _plain_result(spec, result):
 # %% ../nbs/07_lab.ipynb #8ff21628
 def _reset_peak(device):
     with suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
-    if device['type'] == 'cuda': importlib.import_module('torch').cuda.reset_peak_memory_stats()
+    if device['type'] != 'cuda': return
+    cuda = importlib.import_module('torch').cuda
+    if not cuda.is_available(): raise SettingsError('this process is to compute on a GPU, but torch sees none; declare a GPU (--resources GPU=1) only for workers that have one')
+    cuda.reset_peak_memory_stats()
 
 def _peak(device):
     "Peak memory of this process since the stage began, and of the GPU."
@@ -844,7 +850,9 @@ def _hardware(device):
     cpu = m[1] if (m := re.search(r'model name\s*: (.*)', text)) else platform.processor() or platform.machine()
     out = dict(cpu=cpu, cores=os.cpu_count(), system=f'{platform.system()} {platform.machine()}', python=platform.python_version())
     with suppress(AttributeError, ValueError, OSError): out['memory'] = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
-    if device == 'cuda': out['gpu'] = importlib.import_module('torch').cuda.get_device_name()
+    if device == 'cuda' and (cuda := importlib.import_module('torch').cuda).is_available(): out['gpu'] = cuda.get_device_name()  # none where workers elsewhere have it
+    group = sys.modules.get('torch.distributed')
+    if getattr(group, 'is_initialized', bool)(): out['processes'] = group.get_world_size()
     return out
 
 @functools.lru_cache(None)
@@ -966,31 +974,60 @@ def _shown(store, todo, progress):
     finally: over.set(); thread.join(2)
 
 # %% ../nbs/07_lab.ipynb #21a52764
-def _serial(lab, todo):
+def _serial(lab, todo, compute=_attempt):
     "Compute in this process, one after the other; returns the errors."
     errors, out = [], set()
     for node in todo:
         if out & set(node.inputs): out.add(node.key); continue
-        state, error = _attempt(_spec(node, lab.store), node.stage.function)
+        state, error = compute(_spec(node, lab.store), node.stage.function)
         if state != 'done': out.add(node.key)
         if error: errors.append(error)
         if isinstance(error, StoreError): break
     return errors
 
+def _torchrun(lab, todo):
+    "The same, with what trains in several processes of this machine; returns the errors."
+    from mcl_repro.cluster import computing
+    return _serial(lab, todo, computing(lab))
+
 # %% ../nbs/07_lab.ipynb #5ea2b1d7
-def _remote(spec, *before):
-    "What a Dask worker does: `_attempt`, with the error in words."
+def _words(error): return error and dict(type=type(error).__name__, message=str(error), notes=getattr(error, '__notes__', []))
+
+def _remote(spec, mark, *before):
+    "What a Dask worker does: `_attempt`, with the error in words. `mark` is a file that it must see, or it would fill another store."
     if any(state != 'done' for state, _ in before): return 'skipped', None
+    if not _sees(mark): return 'failed', _words(_not_shared(spec['store'], 'a worker'))
     state, error = _attempt(spec)
-    return state, error and dict(type=type(error).__name__, message=str(error), notes=getattr(error, '__notes__', []))
+    return state, _words(error)
 
 def _error(told):
-    "The exception that a worker put into words."
+    "The exception that another process put into words."
     import mcl_repro.errors
     kind = getattr(mcl_repro.errors, told['type'], None) or (UserError if told['type'] != 'StageError' else StageError)
     error = kind(told['message'])
     for note in told['notes']: error.add_note(note)
     return error
+
+# %% ../nbs/07_lab.ipynb #37aaa7ac
+@contextmanager
+def _mark(store):
+    "A file that is seen by those who share the store's folder, as long as the body runs."
+    path = store.folder/'locks'/f'.mark-{uuid.uuid4().hex}'
+    try: path.write_text(path.name)
+    except OSError as e: raise _store_error(store, e, 'marking it for the workers') from e
+    try: yield str(path)
+    finally: path.unlink(missing_ok=True)
+
+def _sees(mark, waits=(0, .2, .8, 3)):
+    "Whether this process sees the file. A network disk may take a moment to show what another machine wrote."
+    for seconds in waits:
+        time.sleep(seconds)
+        with suppress(OSError):
+            if Path(mark).read_text() == Path(mark).name: return True
+    return False
+
+def _not_shared(folder, worker):
+    return StoreError(f"{worker} does not see the store's folder {folder}: put it on a disk that this machine and all workers share under the same path (--runs), or start the workers where it is")
 
 # %% ../nbs/07_lab.ipynb #f936a91d
 def _cluster(jobs, device):
@@ -1012,16 +1049,22 @@ def _gpus():
     return [str(i) for i in range(importlib.import_module('torch').cuda.device_count())]
 
 # %% ../nbs/07_lab.ipynb #8b478b2f
+def _is_address(engine): return '://' in str(engine) or bool(re.fullmatch(r'[^/:]+:\d+', str(engine)))
+
 def _connect(engine, jobs, device):
     "A Dask client and, where it was started here, its cluster."
-    try: import distributed
-    except ImportError: raise SettingsError("engine dask needs the packages dask and distributed: pip install 'mcl_repro[cluster]', or use one job") from None
+    distributed = _distributed()
     if engine == 'dask': return distributed.Client(cluster := _cluster(jobs, device)), cluster
     try:
-        client = distributed.Client(engine, timeout=20); client.wait_for_workers(1, timeout=60)
-        return client, None
-    except (OSError, ValueError, TimeoutError) as e:
-        raise SettingsError(f'engine {engine!r}: no Dask scheduler with workers answers there ({e}); give serial, dask, or the address that `dask scheduler` prints') from e
+        if place := re.fullmatch(r'(?:(?:tcp|tls)://)?\[?([^\]/]+?)\]?:(\d+)', engine): socket.create_connection((place[1], int(place[2])), timeout=5).close()
+        return distributed.Client(engine, timeout=20), None  # on its own it would try for all of this time where nobody listens
+    except (OSError, ValueError, TimeoutError, OverflowError) as e:
+        raise SettingsError(f'engine {engine!r}: no Dask scheduler answers there ({e}); give serial, dask, torchrun, or the address that `dask scheduler` prints') from e
+
+def _distributed():
+    try: import distributed
+    except ImportError: raise SettingsError("engine dask needs the packages dask and distributed: pip install 'mcl_repro[cluster]', or use one job") from None
+    return distributed
 
 def _end(client, cluster):
     "Stop the workers at once: whatever they were doing may be killed at any moment."
@@ -1037,36 +1080,82 @@ def _end(client, cluster):
 @contextmanager
 def _client(lab):
     "The lab's Dask client; workers stay for the next run, but not after an interruption."
-    if lab._dask is None: lab._dask = weakref.finalize(lab, _end, *_connect(lab.engine, lab.jobs, lab.device))
+    if lab._dask is None: lab._dask = weakref.finalize(lab, _end, *_connect(lab.engine, lab.jobs, lab.device if lab.engine == 'dask' else None))
     client = lab._dask.peek()[2][0]
     try: yield client
     except BaseException: lab.close(); raise
 
+# %% ../nbs/07_lab.ipynb #b2798953
+def _workers(client, gpu=False):
+    "Addresses of the workers, or of those that declare a GPU."
+    return [a for a, w in client.scheduler_info(n_workers=-1)['workers'].items() if not gpu or w.get('resources', {}).get('GPU')]
+
+def _await_workers(client, gpu):
+    "Return as soon as a worker is there that can compute; raises `SettingsError` when none came in time."
+    began, limit, told = time.monotonic(), _patience(), False
+    while not _workers(client, gpu):
+        kind, waited = 'a worker that declares a GPU' if gpu else 'a worker', time.monotonic() - began
+        if waited > limit:
+            remedy = f"start one with: dask worker {client.scheduler.address} --nthreads 1{' --resources GPU=1' if gpu else ''}"
+            raise SettingsError(f"the cluster had no {kind[2:]} for {limit:g} s; {remedy}{', or give device cpu' if gpu else ''}, or wait longer (MCL_REPRO_WAIT=SECONDS)")
+        if waited > 2 and not told: told = True; print(f'waiting for {kind} (at most {limit:g} s, see MCL_REPRO_WAIT)', file=sys.stderr, flush=True)
+        time.sleep(.2)
+
+def _patience():
+    text = os.environ.get('MCL_REPRO_WAIT') or '600'
+    try: seconds = float(text)
+    except ValueError: seconds = math.nan
+    if not 0 <= seconds < math.inf: raise SettingsError(f'MCL_REPRO_WAIT is {text!r}; give seconds, such as 600')
+    return seconds
+
+# %% ../nbs/07_lab.ipynb #aac50c68
+def _check_workers(client, store, mark):
+    "Raises an error that names the worker, if one that is there has not this package or does not see the store's folder."
+    for worker, answer in client.run(_sees, mark, on_error='return').items():
+        if isinstance(answer, ImportError): raise SettingsError(f'worker {worker} cannot import mcl_repro ({answer}); start it in an environment with this package')
+        if answer is False: raise _not_shared(store.folder, f'worker {worker}')
+
 # %% ../nbs/07_lab.ipynb #1ecaa6f9
 def _dask(lab, todo):
     "Compute on the workers of a Dask cluster; returns the errors."
-    errors = {}
-    if local := next((n.stage for n in todo if n.stage.function.__module__ == '__main__'), None):
-        raise SettingsError(f'stage {local.name!r} stands in a notebook or script, which worker processes cannot import; put it into a module, or use the serial engine')
-    with _client(lab) as client:
+    errors, gpu = {}, any(n.device['type'] == 'cuda' for n in todo)
+    _importable([n.stage for n in todo])
+    with _client(lab) as client, _mark(lab.store) as mark:
         from distributed import as_completed
-        workers = client.scheduler_info(n_workers=-1)['workers'].values()
-        resources = {'GPU': 1} if any(w.get('resources', {}).get('GPU') for w in workers) else None
-        futures, run = {}, uuid.uuid4().hex[:8]  # the run in the name: what failed a moment ago must not be taken from memory
-        for n in todo:
-            before = [futures[k] for k in n.inputs if k in futures]
-            futures[n.key] = client.submit(_remote, _spec(n, lab.store), *before, key=f'{n.stage.name}-{n.key}-{run}', pure=False, resources=resources)
-        nodes = {f.key: n for f, n in zip(futures.values(), todo)}
-        for future in as_completed(futures.values()):
-            node = nodes[future.key]; errors[node.key] = _outcome(lab, node, future)
+        if far := _is_address(lab.engine): _await_workers(client, gpu); _check_workers(client, lab.store, mark)
+        futures = _submit(client, lab.store, todo, mark)
+        nodes, finished, looked = {f.key: n for f, n in zip(futures.values(), todo)}, as_completed(futures.values()), time.monotonic()
+        while not finished.is_empty():
+            if not finished.has_ready():
+                if far and time.monotonic() - looked > 2: _await_workers(client, any(n.device['type'] == 'cuda' for n in todo if n.key not in errors)); looked = time.monotonic()
+                time.sleep(.02); continue
+            future = next(finished); node = nodes[future.key]
+            errors[node.key] = _outcome(lab, node, future)
             if isinstance(errors[node.key], StoreError): break
     found = [errors[n.key] for n in todo if errors.get(n.key)]  # in the order of the plan, as in serial
     if any(isinstance(e, StoreError) for e in found): lab.close()
     return found
 
+def _submit(client, store, todo, mark):
+    "One task for each node, after those of its inputs; on a GPU only where a worker declares one."
+    futures, run = {}, uuid.uuid4().hex[:8]  # the run in the name: what failed a moment ago must not be taken from memory
+    for n in todo:
+        before = [futures[k] for k in n.inputs if k in futures]
+        futures[n.key] = client.submit(_remote, _spec(n, store), mark, *before, key=f'{n.stage.name}-{n.key}-{run}', pure=False,
+                                       resources={'GPU': 1} if n.device['type'] == 'cuda' else None)
+    return futures
+
+# %% ../nbs/07_lab.ipynb #0ad03778
+def _importable(stages):
+    if local := next((s for s in stages if s.function.__module__ == '__main__'), None):
+        raise SettingsError(f'stage {local.name!r} stands in a notebook or script, which worker processes cannot import; put it into a module, or use the serial engine')
+
 def _outcome(lab, node, future):
+    "The error that a finished task tells of, None without one."
     try: state, told = future.result()
+    except ImportError as e: return SettingsError(f'a worker cannot import what stage {node.stage.name} needs ({e}); start the workers in an environment with this package')
     except Exception as e:
+        if type(e).__name__ in ('CancelledError', 'FutureCancelledError'): raise SettingsError(f'engine {lab.engine!r}: the Dask scheduler is gone; what is finished is kept, start it again and then the run') from e
         if type(e).__name__ != 'KilledWorker': raise
         if e.task != future.key: return None  # an input's worker, which is told of there
         return StageError(f'stage {node.stage.name} ({node.label}): its worker process died four times; too little memory for {lab.jobs or "this many"} jobs?')
@@ -1170,11 +1259,18 @@ def _device(device):
     if device == 'cuda' and not has: raise SettingsError('device cuda was asked for, but torch sees no GPU here; give device cpu or install a torch with CUDA')
     return 'cuda' if has else 'cpu'
 
+def _far_device(lab, device):
+    "The same for workers elsewhere: 'auto' is cuda where one of them declares a GPU."
+    if device in ('cpu', 'cuda'): return device
+    if device != 'auto': return _device(device)  # which names what there is
+    with _client(lab) as client: _await_workers(client, gpu=False); return 'cuda' if _workers(client, gpu=True) else 'cpu'
+
 def _engine(engine, jobs):
     if jobs is not None: _count('jobs', jobs)
+    if engine is None: engine = os.environ.get('MCL_REPRO_ENGINE') or 'serial'
     if engine == 'serial' and jobs and jobs > 1: return 'dask'
-    if engine in ('serial', 'dask') or '://' in str(engine) or re.fullmatch(r'[^/:]+:\d+', str(engine)): return engine
-    raise SettingsError(f'engine {engine!r} is not known; give serial, dask, or the address of a Dask scheduler such as tcp://host:8786')
+    if engine in ('serial', 'dask', 'torchrun') or _is_address(engine): return engine
+    raise SettingsError(f'engine {engine!r} is not known; give serial, dask, torchrun, or the address of a Dask scheduler such as tcp://host:8786')
 
 # %% ../nbs/07_lab.ipynb #5554ea2e
 class Lab:
@@ -1186,9 +1282,9 @@ class Lab:
         store:str|Path|None=None,        # artefact store, shared by profiles; default `runs/store`
         roles:dict|None=None,            # role -> data source, e.g. {'train': 'flickr8k:train'}
         seeds:int=1,                     # how many seeds experiments repeat over: `lab.seeds` is [0, ..., seeds-1]
-        engine:str='serial',             # 'serial', 'dask', or the address of a Dask scheduler
+        engine:str|None=None,            # 'serial', 'dask', 'torchrun', or the address of a Dask scheduler; default: MCL_REPRO_ENGINE, else 'serial'
         *, settings:dict|None=None,      # dotted profile setting -> value
-        jobs:int|None=None,              # worker processes; more than one means engine 'dask', where the default is one per core or GPU
+        jobs:int|None=None,              # processes: of 'dask' (default: one per core or GPU), of 'torchrun' (one per GPU); more than one of 'serial' means 'dask'
         threads:int=1,                   # threads of a stage on a CPU; other counts round differently and are other artefacts
         progress:bool|None=None,         # show progress; default: in terminals and notebooks, unless MCL_REPRO_PROGRESS is 0
         module:str|None=None,            # the library module that the calling notebook exports to, e.g. 'mcl_repro.ubt'
@@ -1201,7 +1297,9 @@ class Lab:
         if device != 'auto': self._where
 
     @functools.cached_property
-    def _where(self): return {'type': 'cpu', 'threads': self._threads} if _device(self._asked) == 'cpu' else _gpu()
+    def _where(self):
+        kind = _far_device(self, self._asked) if _is_address(self.engine) else _device(self._asked)
+        return {'type': 'cpu', 'threads': self._threads} if kind == 'cpu' else _gpu()
     @property
     def device(self)->str: return self._where['type']
     def __repr__(self): return f'Lab({self.name!r}, store={self.store.folder})'
@@ -1241,6 +1339,16 @@ def close(self:Lab):
     "End the worker processes of the engine, if there are any."
     if self._dask: self._dask(); self._dask = None
 
+@patch
+def ready(self:Lab):
+    "See before a long run that the engine can do it: a scheduler answers, a worker is there that sees the store, there are GPUs enough. Raises `SettingsError` or `StoreError`."
+    gpu = self.device == 'cuda'
+    if self.engine == 'torchrun': importlib.import_module('mcl_repro.cluster').computing(self)
+    elif self.engine == 'dask': _distributed()
+    elif self.engine != 'serial':
+        self.store.open()
+        with _client(self) as client, _mark(self.store) as mark: _await_workers(client, gpu); _check_workers(client, self.store, mark)
+
 # %% ../nbs/07_lab.ipynb #a59eac37
 def _missing(store, wanted):
     "What has to be computed for `wanted`, inputs first. The inputs of what is done are not looked at."
@@ -1265,7 +1373,8 @@ def run(self:Lab,
         if todo and not round: self.store.open()
         if not round: _note_plan(self.folder, self.store, self._session, wanted)
         if not todo: break
-        with _shown(self.store, todo, self._progress): errors = (_serial if self.engine == 'serial' or self.engine == 'dask' and len(todo) == 1 else _dask)(self, todo)
+        engine = _serial if self.engine == 'dask' and len(todo) == 1 else {'serial': _serial, 'torchrun': _torchrun}.get(self.engine, _dask)
+        with _shown(self.store, todo, self._progress): errors = engine(self, todo)
         if len(errors) > 1: errors[0].add_note(f'{len(errors) - 1} more failed; mcl_repro status lists them')
         if errors: raise errors[0]
     found = [self.store.read(n.stage.name, n.key) for n in wanted]

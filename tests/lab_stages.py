@@ -83,6 +83,33 @@ def careless(work, *, name):
     return {'numpy': np.random.rand(), 'random': random.random()}
 
 
+@stage
+def where(work, *, number, processes=1):
+    "Leaves in the log which process computed this; returns only when so many have begun one."
+    started(f'where{number}'); end = time.time() + 30
+    while len({line.split()[1] for line in Path(os.environ['LAB_STARTS']).read_text().splitlines()}) < processes:
+        assert time.time() < end, f'no {processes} processes'
+        time.sleep(.02)
+    (work.out/'number.txt').write_text(str(number))
+    return {'number': number}
+
+
+@stage
+def together(work, *, recipe, fails=None):
+    "A training of several processes in small: they add up their numbers. Process `fails` raises or is killed instead, before that or late."
+    import torch
+    import torch.distributed as group
+    rank, size = (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+    started(f'together{rank}of{size}'); drawn = float(torch.rand(())); total = torch.tensor(float(rank + 1))
+    if rank == fails and recipe == 'raise': raise ZeroDivisionError(f'in process {rank}')
+    if rank == fails and recipe == 'kill': os.kill(os.getpid(), signal.SIGKILL)
+    if recipe == 'hang': time.sleep(600)
+    if size > 1: group.all_reduce(total)
+    (work.scratch/f'{rank}.txt').write_text(''); (work.out/'sum.txt').write_text(str(total.item())); work.progress(1, 1, 'sums')
+    if rank == fails and recipe == 'late': raise ZeroDivisionError(f'after the sum, in process {rank}')
+    return {'sum': total.item(), 'drawn': drawn}
+
+
 def in_worker():
     "Threads that this process was started with, and whether it is a daemon, which could not have children."
     import multiprocessing

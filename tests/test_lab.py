@@ -315,10 +315,7 @@ def test_a_scheduler_by_its_address(lab, undisturbed):
 def test_engine_errors(lab, monkeypatch):
     with pytest.raises(SettingsError, match="engine 'ray' is not known"): Lab('smoke', runs=lab.runs, engine='ray')
     far = Lab('smoke', device='cpu', runs=lab.runs, engine='tcp://127.0.0.1:1')
-    import distributed
-    real = distributed.Client
-    monkeypatch.setattr(distributed, 'Client', lambda engine, timeout: real(engine, timeout=.5))
-    with pytest.raises(SettingsError, match='no Dask scheduler with workers answers there'): far.run(graph(far))
+    with pytest.raises(SettingsError, match='no Dask scheduler answers there'): far.run(graph(far))
     monkeypatch.setitem(sys.modules, 'distributed', None)
     with pytest.raises(SettingsError, match=r"pip install 'mcl_repro\[cluster\]'"): far.run(graph(far))
     assert not (lab.runs.parent/'starts').exists()
