@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from . import errors, report
 from .archive import update_crate
 from .errors import SettingsError, StoreError, UserError
-from .lab import Lab, read_status
+from .lab import Lab, _gpus, _is_address, read_status
 
 # %% ../nbs/20_batch.ipynb #70bab1e3
 def notebooks_folder(
@@ -411,6 +411,7 @@ def _command(name, standard, extra) -> str:
     words = ['mcl_repro', 'run', name, '--profile', standard['profile']]
     for k in ('device', 'jobs', 'seeds'):
         if standard[k] != STANDARD[k]: words += [f'--{k}', str(standard[k])]
+    if standard.get('engine') in ('dask', 'torchrun'): words += ['--engine', standard['engine']]
     for option, values in (('--role', standard['roles']), ('--set', standard['overrides']), ('--param', extra)):
         for k, v in values.items(): words += [option, f'{k}={v if isinstance(v, str) else json.dumps(v)}']
     return shlex.join(report._public(words))
@@ -419,12 +420,13 @@ def run_notebooks(
     papers:list[str]|str=(),  # 'ubt', 'mem', ...; none means all
     profile:str='mini',  # how big: 'smoke', 'mini' or 'paper'
     device:str='auto',  # 'auto', 'cpu' or 'cuda'
-    jobs:int|str=1,  # processes that compute stages at the same time; 'auto': one per core (at most 4), one on a GPU
+    jobs:int|str|None=None,  # processes that compute stages at the same time (default: 1); 'auto': one per core (at most 4), one on a GPU; engines dask and torchrun: one per GPU, which is their default
     seeds:int=1,  # how many seeds experiments repeat over
     roles:dict|None=None,  # role -> data source that replaces the profile's
     parameters:dict|None=None,  # further parameters of the notebooks
     runs:str|Path='runs',  # results go to <runs>/<profile>
-    *, overrides:dict|None=None,  # dotted profile setting -> value
+    *, engine:str|None=None,  # 'serial', 'dask', 'torchrun' or the address of a Dask scheduler (default: MCL_REPRO_ENGINE, else by `jobs`)
+    overrides:dict|None=None,  # dotted profile setting -> value
     notebooks:str|Path|None=None,  # folder of notebooks (default: `nbs` beside the package)
     force:bool=False,  # run also what is unchanged
     progress:Progress|None=None,  # where progress is told (default: stderr)
@@ -432,16 +434,19 @@ def run_notebooks(
     "Run papers' notebooks, write the report after each and a description for archives at the end; raises `UserError` before anything runs for a wrong request, `UserError` or `NotebookError` at the end for a notebook that failed."
     chosen = _chosen(papers, find_notebooks(notebooks)); folder = Path(runs).absolute()/profile
     if not chosen: raise SettingsError(f'no notebook 1x_<paper>.ipynb in {notebooks_folder(notebooks)}')
-    lab = Lab(profile, device, runs, roles=roles, seeds=seeds, settings=overrides)
-    jobs = _processes(jobs, lab.device)
+    lab = Lab(profile, device, runs, roles=roles, seeds=seeds, engine=engine, settings=overrides)
+    lab.jobs = jobs = _processes(jobs, lab.device, lab.engine, engine)
+    if _is_address(lab.engine): device = lab.device  # workers come and go; all notebooks are for the same device
     nbs, sources = notebooks_folder(notebooks), {role: lab.role(role).source for role in roles or {}}
     standard = {'profile': profile, 'device': device, 'jobs': jobs, 'seeds': seeds, 'roles': {role: _from(nbs, s) if os.path.isabs(s) else s for role, s in sources.items()},
                 'overrides': dict(overrides or {}), 'runs': _from(nbs, runs)}
-    values, typed = _checked(chosen, standard, dict(parameters or {})), {**standard, 'roles': dict(roles or {})}
+    values, typed = _checked(chosen, standard, dict(parameters or {})), {**standard, 'roles': dict(roles or {}), 'engine': engine}
+    lab.ready(); lab.close()
     progress, done = progress or Progress(runs, profile, jobs), []
     for i, (name, path) in enumerate(chosen.items(), 1):
         progress.say(f'[{i}/{len(chosen)}] {name}')
-        done.append(_run_one(name, path, values[name], run_key(path, values[name], lab), _command(name, typed, parameters or {}), folder, force, progress))
+        with _environment(**({'MCL_REPRO_ENGINE': engine} if engine else {})):
+            done.append(_run_one(name, path, values[name], run_key(path, values[name], lab), _command(name, typed, parameters or {}), folder, force, progress))
         report.write_report(folder)
         progress.say(f'[{i}/{len(chosen)}] {name}: {_told(done[-1])}')
     update_crate(folder, progress.say)
@@ -453,8 +458,14 @@ def _from(nbs, runs):
     runs, root = Path(runs).absolute(), nbs.parent
     return os.path.relpath(runs, nbs) if runs.is_relative_to(root) else str(runs)
 
-def _processes(jobs, device) -> int:
-    if jobs == 'auto': return 1 if device == 'cuda' else min(4, os.cpu_count() or 1)
+def _processes(jobs, device, engine='serial', asked=None) -> int:
+    "How many processes: what was given, or what suits the engine that was `asked` for."
+    if _is_address(engine) or asked == 'serial':
+        if jobs in (None, 'auto', 1): return 1
+        raise SettingsError(f"jobs is {jobs!r}, but {'engine serial has one process' if asked == 'serial' else f'the processes are the workers of {engine}'}; leave it out, or give engine dask")
+    several = engine in ('dask', 'torchrun')
+    if jobs is None: jobs = 'auto' if several else 1
+    if jobs == 'auto': return (max(len(_gpus()), 1) if several else 1) if device == 'cuda' else min(4, os.cpu_count() or 1)
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1: raise SettingsError(f"jobs is {jobs!r}; give a whole number from 1, or 'auto'")
     return jobs
 

@@ -62,7 +62,7 @@ def run(args):
     if page.exists(): before = page.stat().st_mtime_ns
     try:
         run_notebooks(args.papers, args.profile, args.device, args.jobs, args.seeds, parse_pairs(args.role, '--role', raw=True), parse_pairs(args.param, '--param'), args.runs,
-                      overrides=parse_pairs(args.set, '--set'), notebooks=args.notebooks, force=args.force)
+                      overrides=parse_pairs(args.set, '--set'), notebooks=args.notebooks, force=args.force, engine=args.engine)
     finally:
         if page.exists() and page.stat().st_mtime_ns != before: print(f'report: {page}', flush=True)
 
@@ -227,7 +227,8 @@ def make_parser(
     p = commands.add_parser('run', help='run the papers\' notebooks and write the report'); _common(p).set_defaults(call=run)
     p.add_argument('papers', nargs='*', metavar='PAPER', help='ubt, mem, cleanclip, cfbd, baselines (default: all there are)')
     p.add_argument('--device', default='auto', help='auto (default), cpu or cuda')
-    p.add_argument('--jobs', type=_jobs, default=1, metavar='N', help='processes that compute stages at the same time, or auto (default: 1)')
+    p.add_argument('--jobs', type=_jobs, metavar='N', help='processes that compute stages at the same time, or auto (default: 1; engines dask and torchrun: auto)')
+    p.add_argument('--engine', metavar='ENGINE', help='where stages are computed: serial, dask, torchrun, or the address of a Dask scheduler such as tcp://host:8786 (default: MCL_REPRO_ENGINE, else serial or, with several jobs, dask)')
     p.add_argument('--seeds', type=int, default=1, metavar='N', help='seeds that experiments repeat over (default: 1)')
     p.add_argument('--role', action='append', metavar='NAME=SOURCE', help='other data in a role, such as train=flickr8k:train or train=pairs.csv; repeatable')
     p.add_argument('--set', action='append', metavar='KEY=VALUE', help='another value of a setting of the profile, such as train.epochs=3; repeatable')
