@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['trains', 'process_count', 'main', 'computing']
 
-# %% ../nbs/27_cluster.ipynb #260eb1a6
-import json, os, re, shutil, subprocess, sys, tempfile, threading, time, uuid
+# %% ../nbs/27_cluster.ipynb #d667f4a6
+import os, re, shutil, subprocess, sys, threading, time, uuid
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from .errors import SettingsError
-from .lab import Lab, StageError, Store, _attempt, _error, _failure, _gpus, _importable, _read_json, _run_stage, _function, _words, _write_json
+from .lab import Lab, StageError, Store, _attempt, _error, _failure, _function, _gpus, _importable, _read_json, _run_stage, _words, _write_json
 
 # %% ../nbs/27_cluster.ipynb #3cb0ef03
 def trains(spec:dict # of a node
@@ -50,13 +50,14 @@ def _agree(group):
     import torch
     group.all_reduce(torch.zeros(1))
 
-# %% ../nbs/27_cluster.ipynb #566627e0
+# %% ../nbs/27_cluster.ipynb #b6b50e1c
 def _first(group, spec):
     "Rank 0: the attempt itself."
-    function, begun = _function(spec), False
+    begun = False
     def with_all(work, **settings):
         nonlocal begun
-        begun = _say(group, True); result = function(work, **settings)
+        function = _function(spec); begun = _say(group, True)
+        result = function(work, **settings)
         _agree(group); return result
     state, error = _attempt(spec, with_all)
     if not begun and state != 'failed': _say(group, False)

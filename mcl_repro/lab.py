@@ -1068,7 +1068,7 @@ def _distributed():
 
 def _end(client, cluster):
     "Stop the workers at once: whatever they were doing may be killed at any moment."
-    logging.getLogger('distributed').setLevel(logging.CRITICAL + 1)  # connections that break here do so on purpose
+    for name in ('distributed', 'distributed.client'): logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # connections that break here do so on purpose
     async def end_all():
         import asyncio
         await asyncio.gather(*(n.close(timeout=.5) for n in cluster.workers.values()), return_exceptions=True)
@@ -1092,12 +1092,14 @@ def _workers(client, gpu=False):
 
 def _await_workers(client, gpu):
     "Return as soon as a worker is there that can compute; raises `SettingsError` when none came in time."
-    began, limit, told = time.monotonic(), _patience(), False
+    began, limit, told, wanted = time.monotonic(), _patience(), False, None
     while not _workers(client, gpu):
         kind, waited = 'a worker that declares a GPU' if gpu else 'a worker', time.monotonic() - began
         if waited > limit:
             remedy = f"start one with: dask worker {client.scheduler.address} --nthreads 1{' --resources GPU=1' if gpu else ''}"
             raise SettingsError(f"the cluster had no {kind[2:]} for {limit:g} s; {remedy}{', or give device cpu' if gpu else ''}, or wait longer (MCL_REPRO_WAIT=SECONDS)")
+        # a cluster that starts workers by need sees only tasks, so there is one for them
+        if wanted is None: wanted = client.submit(_now, key=f'wanted-{uuid.uuid4().hex}', resources={'GPU': 1} if gpu else None, pure=False)
         if waited > 2 and not told: told = True; print(f'waiting for {kind} (at most {limit:g} s, see MCL_REPRO_WAIT)', file=sys.stderr, flush=True)
         time.sleep(.2)
 
