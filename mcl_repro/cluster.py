@@ -117,13 +117,15 @@ def _started(folder, processes):
         try: process.wait(10)
         except subprocess.TimeoutExpired: process.kill(); process.wait()
 
-# %% ../nbs/27_cluster.ipynb #2970133b
+# %% ../nbs/27_cluster.ipynb #f9eba21c
 def _several(spec, processes):
     "`_attempt` by several processes: `(state, error)`."
     store = Store(spec['store'])
     with _place(store) as folder:
         _write_json(folder/'spec.json', spec)
-        with _started(folder, processes) as process: process.wait()
+        try:
+            with _started(folder, processes) as process: process.wait()
+        except BaseException: _tidy(store, spec['key']); raise
         answers = {r: a for r in range(processes) if (a := _read_json(folder/f'answer{r}.json'))}
         if answers.get(0, {}).get('state') in ('done', 'lost'): return answers[0]['state'], None
         _tidy(store, spec['key'])
@@ -133,7 +135,7 @@ def _tidy(store, key):
     "Remove what a killed attempt has left, unless another run is at it."
     lock = store.lock(key)
     with suppress(Timeout, OSError):
-        with lock.acquire(timeout=0):
+        with lock.acquire(timeout=3):  # processes that are told to end need a moment
             for dead in store.attempts(key): shutil.rmtree(dead, ignore_errors=True)
             (store.folder/'running'/f'{key}.json').unlink(missing_ok=True)
 
