@@ -407,6 +407,7 @@ def workers_load_plugins(engine: str # of a lab
     package, loaded = lambda module: module.partition(".")[0], {p.module.partition(".")[0] for _, p in _points()}
     alone = [n for n in (*own_attacks(), *own_repairs()) if not loaded & set(map(package, _homes(ATTACKS.get(n) or METHODS[n])))]
     if alone: raise SettingsError(f"{alone[0]} is registered in this process only, which workers do not see: name its module in MCL_REPRO_PLUGINS, install it with an entry point, or use one job")
+    if engine == "torchrun": return   # its processes end with the stage
     import dask
     known = dask.config.get("distributed.worker.preload", [])
     if __name__ not in known: dask.config.set({"distributed.worker.preload": [*known, __name__]})
