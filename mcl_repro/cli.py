@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['parse_value', 'parse_pairs', 'columns', 'run', 'report', 'publish', 'status', 'clean', 'settings', 'claims',
-           'data_list', 'data_show', 'data_fetch', 'data_verify', 'data_add', 'data_croissant', 'make_parser', 'main']
+           'data_list', 'data_show', 'data_fetch', 'data_verify', 'data_add', 'data_cc3m', 'data_links', 'data_ids',
+           'data_faces', 'data_croissant', 'make_parser', 'main']
 
 # %% ../nbs/21_cli.ipynb #33b4d3f5
 import argparse, os, signal, sys
@@ -193,6 +194,39 @@ def data_add(args):
     splits = list(entry.get('splits') or entry['found'])   # a set of the manifest keeps its own `splits`
     print(f"added {args.name}; use it as {', '.join(f'{args.name}:{s}' for s in splits)}, for example: mcl_repro run --role ROLE={args.name}:{splits[0]}")
 
+def data_cc3m(args):
+    "The list of links, then img2dataset; finished shards are not fetched again."
+    import shlex
+    from mcl_repro.shards import fetch_pictures, img2dataset_command, published_rows, write_link_list
+    path, rows = write_link_list(args.tsv, args.out, args.split); known = published_rows('cc3m', args.split)
+    _say(f"{path}: {rows:,} rows" + (f"; CC3M itself has {known:,}, so this is not all of it" if known and rows != known else ''))
+    options = dict(processes=args.processes, threads=args.threads)
+    if not args.print and fetch_pictures(args.out, args.split, args.program, **options): return data_links(argparse.Namespace(folder=args.out, split=args.split))
+    if not args.print: _say(f'{args.program} is not installed here; in an environment of its own (pip install img2dataset) run:')
+    print(shlex.join(img2dataset_command(args.out, args.split, program=args.program, **options)))
+
+def data_links(args):
+    from mcl_repro.shards import count_links
+    n = count_links(args.folder, args.split, progress=lambda done, total: _say(f'{done} of {total} shards') if done % 50 == 0 else None)
+    if not n['asked']: raise DataError(f"{args.folder}/{args.split}: no shard is finished; fetch the pictures with: mcl_repro data cc3m TSV --out {args.folder}")
+    print(columns([dict(links=f'{k:,}', share=f"{k/n['asked']:.1%}", what=what) for what, k in [('answered', n['fetched']), *n['reasons'].items()]], ['links', 'share', 'what']))
+    print(f"{n['dead']:.1%} of {n['asked']:,} links are dead" + (f"; {len(n['unfinished'])} shards are not finished, run the same `data cc3m` again" if n['unfinished'] else ''))
+    subset = n['list']; reach = f"the subset reaches down to number {subset['reaches']:,} of the order" if subset['reaches'] else 'there are too few pictures for the subset'
+    print(f"of the published list of {subset['count']:,} ids {subset['missing']:,} are missing ({subset['missing_ids']}); {reach}")
+
+# %% ../nbs/21_cli.ipynb #ced6b06b
+def data_ids(args):
+    from mcl_repro.shards import ids_text, published_ids
+    text = ids_text(published_ids(args.name, args.count, args.split))
+    if not args.out: return print(text, end='')
+    from mcl_repro.report import _write
+    print(_write(args.out, text))
+
+def data_faces(args):
+    from mcl_repro.shards import rename_faces
+    n = rename_faces(args.folder, args.out, args.people, args.least, args.seed)
+    print(f"{n['people']:,} persons with invented names, {n['train']:,} pictures to train on and {n['test']:,} for the test; use them with: mcl_repro data add pubfig {args.out}")
+
 def data_croissant(args):
     import json
     from mcl_repro.archive import croissant
@@ -262,9 +296,28 @@ def _data_commands(commands):
     p.add_argument('names', nargs='+', metavar='NAME'); p.add_argument('--quick', action='store_true', help='counts only, do not decode pictures')
     p = data.add_parser('croissant', help='describe a data set of the manifest as Croissant (JSON-LD)'); p.set_defaults(call=data_croissant); p.add_argument('name', metavar='NAME')
     p.add_argument('--out', metavar='FILE', help='write it there (default: print it)')
+    _fetching_commands(data)
     p = data.add_parser('add', help='register a folder of your own under a name'); p.set_defaults(call=data_add)
     p.add_argument('name'); p.add_argument('folder'); p.add_argument('--format', help='reader, where it cannot be told from the files')
     p.add_argument('--option', action='append', metavar='KEY=VALUE', help='option of that reader; repeatable'); p.add_argument('--split', default='all', help='name of the split with --format (default: all)')
+
+# %% ../nbs/21_cli.ipynb #0125b3a8
+def _fetching_commands(data):
+    "What leads from the papers' raw material to data sets; notebook `01c_shards` explains it."
+    p = data.add_parser('cc3m', help="fetch CC3M's pictures into tar shards with img2dataset; goes on where it was stopped"); p.set_defaults(call=data_cc3m)
+    p.add_argument('tsv', metavar='TSV', help='captions and addresses, as Google publishes them'); p.add_argument('--out', required=True, metavar='FOLDER', help='gets the list and the shards')
+    p.add_argument('--split', default='train', help='train (default) or validation'); p.add_argument('--program', default='img2dataset', metavar='PATH', help='where img2dataset is (default: on the search path)')
+    p.add_argument('--processes', type=int, metavar='N', help='processes (default: one per core)'); p.add_argument('--threads', type=int, default=64, metavar='N', help='downloads at once in each (default: 64)')
+    p.add_argument('--print', action='store_true', help='write the list, and print the command instead of running it')
+    p = data.add_parser('links', help='count the dead links of fetched shards, and the missing ids of the published list'); p.set_defaults(call=data_links)
+    p.add_argument('folder', metavar='FOLDER', help='the --out of `data cc3m`'); p.add_argument('--split', default='train', help='train (default) or validation')
+    p = data.add_parser('ids', help='the published, seeded list of ids of a subset'); p.set_defaults(call=data_ids)
+    p.add_argument('name', metavar='NAME', help='cc3m'); p.add_argument('count', type=int, metavar='COUNT', help='how many, such as 500000')
+    p.add_argument('--split', default='train', help='train (default)'); p.add_argument('--out', metavar='FILE', help='write them there (default: print them)')
+    p = data.add_parser('faces', help='faces under invented names, from a folder of pictures per person'); p.set_defaults(call=data_faces)
+    p.add_argument('folder', metavar='FOLDER', help='one folder of pictures per person'); p.add_argument('--out', required=True, metavar='FOLDER', help='gets train.csv, test.csv and images/')
+    p.add_argument('--people', type=int, metavar='N', help='only the N persons with most pictures'); p.add_argument('--least', type=int, default=2, metavar='N', help='leave out persons with fewer pictures (default: 2)')
+    p.add_argument('--seed', type=int, default=0, help='of names, captions and test pictures (default: 0)')
 
 # %% ../nbs/21_cli.ipynb #c30a4e5b
 def _claims_command(commands):
