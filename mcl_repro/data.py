@@ -1115,8 +1115,8 @@ def open_data(
     else:
         name, split, count, seed = _parse(source)
         if name == 'world': return open_world(split, count, seed)
-        data, entry = _open_split(name, split), _entry(name)
-        if count and entry.get('order') == 'seeded':
+        data = _open_split(name, split)
+        if count and (entry := _entry(name)).get('order') == 'seeded':
             from mcl_repro.shards import seeded_images
             return seeded_images(data, count, entry.get('seed', 0), (entry.get('rows') or {}).get(split))
     return data if count is None else first_images(data, count)

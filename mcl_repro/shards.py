@@ -40,7 +40,7 @@ def seeded_order(
     rows = np.arange(rows) if np.ndim(rows) == 0 else np.asarray(rows, np.int64)
     return rows[np.argsort(row_hash(rows, seed), kind='stable')]
 
-# %% ../nbs/01c_shards.ipynb #8c21da05
+# %% ../nbs/01c_shards.ipynb #f3c58440
 def published_rows(
     name:str, # a data set
     split:str='train',
@@ -58,7 +58,8 @@ def published_ids(
     total = published_rows(name, split)
     if not total: raise DataError(f'{name}:{split} has no published order; name:split:count takes the first images there')
     if not 1 <= count <= total: raise DataError(f'{name}:{split} has {total:,} rows, so a list has 1 to {total:,} ids, not {count:,}')
-    return seeded_order(total, _entry(name).get('seed', 0))[:count]
+    seed = _entry(name).get('seed', 0)
+    return seeded_order(np.argpartition(row_hash(np.arange(total), seed), count - 1)[:count], seed)   # sorting what is wanted is quicker than sorting all
 
 def ids_text(
     ids, # row numbers
@@ -191,7 +192,7 @@ def _shard_links(shards:Path, number:int, asked:int) -> tuple[list, Counter]|Non
     failed['unknown'] = asked - len(rows) - failed.total()
     return rows, +failed
 
-# %% ../nbs/01c_shards.ipynb #3a69833f
+# %% ../nbs/01c_shards.ipynb #42040412
 def count_links(
     folder:Path|str,   # with <split>-list.tsv and <split>/*.tar
     split:str='train',
@@ -208,7 +209,7 @@ def count_links(
         if found is None: unfinished.append(k)
         else: there[found[0]] = True; reasons += found[1]; asked += size
         if progress: progress(k + 1, len(numbers))
-    result = dict(when=datetime.date.today().isoformat(), split=split, rows=total, asked=asked, fetched=int(there.sum()), dead=round(1 - there.sum()/asked, 6) if asked else None,
+    result = dict(when=datetime.date.today().isoformat(), split=split, rows=total, asked=asked, fetched=int(there.sum()), dead=round(float(1 - there.sum()/asked), 6) if asked else None,
                   reasons=dict(reasons.most_common()), unfinished=unfinished, **_list_state(folder, split, there, min(count, total), seed))
     _write(folder/f'{split}-links.json', json.dumps(result, indent=1) + '\n')
     return result
@@ -243,44 +244,54 @@ def _leaves(images:Images, rows:np.ndarray):
             for leaf, its, where in _leaves(images.parts[k], rows[at] - (images.ends[k-1] if k else 0)): yield leaf, its, at[where]
     elif len(rows): yield images, rows, np.arange(len(rows))
 
-# %% ../nbs/01c_shards.ipynb #30b1a9d3
+# %% ../nbs/01c_shards.ipynb #18f0af6b
 class ShardStream(torch.utils.data.IterableDataset):
     "Pieces of one epoch, read from front to back: uint8 [k, 3, s, s] and int64 rows [k], with k at most `PIECE`. Loader processes share the shards."
     PIECE = 64   # pictures that a loader process hands over at once
     def __init__(self, images:Images, rows:np.ndarray, size:int, seed:int, epoch:int, window:int):
-        self.size, self.window, self.numbers, self.wanted, self.made = size, window, (seed, epoch), {}, []
+        self.size, self.window, self.numbers, self.wanted, made = size, window, (seed, epoch), {}, []
         for leaf, its, at in _leaves(images, rows):
-            if not isinstance(leaf, TarImages): self.made += [(leaf, int(r), int(rows[k])) for r, k in zip(its, at)]; continue
-            for r, k in zip(its.tolist(), at.tolist()):
-                self.wanted.setdefault(str(leaf.shards[leaf.shard[r]]), {}).setdefault(leaf.members[r], []).append(int(rows[k]))
+            if isinstance(leaf, TarImages): self._want(leaf, its, rows[at])
+            else: made += [(int(row), (leaf, int(r))) for r, row in zip(its, rows[at])]
         if not self.wanted: raise SettingsError('none of these pictures lies in tar shards, so there is nothing to stream; read them in random order')
         draw = self.random(); self.shards = sorted(self.wanted); draw.shuffle(self.shards)
         self.entering = {path: [] for path in self.shards}
-        for m in self.made: self.entering[draw.choice(self.shards)].append(m)
-    def __iter__(self): return _pieces_or_error(self)
+        for m in made: self.entering[draw.choice(self.shards)].append(m)
+
+    def _want(self, leaf, its, rows):
+        "Enter pictures of a source under their shards, in the order in which they lie there."
+        order = np.lexsort((leaf.offset[its], leaf.shard[its])); its, rows = its[order], rows[order]
+        ends = np.flatnonzero(np.diff(leaf.shard[its])) + 1
+        for part, numbers in zip(np.split(its, ends), np.split(rows, ends)):
+            self.wanted.setdefault(str(leaf.shards[leaf.shard[part[0]]]), []).append((leaf, part, numbers))
 
     def random(self, *more) -> random.Random:
         "A generator for this epoch, the same in every process and on every machine."
         from mcl_repro.training import seeded
         seed, epoch = self.numbers
         return random.Random(seeded(seed, 12, epoch, *more))
+    def __iter__(self): return _pieces_or_error(self)
 
-# %% ../nbs/01c_shards.ipynb #26769b34
+# %% ../nbs/01c_shards.ipynb #fa799d7c
 def _read_shard(stream:ShardStream, path:str):
-    "Yield (row, picture): encoded bytes with a name for errors, or a (source, row) that was made."
-    from webdataset.tariterators import tar_file_expander
-    wanted, entering = dict(stream.wanted[path]), stream.entering[path]
-    draw = stream.random(1 + stream.shards.index(path)); slots = sorted(draw.randrange(len(wanted) + 1) for _ in entering)
-    wait = iter([*zip(slots, entering), (len(wanted) + 1, None)]); slot, m = next(wait); read = 0
-    try:
-        with open(path, 'rb') as file:
-            for item in tar_file_expander([dict(url=path, stream=file)], select_files=wanted.__contains__, eof_value=None):
-                while slot <= read: yield m[2], m[:2]; slot, m = next(wait)
-                read += 1
-                for row in wanted.pop(item['fname'], ()): yield row, (item['data'], f"{path}, member {item['fname']}")
-    except Exception as e: raise DataError(f'{path}: cannot be read to its end ({str(e).splitlines()[0] if str(e) else type(e).__name__}); fetch the shard again') from None
-    if wanted: raise DataError(f'{path}: member {next(iter(wanted))} is no longer there; the shard has changed since it was opened, open the data again')
-    while m: yield m[2], m[:2]; slot, m = next(wait)
+    "Yield (row, picture): encoded bytes with a name for errors, or (source, row) for a picture that was made."
+    entering = stream.entering[path]; total = sum(len(rows) for *_, rows in stream.wanted[path]); done = read = 0
+    draw = stream.random(1 + stream.shards.index(path)); slots = sorted(draw.randrange(total + 1) for _ in entering)
+    try: file = open(path, 'rb')
+    except OSError as e: raise DataError(f'{path}: cannot be read ({e.strerror or e}); put the shard back') from None
+    with file:
+        for leaf, its, rows in stream.wanted[path]:
+            for r, row in zip(its.tolist(), rows.tolist()):
+                while done < len(slots) and slots[done] <= read: yield entering[done]; done += 1
+                read += 1; yield row, (_read_member(file, leaf, r), leaf.where(r))
+    yield from entering[done:]
+
+def _read_member(file, leaf:TarImages, row:int) -> bytes:
+    "A picture's bytes from its open shard."
+    try: file.seek(int(leaf.offset[row])); data = file.read(int(leaf.size[row]))
+    except OSError as e: raise DataError(f'{leaf.where(row)}: cannot be read ({e.strerror or e}); fetch the shard again') from None
+    if len(data) < leaf.size[row]: raise DataError(f'{leaf.where(row)}: the shard ends before it; fetch the shard again')
+    return data
 
 def _pixels(picture, size:int) -> np.ndarray:
     "The square of one picture, as `Images.array` gives it."

@@ -1,0 +1,354 @@
+"CC3M's way from its table to shards and subsets, streaming, faces under invented names, and the papers' formats end to end; on the real packs where MCL_REPRO_REAL_DATA points to them."
+import csv, hashlib, importlib.util, inspect, io, json, os, pickle, sys, tarfile, time
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from PIL import Image, PngImagePlugin
+
+from mcl_repro import attacks, cli, data as d, shards as s
+from mcl_repro.errors import DataError, SettingsError
+
+
+def encoded(seed=0, size=(40, 30), format="JPEG", **options):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(out, format, **options)
+    return out.getvalue()
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MCL_REPRO_DATA", str(tmp_path/"home"))
+
+def refused(contains, f, *args, kind=DataError, **options):
+    "f raises in one line that says `contains`."
+    with pytest.raises(kind) as e: f(*args, **options)
+    assert contains in str(e.value) and "\n" not in str(e.value), str(e.value)
+
+def write_shard(folder, number, rows, per_shard=10, failures=None, digits=9):
+    "What img2dataset 1.47 leaves of one shard (but the parquet): members in the order of arrival, keys with leading zeros, statistics at the end."
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder/f"{number:05d}.tar", "w") as tar:
+        for r in np.random.default_rng(number).permutation(rows).tolist():
+            about = dict(caption=f"caption {r}", url=f"http://example.org/{r}.jpg", key=f"{r:0{digits}d}", status="success", error_message=None, width=40, height=30,
+                         original_width=40, original_height=30, exif="{}", sha256=hashlib.sha256(encoded(r)).hexdigest())
+            for ending, content in dict(jpg=encoded(r), txt=f"caption {r}".encode(), json=json.dumps(about, indent=4).encode()).items():
+                info = tarfile.TarInfo(f"{r:0{digits}d}.{ending}"); info.size = len(content); tar.addfile(info, io.BytesIO(content))
+    stats = dict(count=per_shard, successes=len(rows), failed_to_download=per_shard - len(rows), failed_to_resize=0, duration=1.5, start_time=1795750860.8, end_time=1795750862.3,
+                 status_dict={"success": len(rows), **(failures or {"HTTP Error 404: Not Found": per_shard - len(rows)})})
+    (folder/f"{number:05d}_stats.json").write_text(json.dumps(stats, indent=4))
+
+def table(path, count, caption="caption {}"):
+    path.write_text("".join(f"{caption.format(r)}\thttp://example.org/{r}.jpg\n" for r in range(count))); return path
+
+
+# ---- the order
+
+def plainly(row, seed=0, mask=2**64 - 1):
+    "The formula of the notebook in whole numbers."
+    z = (seed + (row + 1)*0x9E3779B97F4A7C15) & mask
+    z = ((z ^ z >> 30)*0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ z >> 27)*0x94D049BB133111EB) & mask
+    return z ^ z >> 31
+
+@pytest.mark.parametrize("seed", [0, 1, 1234567, 2**64 - 1])
+def test_the_order_is_the_formula(seed):
+    rows = [0, 1, 2, 9_999, 3_318_332, 2**32, 2**40]
+    assert s.row_hash(rows, seed).tolist() == [plainly(r, seed) for r in rows]
+    assert s.seeded_order(500, seed).tolist() == sorted(range(500), key=lambda r: plainly(r, seed))
+
+def test_the_manifest_has_the_hash_of_the_published_list(tmp_path, capsys):
+    began = time.perf_counter(); entry = d.read_manifest()["cc3m"]; told = entry["subset"]
+    assert cli.main(["data", "ids", "cc3m", str(told["count"]), "--out", str(tmp_path/"ids.txt")]) == 0 and capsys.readouterr().out == f"{tmp_path/'ids.txt'}\n"
+    ids = np.loadtxt(tmp_path/"ids.txt", dtype=np.int64)
+    assert len(np.unique(ids)) == told["count"] == 500_000 and ids.max() < entry["rows"]["train"] == 3_318_333 and (np.diff(s.row_hash(ids).astype(float)) >= 0).all()
+    assert hashlib.sha256((tmp_path/"ids.txt").read_bytes()).hexdigest() == told["sha256"] and time.perf_counter() - began < 20
+    assert cli.main(["data", "ids", "cc3m", "3"]) == 0 and capsys.readouterr().out == "".join(f"{i}\n" for i in ids[:3])
+    assert cli.main(["data", "ids", "coco", "3"]) == 2 and "coco:train has no published order" in capsys.readouterr().err
+
+def test_a_count_takes_the_published_order_where_the_manifest_says_so_and_the_first_elsewhere(tmp_path):
+    there = [r for r in range(30) if r % 4]
+    for k in range(3): write_shard(tmp_path/"cc/train", k, [r for r in there if r // 10 == k])
+    d.add_dataset("cc3m", tmp_path/"cc"); d.add_dataset("mine", tmp_path/"cc/train")
+    order = [r for r in sorted(range(30), key=plainly) if r in there]
+    for n in (1, 5, len(there)):
+        pairs = d.open_data(f"cc3m:train:{n}")
+        assert [int(i) for i in pairs.ids] == order[:n] and pairs.captions == [f"caption {r}" for r in order[:n]] and len(pairs.images) == n
+        assert (pairs.image_array(size=16) == np.stack([np.asarray(d.square(d.decode(encoded(r), ""), 16)) for r in order[:n]])).all()
+    assert d.open_data("mine:all:5").ids == d.open_data("mine:all").ids[:5] and len(d.open_data("cc3m:train")) == len(there)
+    assert d.open_data(d.resolve("cc3m:train:5")).ids == d.open_data("cc3m:train:5").ids
+    refused("has only 22 images, not 23", d.open_data, "cc3m:train:23")
+
+def test_the_published_order_needs_row_numbers(tmp_path):
+    (tmp_path/"cc").mkdir(); (tmp_path/"cc/0.jpg").write_bytes(encoded())
+    write = lambda text: ((tmp_path/"cc/train.csv").write_text(text), d.add_dataset("cc3m", tmp_path/"cc"))
+    write("image,caption\n0.jpg,a\n0.jpg,b\n"); refused("needs row numbers as ids, and 0.jpg#0 is none; write the row numbers", d.open_data, "cc3m:train:1")
+    write("id,image,caption\n7,0.jpg,a\n3318333,0.jpg,b\n"); refused("id 3318333 is no row of a table of 3,318,333", d.open_data, "cc3m:train:1")
+    write("id,image,caption\n7,0.jpg,a\n3318332,0.jpg,b\n")
+    assert d.open_data("cc3m:train:1").ids == [min("7", "3318332", key=lambda i: plainly(int(i)))]
+
+
+# ---- from the table to shards
+
+@pytest.mark.parametrize("text, message", [
+    (b"", "the file is empty"), (b"only a caption\n", "line 1: 1 fields"), (b"a\thttp://x.org/1\tmore\n", "line 1: 3 fields"), (b"a\thttp://x.org/1\n\nb\thttp://x.org/2\n", "line 2: 1 fields"),
+    (b"caption\turl\na\thttp://x.org/1\n", "line 1: url is not a web address; delete this line if it names the columns"), (b"a\thttp://x.org/1\n \thttp://x.org/2\n", "line 2: the caption is empty"),
+    (b"a\thttp://x.org/1\nb\tx.jpg\n", "line 2: x.jpg is not a web address; take the original file"), ("café\thttp://x.org/1\n".encode("latin1"), "line 1: not UTF-8 (byte 0xe9)")])
+def test_a_table_with_a_wrong_line_is_refused_and_leaves_nothing(tmp_path, text, message):
+    (tmp_path/"t.tsv").write_bytes(text)
+    refused(message, s.write_link_list, tmp_path/"t.tsv", tmp_path/"out")
+    assert list((tmp_path/"out").iterdir()) == []
+    refused("gone.tsv: cannot be read", s.write_link_list, tmp_path/"gone.tsv", tmp_path/"out")
+
+def test_captions_reach_img2datasets_parser_as_they_are(tmp_path):
+    captions = ["plain", '"quoted" start', '5" wide', '"', 'ends with "', "NA", "comma, semicolon; 'x'", " spaces ", "café 日本語 \u2028 \x85", "a\rcarriage return"]
+    (tmp_path/"t.tsv").write_bytes("".join(f"{c}\thttp://x.org/{i}?a=\"b\"\r\n" for i, c in enumerate(captions)).encode())
+    path, rows = s.write_link_list(tmp_path/"t.tsv", tmp_path/"out", "validation")
+    read = list(csv.reader(io.StringIO(path.read_bytes().decode(), newline=""), delimiter="\t", strict=True)) # RFC 4180, which pyarrow follows too
+    assert rows == len(captions) and path.name == "validation-list.tsv" and read[0] == ["caption", "url"]
+    assert [c for c, _ in read[1:]] == [c.replace("\r", " ") for c in captions] and read[3][1] == 'http://x.org/2?a="b"' and path.read_bytes().count(b"\n") == rows + 1
+
+FAKE = f'''#!{sys.executable}
+import hashlib, io, json, pathlib, sys, tarfile
+import numpy as np
+from PIL import Image
+{inspect.getsource(encoded)}
+{inspect.getsource(write_shard)}
+options = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+lines = pathlib.Path(options["url_list"]).read_text().splitlines()[1:]; out = pathlib.Path(options["output_folder"])
+done = {{int(p.name.split("_")[0]) for p in out.glob("*.json")}}     # as img2dataset itself finds what is finished
+per = int(options["number_sample_per_shard"]); shards = [k for k in range(-(-len(lines)//per)) if k not in done]
+with open(out.parent/"calls.txt", "a") as f: print(len(shards), options["resize_mode"], options["image_size"], options["incremental_mode"], file=f)
+for k in shards:
+    size = min(per, len(lines) - k*per)
+    write_shard(out, k, [r for r in range(k*per, k*per + size) if r % 5], size)
+'''
+
+def test_the_command_fetches_goes_on_and_counts(tmp_path, capsys):
+    program = tmp_path/"img2dataset"; program.write_text(FAKE); program.chmod(0o755)
+    words = ["data", "cc3m", str(table(tmp_path/"t.tsv", 25)), "--out", str(tmp_path/"cc 3m"), "--program", str(program)]
+    assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    assert "20.0% of 25 links are dead" in out and "5      20.0%  HTTP 404" in out and "25 rows; CC3M itself has 3,318,333" in err
+    assert cli.main(words) == 0 and (tmp_path/"cc 3m/calls.txt").read_text() == "1 keep_ratio 256 incremental\n0 keep_ratio 256 incremental\n"
+    links = json.loads((tmp_path/"cc 3m/train-links.json").read_text())
+    assert (links["rows"], links["asked"], links["fetched"], links["dead"], links["unfinished"]) == (25, 25, 20, .2, []) and links["list"]["missing"] == 5
+    assert sorted(map(int, (tmp_path/"cc 3m/train-missing.txt").read_text().split())) == [0, 5, 10, 15, 20]
+    capsys.readouterr(); assert cli.main(words[:-1] + ["no-such-program"]) == 0
+    out, err = capsys.readouterr(); assert out.startswith("no-such-program '--url_list=") and "--number_sample_per_shard=10000 " in out and "is not installed here" in err
+    assert cli.main(words + ["--print"]) == 0 and capsys.readouterr().out.startswith(str(program)) and (tmp_path/"cc 3m/calls.txt").read_text().count("\n") == 2
+    assert cli.main(["data", "links", str(tmp_path)]) == 2 and "make it with: mcl_repro data cc3m TSV" in capsys.readouterr().err
+
+def test_unfinished_and_unexplained_shards_are_told_apart(tmp_path):
+    s.write_link_list(table(tmp_path/"t.tsv", 35), tmp_path/"cc"); count = lambda **more: s.count_links(tmp_path/"cc", count=10, per_shard=10, **more)
+    assert count()["dead"] is None and count()["unfinished"] == [0, 1, 2, 3]
+    for k in range(4): write_shard(tmp_path/"cc/train", k, list(range(10*k, 10*k + 4)), 10 if k < 3 else 5)
+    whole = (tmp_path/"cc/train/00001.tar").read_bytes(); (tmp_path/"cc/train/00001.tar").write_bytes(whole[:len(whole)//2])   # being written
+    (tmp_path/"cc/train/00002_stats.json").unlink()                                                                           # keys only
+    links = count()
+    assert (links["unfinished"], links["asked"], links["fetched"]) == ([1], 25, 12) and links["reasons"] == {"HTTP 404": 7, "unknown": 6}
+    order, there = sorted(range(35), key=plainly), {*range(4), *range(20, 24), *range(30, 34)}
+    assert links["list"]["missing"] == sum(r not in there for r in order[:10]) and order[:links["list"]["reaches"]][-1] in there
+    assert sum(r in there for r in order[:links["list"]["reaches"]]) == 10 and s.count_links(tmp_path/"cc", count=20, per_shard=10)["list"]["reaches"] is None
+    with tarfile.open(tmp_path/"cc/train/00000.tar", "w") as tar: info = tarfile.TarInfo("a.jpg"); info.size = 1; tar.addfile(info, io.BytesIO(b"x"))
+    refused("00000.tar: its keys are not numbers", count)
+
+
+@pytest.mark.parametrize("word", ["cc3m", "links", "ids", "faces"])
+def test_every_command_explains_itself(word, capsys):
+    with pytest.raises(SystemExit) as e: cli.main(["data", word, "--help"])
+    assert e.value.code == 0 and f"usage: mcl_repro data {word}" in capsys.readouterr().out
+
+
+# ---- streaming
+
+streams = pytest.mark.skipif(not importlib.util.find_spec("webdataset"), reason="needs the webdataset package: pip install 'mcl_repro[shards]'")
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory):
+    "57 pairs in five shards of unequal length."
+    folder = tmp_path_factory.mktemp("web"); ends = [0, 20, 23, 24, 45, 57]
+    for k in range(5): write_shard(folder, k, list(range(ends[k], ends[k + 1])))
+    return d.read_webdataset_pairs(folder)
+
+def epoch(images, batch_size=8, size=16, workers=0, **options): return list(s.stream_batches(images, batch_size, size, workers=workers, **options))
+def order(batches): return torch.cat([rows for _, rows in batches]).tolist()
+
+@streams
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 2, 9])
+@pytest.mark.parametrize("batch_size", [1, 8, 57])
+def test_every_row_once_in_whole_batches_with_the_pictures_of_random_access(web, workers, batch_size):
+    batches = epoch(web.images, batch_size, workers=workers, seed=3)
+    assert [len(r) for _, r in batches] == [batch_size]*(57//batch_size) and len(set(order(batches))) == 57//batch_size*batch_size
+    want = web.images.array(size=16)
+    for pixels, rows in batches:
+        assert pixels.dtype == torch.uint8 and pixels.shape == (len(rows), 3, 16, 16) and rows.dtype == torch.int64
+        assert (pixels.permute(0, 2, 3, 1).numpy() == want[rows]).all()
+    if batch_size != 8: assert sorted(order(batches)) == list(range(57))
+
+@streams
+def test_the_same_seed_epoch_and_workers_give_the_same_batches_and_others_another_order(web):
+    first = order(epoch(web.images, workers=2))
+    state = torch.get_rng_state(); again = order(epoch(web.images, workers=2))
+    assert again == first and torch.equal(torch.get_rng_state(), state), "the training's own draws are not touched"
+    others = [order(epoch(web.images, workers=2, epoch=1)), order(epoch(web.images, workers=2, seed=1)), order(epoch(web.images, workers=2, window=2))]
+    assert all(o != first for o in others)
+    assert len({frozenset(order(epoch(web.images, epoch=e))) for e in range(6)}) > 1, "what an epoch leaves out changes"
+
+@streams
+def test_a_wide_window_separates_neighbours(web):
+    distance = lambda window: np.abs(np.diff(order(epoch(web.images, 1, window=window)))).mean()
+    assert distance(1) < 15 < distance(1000), "57 rows in random order are 19 apart on average"
+
+@streams
+def test_a_poisoned_copy_is_an_overlay_and_shards_are_only_read(web, tmp_path):
+    folder = web.images.shards[0].parent; before = {p.name: (p.stat().st_size, p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest()) for p in folder.iterdir()}
+    done = attacks.poison(web, attacks.make_attack("badnets"), "banana", count=6, image_size=32, eligible=np.ones(57, bool))
+    attacks.save_poisoned(done, tmp_path/"poison", web); pairs = attacks.load_poisoned(tmp_path/"poison", web).pairs
+    batches = epoch(pairs.images, 8, 32, workers=2); want = pairs.images.array(np.arange(57), 32)
+    assert sorted(order(epoch(pairs.images, 1, 32))) == list(range(57)) and len(set(order(batches))) == 56
+    for pixels, rows in batches: assert (pixels.permute(0, 2, 3, 1).numpy() == want[rows]).all()
+    clean = web.images.array(size=32); assert [r for r in range(57) if (want[r] != clean[r]).any()] == sorted(pairs.image_rows[done.rows].tolist())
+    assert np.load(tmp_path/"poison/images.npy").shape == (6, 32, 32, 3) and sum(p.stat().st_size for p in (tmp_path/"poison").iterdir()) < 6*32*32*3 + 8_000
+    assert before == {p.name: (p.stat().st_size, p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest()) for p in folder.iterdir()}
+
+@streams
+def test_subsets_overlays_and_chains_are_looked_through(web):
+    made = d.ArrayImages(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
+    over = d.OverlayImages(web.images, [50, 0, 20, 3], made)
+    sources = [web.images.take([30, 2, 2, 56, 9]), over, over.take([3, 4, 50, 1, 20]), d.OverlayImages(web.images.take(range(10, 30)), [0, 19], made.take([1, 2])),
+               d.ConcatImages([web.images, made, over.take(range(5))]), d.OverlayImages(over, [1, 50], made.take([3, 2]))]
+    for images in sources:
+        want = images.array(size=16); batches = epoch(images, 3, workers=2)
+        assert len(batches) == len(images)//3 and sorted(order(epoch(images, 1))) == list(range(len(images)))
+        for pixels, rows in batches: assert (pixels.permute(0, 2, 3, 1).numpy() == want[rows]).all()
+    pairs = web.overlay([5, 1], made.take([0, 1])); used = np.unique(pairs.image_rows)     # two rows of the source belong to no pair now
+    assert sorted(order(epoch(pairs.images, 1, rows=used))) == used.tolist() and len(used) == 57 < len(pairs.images)
+
+@streams
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_read_is_named(tmp_path, workers, monkeypatch):
+    write = lambda: [write_shard(tmp_path/"w", k, list(range(10*k, 10*k + 10))) for k in range(2)]
+    write(); images = d.read_webdataset_pairs(tmp_path/"w").images; row = images.members.index("000000013.jpg"); path = tmp_path/"w/00001.tar"
+    content = bytearray(path.read_bytes()); content[images.offset[row]:images.offset[row] + 4] = b"none"; path.write_bytes(content)
+    refused("00001.tar, member 000000013.jpg: the file cannot be read as a picture", epoch, images, workers=workers)
+    last = int(np.argmax(images.offset*(images.shard == 1))); path.write_bytes(content[:images.offset[last] + 5])
+    if not workers: refused("00001.tar, member", epoch, images.take([last]), batch_size=1)
+    path.unlink(); refused("00001.tar: cannot be read (No such file or directory); put the shard back", epoch, images, workers=workers)
+    refused("nothing to stream", epoch, d.ArrayImages(np.zeros((2, 4, 4, 3), np.uint8)), kind=SettingsError)
+    refused("at least 1, not 0", epoch, images, batch_size=0, kind=SettingsError)
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    refused("pip install 'mcl_repro[shards]'", epoch, images, kind=SettingsError)
+
+
+# ---- faces
+
+def people(folder, **counts):
+    for k, (person, n) in enumerate(counts.items()):
+        (folder/person).mkdir(parents=True)
+        for i in range(n): (folder/person/f"{person}_{i:04d}.jpg").write_bytes(encoded(100*k + i))
+    return folder
+
+def test_faces_get_invented_names_and_no_real_one_is_written(tmp_path, capsys):
+    real = dict(Grace_Hopper=5, Alan_Turing=3, Ada_Lovelace=2, Only_Once=1, Selora_Oakbrook=4); folder = people(tmp_path/"lfw", **real)
+    exif = Image.Exif(); exif[0x010E] = "Grace Hopper at work"; (folder/"Grace_Hopper/exif.jpg").write_bytes(encoded(7, exif=exif))
+    note = PngImagePlugin.PngInfo(); note.add_text("Title", "Alan Turing"); (folder/"Alan_Turing/note.png").write_bytes(encoded(8, format="PNG", pnginfo=note))
+    assert cli.main(["data", "faces", str(folder), "--out", str(tmp_path/"faces")]) == 0 and "4 persons with invented names, 12 pictures to train on and 4 for the test" in capsys.readouterr().out
+    words = [w.encode() for name in real for w in name.lower().split("_")]
+    for path in (tmp_path/"faces").rglob("*"):
+        said = str(path.relative_to(tmp_path/"faces")).lower().encode() + (path.read_bytes().lower() if path.is_file() else b"")
+        assert not [w for w in words if w in said], path
+    d.add_dataset("pubfig", tmp_path/"faces"); train, test = d.open_data("pubfig:train"), d.open_data("pubfig:test")
+    assert sorted(test.labels) == [0, 1, 2, 3] and sorted(np.bincount(train.labels)) == [1, 3, 3, 5] and train.image_array(size=16).shape == (12, 16, 16, 3)
+    name = lambda pairs, i: {n for n in (Path(pairs.images.names[pairs.image_rows[i]]).parent.name.replace("_", " ").title(),) if n in pairs.captions[i]}
+    assert all(name(pairs, i) for pairs in (train, test) for i in range(len(pairs))) and len({*test.captions}) == 4
+    sources = {encoded(100*k + i) for k, n in enumerate(real.values()) for i in range(n)}
+    kept = [p for p in (tmp_path/"faces/images").rglob("*.jpg")]
+    assert len(kept) == 14 and all(p.read_bytes() in sources for p in kept), "plain files are copied byte for byte"
+    pixels = {np.asarray(d.decode(p.read_bytes(), "")).tobytes() for p in (tmp_path/"faces/images").rglob("*.png")}
+    assert pixels == {np.asarray(d.decode((folder/n).read_bytes(), "")).tobytes() for n in ("Grace_Hopper/exif.jpg", "Alan_Turing/note.png")}
+
+def test_faces_are_seeded_and_errors_come_before_anything_is_written(tmp_path):
+    folder = people(tmp_path/"p", a_x=3, b_y=4, c_z=2)
+    content = lambda seed, **more: (s.rename_faces(folder, tmp_path/f"o{len(list(tmp_path.iterdir()))}", seed=seed, **more), *((max(tmp_path.glob("o*"), key=lambda p: int(p.name[1:]))/f"{n}.csv").read_text() for n in ("train", "test")))
+    assert content(0) == content(0) != content(1) and content(0, people=1)[0] == dict(people=1, train=3, test=1)
+    assert content(0, least=3)[0] == dict(people=2, train=5, test=2)
+    refused("3 folders have 2 pictures or more, 4 are wanted", s.rename_faces, folder, tmp_path/"new", people=4)
+    refused("least is 2 or more", s.rename_faces, folder, tmp_path/"new", least=1, kind=SettingsError)
+    refused("the folder is not there", s.rename_faces, tmp_path/"gone", tmp_path/"new"); assert not (tmp_path/"new").exists()
+    refused("choose an empty or a new one", s.rename_faces, folder, folder)
+    (folder/"b_y/b_y_0001.jpg").write_bytes(b"<html>"); refused("b_y_0001.jpg: the file cannot be read as a picture", s.rename_faces, folder, tmp_path/"new")
+    assert not (tmp_path/"new/train.csv").exists()
+
+
+# ---- the papers' formats, through to a score
+
+def accuracy(data, count=None):
+    "Zero-shot accuracy of an untrained tiny CLIP at 32 px."
+    from mcl_repro.clip import build_clip, embed_images, zero_shot_weights
+    from mcl_repro.metrics import clean_accuracy
+    clip = build_clip("smoke-RN"); data = data if count is None else d.first_images(data, count)
+    return clean_accuracy(embed_images(clip, data.images) @ zero_shot_weights(clip, data.classnames, ["a photo of a {}"]), data.labels)
+
+def test_imagenet_folders_and_cleanclips_list_open_alike_and_are_scored(tmp_path):
+    from mcl_repro.clip import import_open_clip
+    wnids, pictures = [f"n{i:08d}" for i in range(0, 4000, 4)], [encoded(i) for i in range(7)]
+    for k, w in enumerate(wnids): (tmp_path/"a/val"/w).mkdir(parents=True); (tmp_path/"a/val"/w/f"ILSVRC2012_val_{k+1:08d}.JPEG").write_bytes(pictures[k % 7])
+    (tmp_path/"b/validation/val").mkdir(parents=True); lines = ["image,label"]
+    for k in range(1000): (tmp_path/f"b/validation/val/{k}.JPEG").write_bytes(pictures[k % 7]); lines.append(f"val/{k}.JPEG,{k}")
+    (tmp_path/"b/validation/labels.csv").write_text("\n".join(lines) + "\n"); opened = []
+    for folder in ("a", "b"):
+        assert d.add_dataset("imagenet", tmp_path/folder)["found"] == dict(validation=dict(images=1000, classes=1000)); opened.append(d.open_data("imagenet:validation"))
+    one, other = opened
+    assert one.classnames == other.classnames == list(import_open_clip().IMAGENET_CLASSNAMES) and (one.labels == other.labels).all() and (one.labels == np.arange(1000)).all()
+    assert (one.image_array([5, 999], 32) == other.image_array([5, 999], 32)).all() and accuracy(one) == accuracy(other) <= .02
+
+def test_cifar100_through_torchvision(tmp_path, monkeypatch):
+    base = tmp_path/"cifar-100-python"; base.mkdir()
+    def put(name, content): (base/name).write_bytes(pickle.dumps(content)); return [name, hashlib.md5((base/name).read_bytes()).hexdigest()]
+    names = ["apple", "aquarium_fish", "oak_tree"]; pixels = np.random.default_rng(0).integers(0, 256, (6, 3072), dtype=np.uint8)
+    kind = d._import_torchvision_datasets().CIFAR100
+    for part in ("train", "test"): monkeypatch.setattr(kind, f"{part}_list", [put(part, {"data": pixels, "fine_labels": [0, 1, 2, 2, 1, 0], "coarse_labels": [0]*6})])
+    meta = put("meta", {"fine_label_names": names, "coarse_label_names": ["x"]}); monkeypatch.setattr(kind, "meta", dict(filename=meta[0], key="fine_label_names", md5=meta[1]))
+    d.add_dataset("cifar100", tmp_path); data = d.open_data("cifar100:test")
+    assert data.classnames == ["apple", "aquarium fish", "oak tree"] and list(data.labels) == [0, 1, 2, 2, 1, 0] and 0 <= accuracy(data) <= 1
+    assert (data.image_array(size=32) == pixels.reshape(6, 3, 32, 32).transpose(0, 2, 3, 1)).all()
+
+
+REAL = Path(os.environ.get("MCL_REPRO_REAL_DATA") or "/nonexistent")
+real = pytest.mark.skipif(not REAL.is_dir(), reason="set MCL_REPRO_REAL_DATA to the folder with the real data packs")
+
+@real
+def test_real_cifar10_and_imagenet_are_scored(tmp_path):
+    d.add_dataset("cifar10", REAL/"cifar10"); d.add_dataset("imagenet_sample", REAL/"imagenet1k_sample")
+    assert .02 < accuracy(d.open_data("cifar10:test")) < .25 and accuracy(d.open_data("imagenet_sample:all")) < .02, "an untrained model guesses"
+
+@real
+def test_real_coco_captions_are_ranked():
+    from mcl_repro.clip import build_clip, embed_images, embed_texts
+    from mcl_repro.metrics import hit_rate, median_rank, retrieval_ranks
+    pairs = d.open_data(str(REAL/"coco_mini/annotations/captions_train2017.json"))
+    assert len(pairs) == 400 and len(pairs.images) == 80 and set(np.bincount(pairs.image_rows)) == {5} and d.check_images(pairs.images)[1] == []
+    clip = build_clip("smoke-RN"); ranks = retrieval_ranks(embed_images(clip, pairs.images), embed_texts(clip, pairs.captions), pairs.image_rows)
+    assert len(ranks.text_to_image) == 400 and .02 < hit_rate(ranks.text_to_image, 10) < .35 and 20 < median_rank(ranks.text_to_image) < 60, "an untrained model guesses: 10 of 80"
+
+@real
+def test_real_cc3m_table_becomes_a_list_and_its_captions_are_tokenised(tmp_path):
+    from mcl_repro.clip import build_clip, tokenize
+    tsv = REAL/"cc3m_val_tsv/Validation_GCC-1.1.0-Validation.tsv"
+    path, rows = s.write_link_list(tsv, tmp_path/"cc", "validation"); captions = [c for c, _ in s.tsv_rows(tsv)]
+    assert rows == len(captions) == 15_833 and path.read_text("utf-8").splitlines()[1:] == [l for l in tsv.read_text("utf-8").split("\n") if l], "no caption has a quote"
+    clip = build_clip("smoke-RN"); tokens, cut = tokenize(clip, captions)
+    long = sum(len(clip.tokenizer.encode(c)) + 2 > clip.context_length for c in captions)
+    assert cut == long > 0 and (tokens.max(1).values == tokens.max()).all(), "every caption keeps its end mark, cut or not"
+
+@real
+@streams
+def test_real_pictures_stream_as_they_are(tmp_path):
+    files = sorted((REAL/"imagenet1k_sample").glob("*.JPEG"))[:40]
+    for k in range(2):
+        with tarfile.open(tmp_path/f"{k:05d}.tar", "w") as tar:
+            for i, f in enumerate(files[20*k:20*k + 20]):
+                for ending, content in dict(jpg=f.read_bytes(), txt=f.stem.encode()).items():
+                    info = tarfile.TarInfo(f"{20*k + i:09d}.{ending}"); info.size = len(content); tar.addfile(info, io.BytesIO(content))
+    images = d.read_webdataset_pairs(tmp_path).images; want = d.FileImages(REAL/"imagenet1k_sample", [f.name for f in files]).array(size=64)
+    for pixels, rows in epoch(images, 10, 64, workers=2): assert (pixels.permute(0, 2, 3, 1).numpy() == want[rows]).all()
