@@ -30,7 +30,7 @@ $(READY): constraints.txt settings.ini setup.py
 	@echo "creating the environment in .venv (once; a few minutes) ..."
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools wheel
-	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt --editable '.[dev,cluster,site]'
+	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt --editable '.[dev,cluster,site,shards]'
 	@touch $@
 
 reproduce: $(READY)

@@ -146,7 +146,7 @@ def pins():
 def test_every_requirement_is_pinned_to_a_version_that_it_allows():
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
-    pinned, wanted = pins(), [Requirement(r) for k in ('requirements', 'cluster_requirements', 'site_requirements', 'dev_requirements') for r in settings()[k].split()]
+    pinned, wanted = pins(), [Requirement(r) for k in ('requirements', 'cluster_requirements', 'shards_requirements', 'site_requirements', 'dev_requirements') for r in settings()[k].split()]
     assert {'torch', 'open-clip-torch', 'nbdev', 'papermill', 'jupyterlab', 'matplotlib', 'seaborn', 'scikit-learn'} <= {canonicalize_name(r.name) for r in wanted}
     assert [str(r) for r in wanted if canonicalize_name(r.name) not in pinned or not r.specifier.contains(pinned[canonicalize_name(r.name)])] == []
 
@@ -156,7 +156,7 @@ def test_what_the_requirements_require_is_pinned_too():
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
     pinned, missing, seen = pins(), set(), set()
-    queue = [Requirement(r) for k in ('requirements', 'cluster_requirements', 'site_requirements', 'dev_requirements') for r in settings()[k].split()]
+    queue = [Requirement(r) for k in ('requirements', 'cluster_requirements', 'shards_requirements', 'site_requirements', 'dev_requirements') for r in settings()[k].split()]
     while queue:
         wanted = queue.pop(); name = canonicalize_name(wanted.name)
         if (name, extras := frozenset(wanted.extras)) in seen: continue
