@@ -249,7 +249,8 @@ def people(folder, **counts):
     return folder
 
 def test_faces_get_invented_names_and_no_real_one_is_written(tmp_path, capsys):
-    real = dict(Grace_Hopper=5, Alan_Turing=3, Ada_Lovelace=2, Only_Once=1, Selora_Oakbrook=4); folder = people(tmp_path/"lfw", **real)
+    namesake = s.invented_names(4)[2].replace(" ", "_")      # a real person whose name would have been invented
+    real = {"Grace_Hopper": 5, "Alan_Turing": 3, "Ada_Lovelace": 2, "Only_Once": 1, namesake: 4}; folder = people(tmp_path/"lfw", **real)
     exif = Image.Exif(); exif[0x010E] = "Grace Hopper at work"; (folder/"Grace_Hopper/exif.jpg").write_bytes(encoded(7, exif=exif))
     note = PngImagePlugin.PngInfo(); note.add_text("Title", "Alan Turing"); (folder/"Alan_Turing/note.png").write_bytes(encoded(8, format="PNG", pnginfo=note))
     assert cli.main(["data", "faces", str(folder), "--out", str(tmp_path/"faces")]) == 0 and "4 persons with invented names, 12 pictures to train on and 4 for the test" in capsys.readouterr().out
