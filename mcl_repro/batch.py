@@ -108,7 +108,7 @@ _VERSIONED = ('torch', 'open_clip_torch', 'torchvision', 'numpy', 'pandas', 'sci
 def _hash(*parts): return hashlib.sha256('\0'.join(parts).encode()).hexdigest()
 
 # what cannot change what a paper's notebook writes: the batch and its surroundings, and what is for one's own models and data
-_ASIDE = ('__init__.py', '_modidx.py', 'archive.py', 'batch.py', 'cli.py', 'commands.py', 'protecting.py', 'publish.py', 'scan_study.py', 'scanning.py', 'site.py')
+_ASIDE = ('__init__.py', '_modidx.py', 'archive.py', 'batch.py', 'cli.py', 'commands.py', 'planning.py', 'protecting.py', 'publish.py', 'scan_study.py', 'scanning.py', 'site.py')
 _WITH_PLUGINS = ('cards.py', 'inputs.py', 'measuring.py', 'plugins.py', 'repairing.py', 'papers/limits.yaml', 'papers/limits_values.yaml') # nor these, unless there are plug-ins
 
 def _library(plugins:bool=False) -> str:
@@ -443,6 +443,7 @@ def run_notebooks(
     values, typed = _checked(chosen, standard, dict(parameters or {})), {**standard, 'roles': dict(roles or {}), 'engine': engine}
     lab.ready(); lab.close()
     progress, done = progress or Progress(runs, profile, jobs), []
+    if profile == 'paper': _check_room(progress, list(chosen), profile, device, jobs, seeds, roles, parameters, runs, overrides=overrides, notebooks=notebooks)
     for i, (name, path) in enumerate(chosen.items(), 1):
         progress.say(f'[{i}/{len(chosen)}] {name}')
         with _environment(**({'MCL_REPRO_ENGINE': engine} if engine else {})):
@@ -457,6 +458,11 @@ def _from(nbs, runs):
     "A path as the kernel sees it from the notebooks' folder: relative inside the checkout, so that an executed copy names no folder of this machine."
     runs, root = Path(runs).absolute(), nbs.parent
     return os.path.relpath(runs, nbs) if runs.is_relative_to(root) else str(runs)
+
+def _check_room(progress, *args, **kwargs):
+    "Refuse what cannot fit before anything starts; see `26_planning`."
+    from mcl_repro.planning import check_can_start
+    progress.say('looking whether data, memory and disk suffice'); check_can_start(*args, **kwargs)
 
 def _processes(jobs, device, engine='serial', asked=None) -> int:
     "How many processes: what was given, or what suits the engine that was `asked` for."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_value', 'parse_pairs', 'columns', 'run', 'report', 'publish', 'status', 'clean', 'settings', 'claims',
            'data_list', 'data_show', 'data_fetch', 'data_verify', 'data_add', 'data_cc3m', 'data_links', 'data_ids',
-           'data_faces', 'data_croissant', 'make_parser', 'main']
+           'data_faces', 'data_croissant', 'make_parser', 'plan', 'main']
 
 # %% ../nbs/21_cli.ipynb #33b4d3f5
 import argparse, os, signal, sys
@@ -269,7 +269,7 @@ def make_parser(
     p.add_argument('--param', action='append', metavar='KEY=VALUE', help='another value of a parameter of the notebooks; repeatable')
     p.add_argument('--notebooks', metavar='FOLDER', help='where the notebooks are (default: nbs beside the package)')
     p.add_argument('--force', action='store_true', help='run also what has not changed; cached stages stay')
-    _more_commands(commands); _claims_command(commands); _settings_command(commands); _data_commands(commands); add_commands(commands, _Parser)
+    _more_commands(commands); _plan_command(commands); _claims_command(commands); _settings_command(commands); _data_commands(commands); add_commands(commands, _Parser)
     return parser
 
 # %% ../nbs/21_cli.ipynb #15b18034
@@ -318,6 +318,27 @@ def _fetching_commands(data):
     p.add_argument('folder', metavar='FOLDER', help='one folder of pictures per person'); p.add_argument('--out', required=True, metavar='FOLDER', help='gets train.csv, test.csv and images/')
     p.add_argument('--people', type=int, metavar='N', help='only the N persons with most pictures'); p.add_argument('--least', type=int, default=2, metavar='N', help='leave out persons with fewer pictures (default: 2)')
     p.add_argument('--seed', type=int, default=0, help='of names, captions and test pictures (default: 0)')
+
+# %% ../nbs/21_cli.ipynb #40350196
+def plan(args):
+    "What a run would compute, cost and lack; 1 where it cannot start."
+    import json
+    from mcl_repro.planning import make_plan, plan_json, plan_text
+    made = make_plan(args.paper or (), args.profile, args.device, args.jobs, args.seeds, parse_pairs(args.role, '--role', raw=True), parse_pairs(args.param, '--param'), args.runs,
+                     overrides=parse_pairs(args.set, '--set'), notebooks=args.notebooks, table=args.table, calibration='none' if args.no_calibration else 'measure')
+    print(json.dumps(plan_json(made), ensure_ascii=False, allow_nan=False) if args.json else plan_text(made))
+    return 1 if made.reasons else 0
+
+def _plan_command(commands):
+    p = commands.add_parser('plan', help='what a run will compute, what it costs on this device, and what is missing'); _common(p).set_defaults(call=plan)
+    p.add_argument('--paper', action='append', metavar='PAPER', help='ubt, mem, cleanclip, cfbd or baselines (default: all); repeatable')
+    p.add_argument('--table', metavar='ID', help='only what one table needs, such as ubt.table7')
+    p.add_argument('--device', default='auto', help='auto (default), cpu or cuda'); p.add_argument('--jobs', type=int, default=1, metavar='N', help='processes that compute at the same time (default: 1)')
+    p.add_argument('--seeds', type=int, default=1, metavar='N', help='seeds that experiments repeat over (default: 1)')
+    for name, what in (('role', 'other data in a role'), ('set', 'another value of a setting of the profile'), ('param', 'another value of a parameter of the notebooks')):
+        p.add_argument(f'--{name}', action='append', metavar='NAME=VALUE', help=f'{what}, as for run; repeatable')
+    p.add_argument('--notebooks', metavar='FOLDER', help='where the notebooks are (default: nbs beside the package)')
+    p.add_argument('--no-calibration', action='store_true', help='measure nothing; say amounts of work instead of times'); p.add_argument('--json', action='store_true', help='print one JSON object')
 
 # %% ../nbs/21_cli.ipynb #c30a4e5b
 def _claims_command(commands):
