@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ASSUMED', 'KINDS', 'AMOUNTS', 'Names', 'names_of', 'Statement', 'read_statements', 'needed_statements', 'NotYet',
            'is_absent', 'PlanningLab', 'NotebookPlan', 'plan_notebook', 'Counts', 'counts_of', 'ModelFacts',
-           'model_facts', 'StageWork', 'amount_of', 'Setting', 'seconds_per_unit', 'Peak', 'measure_model',
+           'model_facts', 'StageWork', 'amount_of', 'Setting', 'seconds_per_unit', 'step_bytes', 'measure_model',
            'measure_machine', 'calibrate', 'stage_seconds', 'Planned', 'step_memory', 'Plan', 'make_plan', 'in_words',
            'plan_rows', 'plan_text', 'plan_json', 'check_can_start']
 
-# %% ../nbs/26_planning.ipynb #b8ebfba1
-import ast, importlib.abc, importlib.util, io, json, math, os, shutil, threading, time
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field
+# %% ../nbs/26_planning.ipynb #67940e7d
+import ast, importlib.abc, importlib.util, io, json, math, os, shutil, time
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -225,7 +225,7 @@ def _planning():
     finally:
         if before is not None: os.environ['IN_TEST'] = before
 
-# %% ../nbs/26_planning.ipynb #c7745f7e
+# %% ../nbs/26_planning.ipynb #b441b4f0
 @dataclass
 class NotebookPlan:
     "What a paper's notebook will compute."
@@ -264,6 +264,7 @@ def _execute(statements, space, swaps):
     space.update(names)
     return failed
 
+# %% ../nbs/26_planning.ipynb #e84fb914
 def plan_notebook(
     notebook:str|Path,  # of a paper
     parameters:dict,    # values of its parameters, all that differ from the defaults
@@ -644,7 +645,7 @@ def _hacker_clip(s):
     test = s.counts('test')
     return _embeds(work.add(s.reading('test'), test.images), s, s.recipe['epochs'] * test.images, s.recipe['epochs'] * test.pairs)
 
-# %% ../nbs/26_planning.ipynb #4b5bf9f8
+# %% ../nbs/26_planning.ipynb #404c5cb8
 def seconds_per_unit(
     function,         # without arguments
     units:float=1,    # of work in one call
@@ -659,24 +660,24 @@ def seconds_per_unit(
         function(); wait(); calls += 1; spent = time.perf_counter() - began
         if spent >= seconds: return spent / (calls * units)
 
-class Peak:
-    "Most memory taken in the body of `with`, in bytes: of the GPU, or of this process."
-    def __init__(self, device): self.device, self.bytes, self._over = device, 0, threading.Event()
-    def _resident(self):
-        with suppress(OSError, ValueError): return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-        return 0
-    def _watch(self):
-        while not self._over.wait(.01): self.bytes = max(self.bytes, self._resident() - self._before)
-    def __enter__(self):
-        self._before = self._resident()
-        if self.device == 'cuda': import torch; torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
-        else: self._thread = threading.Thread(target=self._watch, daemon=True); self._thread.start()
-        return self
-    def __exit__(self, *error):
-        if self.device == 'cuda': import torch; self.bytes = torch.cuda.max_memory_allocated()
-        else: self._over.set(); self._thread.join()
+def step_bytes(
+    clip,  # on its device
+    data,  # a `TrainingSet` with the pairs of one step
+)->int:
+    "Bytes that the forward pass of a step holds for the backward pass, weights not counted."
+    import torch
+    from mcl_repro.training import contrastive_loss, read_batch
+    own, held = {p.untyped_storage().data_ptr() for p in clip.model.parameters()}, {}
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own: held[storage.data_ptr()] = storage.nbytes()
+        return t
+    clip.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): loss = contrastive_loss(clip, read_batch(data, torch.arange(len(data)), clip.device))
+    clip.model.eval()
+    return sum(held.values())
 
-# %% ../nbs/26_planning.ipynb #358bba7c
+# %% ../nbs/26_planning.ipynb #3b8b4057
 def _sizes(device, facts, batch):
     "Pairs at a time in the two measurements."
     if device == 'cuda' or facts.image_size < 100: return max(batch // 2, 2), max(batch, 3)
@@ -693,20 +694,22 @@ def _some_pairs(clip, count):
     return TrainingSet(images, tokenize(clip, [captions[i % 500] for i in range(count)])[0], torch.arange(count), clip.image_size)
 
 def _measure_training(clip, batch, precision, seconds, wait):
-    "Seconds of a step and of a pair, and bytes at the larger of two sizes."
-    from mcl_repro.training import Recipe, train
+    "Seconds of a step and of a pair, and bytes, from two sizes."
+    import numpy as np
+    from mcl_repro.training import Recipe, rows_of, train
     small, large = _sizes(clip.device.type, model_facts(clip.name), batch); took = []
-    data = _some_pairs(clip, large)
-    with Peak(clip.device.type) as peak:
-        for size in (small, large):
-            steps = max(2, round(seconds * 4)) if clip.device.type == 'cuda' or clip.image_size < 100 else 1
-            some = type(data)(data.images[:size], data.tokens[:size], data.image_rows[:size], data.image_size)
-            recipe = Recipe(epochs=steps, batch_size=size, learning_rate=1e-9, precision=precision)
-            took.append(seconds_per_unit(lambda: train(clip, some, recipe), steps, seconds if steps > 1 else 0, wait))
+    data, cuda = _some_pairs(clip, large), clip.device.type == 'cuda'
+    held = step_bytes(clip, data)
+    if cuda: import torch; torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+    for size in (small, large):
+        steps = 8 if cuda or clip.image_size < 100 else 1       # in one epoch, as an epoch has a cost of its own
+        some = rows_of(data, np.arange(size * steps) % large)
+        recipe = Recipe(epochs=1, batch_size=size, learning_rate=1e-9, precision=precision)
+        took.append(seconds_per_unit(lambda: train(clip, some, recipe), steps, seconds if steps > 1 else 0, wait))
     pair = max(took[1] - took[0], .1 * took[1]) / (large - small) if took[1] > took[0] else took[1] / large
-    count = model_facts(clip.name).parameters; held = 16 * count      # weights, gradients, and two moments
-    seen = peak.bytes if clip.device.type == 'cuda' else peak.bytes + 4 * count     # the process had the weights before
-    return dict(train=pair, step=max(took[1] - pair * large, 0.), memory_fixed=held, memory_pair=max(seen - held, 0) / large, measured_batch=large)
+    fixed, each = 16 * model_facts(clip.name).parameters, held / large     # weights, gradients, and two moments
+    if cuda: each = max(each, (torch.cuda.max_memory_allocated() - fixed) / large)
+    return dict(train=pair, step=max(took[1] - pair * large, 0.), memory_fixed=fixed, memory_pair=each, measured_batch=large)
 
 # %% ../nbs/26_planning.ipynb #714d6077
 def _measure_towers(clip, seconds, wait):
@@ -766,7 +769,10 @@ def measure_machine(
                 draw=seconds_per_unit(lambda: world.array(None, min(size, 64)), 256, seconds),
                 mixture=seconds_per_unit(lambda: fit_mixture(np.random.default_rng(0).beta(2, 9, 5000)), 5000, seconds), gflop=seconds_per_unit(lambda: a @ a, 2 * 1.024**3, seconds, wait))
 
-# %% ../nbs/26_planning.ipynb #323c1a4d
+# %% ../nbs/26_planning.ipynb #85758753
+_MACHINE_KINDS = {'decode', 'draw', 'mixture', 'gflop'}
+_MODEL_KINDS = {k for k in KINDS if k not in _MACHINE_KINDS} | {'memory_fixed', 'memory_pair'}
+
 def _device_name(device):
     hardware = labs._hardware(device)
     return hardware.get('gpu') or hardware['cpu']
@@ -784,7 +790,7 @@ def calibrate(
     here, found = f"{_device_name(device)}, {where.get('threads') or 'default'} threads, torch {labs._version('torch')}", {}
     for name, (batch, precision) in {'': (size, ''), **models}.items():
         key = f'{here}: {name or "machine"}, {batch}{f", {precision}" if precision else " px"}'
-        if key not in known and measure:
+        if measure and not (_MACHINE_KINDS if not name else _MODEL_KINDS) <= set(known.get(key, ())):
             with labs._threads(where, ('torch',)): known[key] = measure_model(name, batch, precision, device, seconds) if name else measure_machine(size, device, seconds)
             path.parent.mkdir(parents=True, exist_ok=True); labs._write_json(path, known)
         if key in known: found[name] = dict(known[key], key=key)
@@ -982,7 +988,7 @@ def make_plan(
     return Plan(profile, f"{where['type']}, {_device_name(where['type'])}", jobs, planned, {p.paper: len(p.demonstrations) for p in plans}, {p.paper: p.unplanned for p in plans if p.unplanned},
                 missing, _assumed_sizes(todo), needs, there, rates, reasons)
 
-# %% ../nbs/26_planning.ipynb #1e466c0a
+# %% ../nbs/26_planning.ipynb #6cb0cf36
 def in_words(
     seconds:float|None,
 )->str:
@@ -990,7 +996,7 @@ def in_words(
     if seconds is None: return '?'
     for size, unit in ((86400, 'days'), (3600, 'h'), (60, 'min')):
         if seconds >= 2 * size: return f'{seconds/size:.3g} {unit}' if seconds < 1000 * size else f'{seconds/size:,.0f} {unit}'
-    return f'{seconds:.2g} s'
+    return f'{seconds:.0f} s' if seconds >= 10 else f'{seconds:.2g} s'
 
 def plan_rows(
     planned:list,  # of `Planned`
