@@ -108,7 +108,7 @@ _VERSIONED = ('torch', 'open_clip_torch', 'torchvision', 'numpy', 'pandas', 'sci
 def _hash(*parts): return hashlib.sha256('\0'.join(parts).encode()).hexdigest()
 
 # what cannot change what a paper's notebook writes: the batch and its surroundings, and what is for one's own models and data
-_ASIDE = ('__init__.py', '_modidx.py', 'archive.py', 'batch.py', 'cli.py', 'commands.py', 'planning.py', 'protecting.py', 'publish.py', 'scan_study.py', 'scanning.py', 'site.py')
+_ASIDE = ('__init__.py', '_modidx.py', 'archive.py', 'batch.py', 'bench.py', 'cli.py', 'cluster.py', 'commands.py', 'paper_bench.py', 'paper_settings.py', 'papers/settings.yaml', 'planning.py', 'protecting.py', 'publish.py', 'scan_study.py', 'scanning.py', 'site.py')
 _WITH_PLUGINS = ('cards.py', 'inputs.py', 'measuring.py', 'plugins.py', 'repairing.py', 'papers/limits.yaml', 'papers/limits_values.yaml') # nor these, unless there are plug-ins
 
 def _library(plugins:bool=False) -> str:
@@ -443,7 +443,7 @@ def run_notebooks(
     values, typed = _checked(chosen, standard, dict(parameters or {})), {**standard, 'roles': dict(roles or {}), 'engine': engine}
     lab.ready(); lab.close()
     progress, done = progress or Progress(runs, profile, jobs), []
-    if profile == 'paper': _check_room(progress, list(chosen), profile, device, jobs, seeds, roles, parameters, runs, overrides=overrides, notebooks=notebooks)
+    if profile == 'paper': _check_room(progress, list(chosen), profile, lab.device, jobs or 1, seeds, roles, parameters, runs, overrides=overrides, notebooks=notebooks)
     for i, (name, path) in enumerate(chosen.items(), 1):
         progress.say(f'[{i}/{len(chosen)}] {name}')
         with _environment(**({'MCL_REPRO_ENGINE': engine} if engine else {})):

@@ -68,16 +68,18 @@ def plain_loop(model, # open_clip model, trained in place
         with torch.no_grad(): model.logit_scale.clamp_(0, 4.6052)
     return loss.item()
 
-# %% ../nbs/22b_paper_bench.ipynb #0f7f5954
+# %% ../nbs/22b_paper_bench.ipynb #1afcb19f
 @functools.lru_cache(maxsize=2)
 def _pictures(count, size): return open_data(f"world:train:{count}").images.array(size=size)
 
-def _material(model, batch_size, pairs, steps=8):
-    "A CLIP, so many pairs of the embedded world at its size or a few steps' worth, and the recipe of a pass over them. At most 128 pairs are different."
-    clip, count = build_clip(model, device=_device()), max(pairs // batch_size, steps if pairs >= 1024 else 1) * batch_size
+def _data(clip, batch_size, pairs, steps=8):
+    "So many pairs of the embedded world at a model's size or a few steps' worth, and the recipe of a pass over them. At most 128 pairs are different."
+    count = max(pairs // batch_size, steps if pairs >= 1024 else 1) * batch_size
     few = open_data(f"world:train:{min(count, 128)}")
     data = training_set(clip, few.replace(images=ArrayImages(_pictures(len(few), clip.image_size))))
-    return clip, rows_of(data, np.arange(count) % len(few)), Recipe(epochs=1, batch_size=batch_size, learning_rate=1e-4)
+    return rows_of(data, np.arange(count) % len(few)), Recipe(epochs=1, batch_size=batch_size, learning_rate=1e-4)
+
+def _on_device(model): return build_clip(model, device=_device())
 
 def _speed(function, pairs):
     "A function that runs `function`, waits for the device, and returns pairs per second."
@@ -103,11 +105,10 @@ def matrix_peak(side: int, turns: int = 10) -> float:
     speeds = [_speed(lambda: a @ b, 1)() for _ in range(turns + 2)]
     return 2 * side**3 * max(speeds[2:])
 
-# %% ../nbs/22b_paper_bench.ipynb #7e182e8b
-def _training_rows(name, model, batch_size, scale, peak):
-    "Rows of one architecture and batch size."
-    clip, data, recipe = _material(model, batch_size, scale.pairs)
-    what, bare = f"{model}, batch {batch_size}", build_clip(model, device=_device())
+# %% ../nbs/22b_paper_bench.ipynb #7cf5e10d
+def _training_rows(name, clip, bare, batch_size, scale, peak):
+    "Rows of one architecture, with a model for each side, and one batch size."
+    (data, recipe), what = _data(clip, batch_size, scale.pairs), f"{clip.name}, batch {batch_size}"
     batches = [(x, t.to(_device())) for x, t in _bare_batches(clip, data, recipe)]
     used = flops_per_pair(clip, read_batch(data, torch.arange(min(batch_size, 64)), _device()))
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
@@ -130,11 +131,11 @@ def paper_training(scale: Scale) -> list:
     paper, name = paper_scale(scale), "paper_training"
     peak = matrix_peak(paper.matrix)
     rows = [row(name, f"matrix product of side {paper.matrix}", peak / 1e12, "TFLOP/s")]
-    for model in paper.models:
-        for batch_size in paper.batch_sizes: rows += _training_rows(name, model, batch_size, paper, peak)
+    for clip, bare in ((_on_device(m), _on_device(m)) for m in paper.models):
+        for batch_size in paper.batch_sizes: rows += _training_rows(name, clip, bare, batch_size, paper, peak)
     return rows
 
-# %% ../nbs/22b_paper_bench.ipynb #7b666e1b
+# %% ../nbs/22b_paper_bench.ipynb #8e37827b
 def _variant(clip, data, recipe, turns, context):
     "Pairs per second of our loop with a recipe, after a first turn; seconds of the first turn."
     with context:
@@ -149,7 +150,7 @@ def paper_switches(scale: Scale) -> list:
     paper, name, rows = paper_scale(scale), "paper_switches", []
     size, gpu, alone = paper.batch_sizes[0], torch.cuda.is_available(), nullcontext()
     for model in paper.models:
-        clip, data, recipe = _material(model, size, paper.pairs)
+        clip = _on_device(model); data, recipe = _data(clip, size, paper.pairs)
         variants = {"deterministic": (deterministic(), {}), "usual kernels": (deterministic(False), {}), "float32": (alone, dict(precision="fp32"))}
         if gpu: variants["TF32"] = alone, dict(precision="tf32")
         variants[f"in parts of {size // 4}, BatchNorm frozen"] = alone, dict(micro_batch=size // 4, frozen_batchnorm=True)
@@ -160,7 +161,7 @@ def paper_switches(scale: Scale) -> list:
             if what == "compiled": rows.append(row(name, f"{model}, batch {size}: first turn with the compiler", first, "s"))
     return rows
 
-# %% ../nbs/22b_paper_bench.ipynb #e17d9522
+# %% ../nbs/22b_paper_bench.ipynb #1fe5a91b
 class _Photographs(StoredImages):
     "One JPEG of the size of a photograph, again and again."
     def __init__(self, count, size):
@@ -171,9 +172,9 @@ class _Photographs(StoredImages):
     def where(self, row): return f"photograph {row}"
     def member(self, row): return str(row)
 
-def _from_photographs(model, batch_size, scale):
+def _from_photographs(clip, batch_size, scale):
     "Pairs per second of our loop with pictures decoded by loader processes, and with the same pictures resident."
-    clip, data, recipe = _material(model, batch_size, scale.pairs)
+    data, recipe = _data(clip, batch_size, scale.pairs)
     lazy = replace(data, images=_Photographs(len(data), scale.photo), image_rows=torch.arange(len(data)))
     return [np.median([_speed(lambda: train(clip, some, recipe), len(some))() for _ in range(scale.turns)]) for some in (lazy, data)]
 
@@ -181,14 +182,13 @@ def _from_photographs(model, batch_size, scale):
 def paper_images(scale: Scale) -> list:
     "Images per second: embedded from the device's memory, decoded from JPEG and scaled, per core, and decoded for training."
     paper, name, rows = paper_scale(scale), "paper_images", []
-    for model in paper.models:
-        clip = build_clip(model, device=_device())
+    for clip in map(_on_device, reversed(paper.models)):   # the first comes last and is used below
         pixels = torch.randint(0, 256, (paper.images, 3, clip.image_size, clip.image_size), dtype=torch.uint8, device=_device())
         for precision in ("fp32", "auto"):
             embed_images(clip, pixels[:500], precision=precision)
-            rows.append(row(name, f"{model}: embedded, {'float32' if precision == 'fp32' else '16 bits on a GPU'}", _speed(lambda: embed_images(clip, pixels, precision=precision), len(pixels))(), "images/s"))
-    lazy, resident = _from_photographs(paper.models[0], paper.batch_sizes[0], paper)
-    rows += [row(name, f"{paper.models[0]}, batch {paper.batch_sizes[0]}: trained from JPEG", lazy, "pairs/s"), row(name, f"{paper.models[0]}, batch {paper.batch_sizes[0]}: from JPEG / resident", lazy / resident, "ratio")]
+            rows.append(row(name, f"{clip.name}: embedded, {'float32' if precision == 'fp32' else '16 bits on a GPU'}", _speed(lambda: embed_images(clip, pixels, precision=precision), len(pixels))(), "images/s"))
+    lazy, resident = _from_photographs(clip, paper.batch_sizes[0], paper)
+    rows += [row(name, f"{clip.name}, batch {paper.batch_sizes[0]}: trained from JPEG", lazy, "pairs/s"), row(name, f"{clip.name}, batch {paper.batch_sizes[0]}: from JPEG / resident", lazy / resident, "ratio")]
     photographs = _Photographs(paper.images, paper.photo)
     together = _speed(lambda: photographs.array(size=224), len(photographs))()
     return rows + [row(name, f"decoded and scaled to 224 px from JPEG of {paper.photo[0]} x {paper.photo[1]}, {Images.workers} threads", together, "images/s"),

@@ -419,7 +419,7 @@ def _trains(work, s, pairs, recipe, beside=0, sides=1, kind='train'):
     "Epochs over pairs; `beside`: pairs that every step takes besides its batch; `sides`: how often a pair goes through the towers."
     size = min(recipe['batch_size'], max(pairs, 1)); steps = recipe['epochs'] * (pairs // size)
     work.add(kind, steps * (size * sides + beside), s.architecture).add('step', steps, s.architecture)
-    work.steps.add((s.architecture, size * sides + beside, recipe.get('precision', 'fp32')))
+    work.steps.add((s.architecture, size * sides + beside, recipe.get('precision', 'auto')))
     work.kept += s.weights; work.beside = max(work.beside, 3 * s.weights)
     return work.add('load', 2, s.architecture)
 
@@ -432,6 +432,9 @@ def _clean_clip(s):
     if s.pretrained is not None: return work
     work.kept = 0
     return _trains(_reads(work, s, 'pairs', s.recipe['epochs']), s, s.counts('pairs').items, s.recipe)
+
+@amount_of('stages.given_clip')
+def _given_clip(s): return StageWork(kept=s.weights).add('load', 2, s.architecture)
 
 @amount_of('stages.poisoned_pairs')
 def _poisoned_pairs(s):
@@ -628,7 +631,7 @@ def _unlearnable_pairs(s):
     work = StageWork(kept=noise + 4 * n * search.length, beside=noise + 3 * s.weights, may_stop=bool(s.recipe)).add('load', 1, s.architecture)
     work.host, work.pictures = 8 * n * s.facts.context, 2 * noise
     work.add(s.reading('pairs'), counts.images if 3 * counts.images * s.facts.image_size**2 <= 2**30 or s.reading('pairs') == 'draw' else rounds * 2 * n)
-    if s.recipe: steps = s.round_steps or n // size; work.add('train', rounds * steps * size, s.architecture).add('step', rounds * steps, s.architecture); work.steps.add((s.architecture, size, s.recipe.get('precision', 'fp32')))
+    if s.recipe: steps = s.round_steps or n // size; work.add('train', rounds * steps * size, s.architecture).add('step', rounds * steps, s.architecture); work.steps.add((s.architecture, size, s.recipe.get('precision', 'auto')))
     work.add('image_gradient', rounds * search.noise_steps * n, s.architecture).add('text', rounds * n * (search.noise_steps if search.shuffle != 'none' else 1), s.architecture)
     compared = search.length * (search.beam * (search.candidates + 1)) * n
     work.add('image', searched * n, s.architecture).add('text_gradient', searched * n, s.architecture).add('variant', searched * compared, s.architecture)
@@ -951,7 +954,7 @@ def _largest_steps(todo):
     for p in todo:
         for model, pairs, precision in (p.work.steps if p.work else ()): models[model] = max(models.get(model, (0, precision)), (pairs, precision))
         for kind, model in (p.work.amounts if p.work else ()):
-            if model: models.setdefault(model, (64, 'fp32'))
+            if model: models.setdefault(model, (64, 'auto'))
     return models
 
 # %% ../nbs/26_planning.ipynb #7de9dcbf

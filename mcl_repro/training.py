@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'Recipe', 'TrainingSet', 'training_set', 'seeded', 'epoch_batches', 'Batch', 'read_batch', 'rows_of',
-           'step_rows', 'iterate', 'embed_batch', 'contrastive_loss', 'parameter_groups', 'learning_rate_at',
+           'step_rows', 'iterate', 'stream', 'embed_batch', 'contrastive_loss', 'parameter_groups', 'learning_rate_at',
            'TrainingState', 'save_checkpoint', 'load_checkpoint', 'Callback', 'StopWhen', 'Record', 'train']
 
 # %% ../nbs/03_training.ipynb #1392d6e2
@@ -37,6 +37,7 @@ class Recipe:
     betas: tuple = (0.9, 0.999)   # AdamW moments
     precision: str = "auto"       # of the towers, see `02b_devices`: `auto` is 16 bits on a GPU and float32 on a CPU; `fp32`, `tf32`, `amp`
     frozen_batchnorm: bool = False # keep running statistics as they are (evaluation mode)
+    order: str = "shuffled"       # of the pairs: `shuffled`, or `streamed`: tar shards from front to back, see `01c_shards`
     micro_batch: int | None = None # rows that go through the towers at once, for small memories; the loss stays the whole batch's
     compiled: bool = False        # torch.compile for the towers: minutes first, then faster
     seed: int = 0                 # of order and augmentations
@@ -46,6 +47,7 @@ class Recipe:
             if not getattr(self, name) > 0: raise SettingsError(f"{name} must be positive, not {getattr(self, name)}")
         if self.schedule not in SCHEDULES: raise SettingsError(f"unknown schedule {self.schedule!r}: use one of {', '.join(SCHEDULES)}")
         if self.precision not in PRECISIONS: raise SettingsError(f"unknown precision {self.precision!r}: use one of {', '.join(PRECISIONS)}")
+        if self.order not in ("shuffled", "streamed"): raise SettingsError(f"unknown order {self.order!r}: use shuffled or streamed")
         if self.micro_batch is not None and not self.micro_batch > 0: raise SettingsError(f"micro_batch must be positive, not {self.micro_batch}")
 
 # %% ../nbs/03_training.ipynb #8ee85bd3
@@ -167,6 +169,24 @@ def iterate(data: TrainingSet, # the pairs
         images, tokens = found
         images = gather_rows(images.to(device, non_blocking=True), len(rows))
         yield Batch(images, tokens.to(device, non_blocking=True), rows, first_step + i, text_length(tokens) if cuda else None)
+
+# %% ../nbs/03_training.ipynb #81cbdcfe
+def stream(data: TrainingSet, # of lazy pictures in tar shards, one caption each
+           recipe: Recipe, # gives batch size and seed
+           epoch: int, # 0-based
+           device, # where batches go
+           first_step: int = 0, # global number of the first batch
+           workers: int = None # see `mcl_repro.shards.stream_batches`
+    ):
+    "Yield the batches of one epoch in the order in which shards are read. Raises SettingsError for several captions per picture and for several processes."
+    from mcl_repro.shards import stream_batches
+    image_rows, cuda = data.image_rows.numpy(), torch.device(device).type == "cuda"
+    pair_of = np.full(len(data.images), -1); pair_of[image_rows] = np.arange(len(data))
+    if len(np.unique(image_rows)) < len(data): raise SettingsError(f"order streamed: {len(data):,} captions of {len(np.unique(image_rows)):,} pictures; a stream brings a picture once, use order shuffled")
+    if world()[1] > 1: raise SettingsError(f"order streamed reads in one process, not in {world()[1]}: use order shuffled")
+    for i, (images, found) in enumerate(stream_batches(data.images, recipe.batch_size, data.image_size, recipe.seed, epoch, workers, rows=np.sort(image_rows))):
+        rows = torch.from_numpy(pair_of[np.asarray(found)]); tokens = data.tokens[rows]
+        yield Batch(images.to(device, non_blocking=True), tokens.to(device, non_blocking=True), rows, first_step + i, text_length(tokens) if cuda else None)
 
 # %% ../nbs/03_training.ipynb #fba5508a
 def embed_batch(clip: Clip, # the model, in the mode the loop has set
@@ -331,8 +351,10 @@ def _train_epoch(state, data, loss, callbacks, progress):
     "One pass over the data; appends a row to the history."
     recipe, device, started = state.recipe, state.clip.device, time.perf_counter()
     torch.manual_seed(seeded(recipe.seed, 2, state.epoch))
-    total, losses, batches = recipe.epochs * state.steps_per_epoch, [], epoch_batches(len(data), recipe, state.epoch)
-    for batch in iterate(data, batches, device, state.step):
+    total, losses = recipe.epochs * state.steps_per_epoch, []
+    if recipe.order == "streamed" and not data.resident: batches = stream(data, recipe, state.epoch, device, state.step)
+    else: batches = iterate(data, epoch_batches(len(data), recipe, state.epoch), device, state.step)
+    for batch in batches:
         _set_mode(state)
         value = _step(state, batch, loss, learning_rate_at(state.step, total, recipe))
         losses.append(value); state.step += 1

@@ -75,7 +75,7 @@ def test_amounts_are_counted_by_hand(nbs):
     plan = small(nbs, overrides={'finetune.epochs': 3}); work = {p.node.stage.name: p.work for p in plan.stages}
     trained = work['stages.finetuned_clip']     # 400 pairs in batches of 64: 6 steps an epoch
     assert trained.amounts['train', 'smoke-RN'] == 3 * 6 * 64 and trained.amounts['step', 'smoke-RN'] == 18 and trained.amounts['draw', ''] == 400
-    assert trained.steps == {('smoke-RN', 64, 'fp32')} and trained.pictures == 400 * 3 * 32**2 and trained.kept == 4 * planning.model_facts('smoke-RN').parameters
+    assert trained.steps == {('smoke-RN', 64, 'auto')} and trained.pictures == 400 * 3 * 32**2 and trained.kept == 4 * planning.model_facts('smoke-RN').parameters
     assert not work['stages.poisoned_pairs'].amounts       # a clean set is left as it is
     with pytest.raises(ValueError, match="'jump'"): StageWork().add('jump', 1)
 
@@ -92,7 +92,7 @@ def test_missing_data_is_named_with_the_way_to_get_it(nbs, monkeypatch, tmp_path
 def test_what_does_not_fit_is_refused_by_name_and_number(nbs, monkeypatch):
     there = dict(host=2e9, device=3e7, device_free=3e7, disk=1e7, cores=2)
     monkeypatch.setattr(planning, '_machine', lambda device, folder: dict(there))
-    monkeypatch.setattr(planning, 'calibrate', lambda *a: {'smoke-RN': dict(memory_fixed=2e7, memory_pair=1e6, key='x: smoke-RN, 64, fp32', measured_batch=64)})
+    monkeypatch.setattr(planning, 'calibrate', lambda *a: {'smoke-RN': dict(memory_fixed=2e7, memory_pair=1e6, key='x: smoke-RN, 64, auto', measured_batch=64)})
     plan = small(nbs, calibration='known')
     assert len(plan.reasons) == 2 and 'a training step of smoke-RN with 64 pairs needs about 0.084 GB, there are 0.03 GB' in plan.reasons[0] and 'are needed, 0.01 GB are free' in plan.reasons[1]
     there.update(device=1e9, device_free=1e9, disk=1e9); assert not small(nbs, calibration='known').reasons
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_by_name_and_number(nbs, monkeypatch):
 def test_times_come_from_a_calibration_that_is_kept(nbs):
     plan = small(nbs, calibration='measure'); kept = json.loads((nbs.parent/'runs/calibration.json').read_text())
     assert len(kept) == 2 and all(p.seconds >= 0 for p in plan.todo) and sum(p.seconds for p in plan.todo) > .1
-    assert small(nbs, calibration='known').rates == plan.rates and 'estimated time' in plan_text(plan) and 'smoke-RN, 64, fp32' in plan_text(plan)
+    assert small(nbs, calibration='known').rates == plan.rates and 'estimated time' in plan_text(plan) and 'smoke-RN, 64, auto' in plan_text(plan)
     json.dumps(plan_json(plan), allow_nan=False)
 
 

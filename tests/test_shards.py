@@ -6,6 +6,7 @@ import numpy as np, pytest, torch
 from PIL import Image, PngImagePlugin
 
 from mcl_repro import attacks, cli, data as d, shards as s
+from mcl_repro.clip import build_clip
 from mcl_repro.errors import DataError, SettingsError
 
 
@@ -210,6 +211,20 @@ def test_a_poisoned_copy_is_an_overlay_and_shards_are_only_read(web, tmp_path):
     clean = web.images.array(size=32); assert [r for r in range(57) if (want[r] != clean[r]).any()] == sorted(pairs.image_rows[done.rows].tolist())
     assert np.load(tmp_path/"poison/images.npy").shape == (6, 32, 32, 3) and sum(p.stat().st_size for p in (tmp_path/"poison").iterdir()) < 6*32*32*3 + 8_000
     assert before == {p.name: (p.stat().st_size, p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest()) for p in folder.iterdir()}
+
+@streams
+def test_training_reads_a_poisoned_set_from_its_shards(web, tmp_path):
+    "Every pair meets its own caption, poison included; the same twice; another order than the shuffled one."
+    from mcl_repro.training import Recipe, stream, train, training_set
+    pairs = attacks.poison(web, attacks.make_attack("badnets"), "banana", count=6, image_size=32, eligible=np.ones(57, bool)).pairs
+    clip = build_clip("smoke-RN"); lazy, resident = (training_set(clip, pairs, memory_limit=m) for m in (0, .5))
+    recipe = Recipe(epochs=2, batch_size=8, learning_rate=1e-3, order="streamed")
+    for batch in stream(lazy, recipe, 0, "cpu", workers=0):
+        assert torch.equal(batch.images, resident.images[resident.image_rows[batch.rows]]) and torch.equal(batch.tokens, resident.tokens[batch.rows])
+    def weights(): clip = build_clip("smoke-RN", seed=1); history = train(clip, lazy, recipe); return history, torch.cat([v.flatten().double() for v in clip.model.state_dict().values()])
+    (first, a), (second, b) = weights(), weights()
+    assert first[-1]["step"] == second[-1]["step"] == 2 * (57 // 8) and torch.equal(a, b)
+    refused("unknown order 'sorted'", Recipe, epochs=1, batch_size=8, learning_rate=1e-3, order="sorted", kind=SettingsError)
 
 @streams
 def test_subsets_overlays_and_chains_are_looked_through(web):
