@@ -400,10 +400,10 @@ class Setting:
     def reading(self, name)->str: return 'draw' if self.data(name).source.startswith('world:') else 'decode'
 
 def _architecture(node):
-    "The architecture that a stage works with, or None."
+    "The architecture that a stage works with, or None; with either activation it costs the same."
     for name in ('model', 'clip', 'overfitted'):
         value = node.settings.get(name); value = value.node if isinstance(value, Artefact) else value
-        if isinstance(value, str): return value
+        if isinstance(value, str): return value.removesuffix('-quickgelu')
         if isinstance(value, Node): return _architecture(value)
 
 # %% ../nbs/26_planning.ipynb #8088358d
