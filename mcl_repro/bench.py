@@ -729,7 +729,14 @@ def write_rows(rows: list, path: Path):
     os.replace(part, path)
 
 # %% ../nbs/22_bench.ipynb #062da3f6
-def run_benchmarks(folder: Path, # where `bench.csv` goes; written anew after every benchmark
+def _rows_of(name, function, scale):
+    "The rows of a benchmark as they come, the last one saying so where it fails."
+    try: yield from function(scale)
+    except Exception as error:
+        print(f"error: {name}: {error}", file=sys.stderr)
+        yield dict(zip(_COLUMNS, (name, f"failed ({type(error).__name__})", "", "", "", "")))
+
+def run_benchmarks(folder: Path, # where `bench.csv` goes; written anew with every row
                    quick: bool = False, # measure little, and judge nothing
                    only: list = (), # names of benchmarks; default: all
                    pairs: int | None = None # embeddings for `detection_scale`; default: the scale's
@@ -743,12 +750,9 @@ def run_benchmarks(folder: Path, # where `bench.csv` goes; written anew after ev
     for name, function in BENCHMARKS.items():
         if only and name not in only: continue
         print(f"{name} ...", file=sys.stderr, flush=True)
-        try: found = function(scale)
-        except Exception as error:
-            print(f"error: {name}: {error}", file=sys.stderr)
-            found = [dict(zip(_COLUMNS, (name, f"failed ({type(error).__name__})", "", "", "", "")))]
-        rows += [r | dict(met="") if quick else r for r in found]
-        write_rows(rows, folder/"bench.csv")
+        for found in _rows_of(name, function, scale):
+            rows.append(found | dict(met="") if quick else found)
+            write_rows(rows, folder/"bench.csv")
     return rows
 
 # %% ../nbs/22_bench.ipynb #f06690ff

@@ -105,7 +105,7 @@ def matrix_peak(side: int, turns: int = 10) -> float:
     speeds = [_speed(lambda: a @ b, 1)() for _ in range(turns + 2)]
     return 2 * side**3 * max(speeds[2:])
 
-# %% ../nbs/22b_paper_bench.ipynb #7cf5e10d
+# %% ../nbs/22b_paper_bench.ipynb #693ba248
 def _training_rows(name, clip, bare, batch_size, scale, peak):
     "Rows of one architecture, with a model for each side, and one batch size."
     (data, recipe), what = _data(clip, batch_size, scale.pairs), f"{clip.name}, batch {batch_size}"
@@ -120,22 +120,21 @@ def _training_rows(name, clip, bare, batch_size, scale, peak):
         if torch.cuda.is_available(): memory[side] = (torch.cuda.max_memory_allocated() - base) / 2**20; torch.cuda.reset_peak_memory_stats()
     ours, theirs = in_turns(scale.turns, *[_speed(turn, len(data)) for turn in sides.values()])
     target = ">= 1.2" if torch.cuda.is_available() and batch_size == 128 else ""
-    return [row(name, f"{what}: ours", np.median(ours), "pairs/s"), row(name, f"{what}: bare open_clip loop", np.median(theirs), "pairs/s"),
+    yield from [row(name, f"{what}: ours", np.median(ours), "pairs/s"), row(name, f"{what}: bare open_clip loop", np.median(theirs), "pairs/s"),
             *ratio_rows(name, f"{what}: ours / bare", ours, theirs, target),
             row(name, f"{what}: operations", used / 1e9, "GFLOP per pair"), row(name, f"{what}: share of the matrix peak", np.median(ours) * used / peak, "share"),
             *[row(name, f"{what}: peak memory, {side}", mib, "MiB") for side, mib in memory.items()]]
 
 @benchmark
-def paper_training(scale: Scale) -> list:
+def paper_training(scale: Scale):
     "Pairs per second at 224 px against a bare open_clip loop in the same precision."
     paper, name = paper_scale(scale), "paper_training"
     peak = matrix_peak(paper.matrix)
-    rows = [row(name, f"matrix product of side {paper.matrix}", peak / 1e12, "TFLOP/s")]
+    yield row(name, f"matrix product of side {paper.matrix}", peak / 1e12, "TFLOP/s")
     for clip, bare in ((_on_device(m), _on_device(m)) for m in paper.models):
-        for batch_size in paper.batch_sizes: rows += _training_rows(name, clip, bare, batch_size, paper, peak)
-    return rows
+        for batch_size in paper.batch_sizes: yield from _training_rows(name, clip, bare, batch_size, paper, peak)
 
-# %% ../nbs/22b_paper_bench.ipynb #8e37827b
+# %% ../nbs/22b_paper_bench.ipynb #f709bbc9
 def _variant(clip, data, recipe, turns, context):
     "Pairs per second of our loop with a recipe, after a first turn; seconds of the first turn."
     with context:
@@ -145,9 +144,9 @@ def _variant(clip, data, recipe, turns, context):
         return np.median([_speed(lambda: train(clip, data, recipe), len(data))() for _ in range(turns)]), first
 
 @benchmark
-def paper_switches(scale: Scale) -> list:
+def paper_switches(scale: Scale):
     "Pairs per second of our loop with other precisions, deterministic kernels, batches in parts, and compiled."
-    paper, name, rows = paper_scale(scale), "paper_switches", []
+    paper, name = paper_scale(scale), "paper_switches"
     size, gpu, alone = paper.batch_sizes[0], torch.cuda.is_available(), nullcontext()
     for model in paper.models:
         clip = _on_device(model); data, recipe = _data(clip, size, paper.pairs)
@@ -157,11 +156,10 @@ def paper_switches(scale: Scale) -> list:
         if model in paper.compiled: variants["compiled"] = alone, dict(compiled=True)
         for what, (context, changes) in variants.items():
             speed, first = _variant(clip, data, replace(recipe, **changes), paper.turns, context)
-            rows.append(row(name, f"{model}, batch {size}: {what}", speed, "pairs/s"))
-            if what == "compiled": rows.append(row(name, f"{model}, batch {size}: first turn with the compiler", first, "s"))
-    return rows
+            yield row(name, f"{model}, batch {size}: {what}", speed, "pairs/s")
+            if what == "compiled": yield row(name, f"{model}, batch {size}: first turn with the compiler", first, "s")
 
-# %% ../nbs/22b_paper_bench.ipynb #1fe5a91b
+# %% ../nbs/22b_paper_bench.ipynb #8f1d17a8
 class _Photographs(StoredImages):
     "One JPEG of the size of a photograph, again and again."
     def __init__(self, count, size):
@@ -179,17 +177,17 @@ def _from_photographs(clip, batch_size, scale):
     return [np.median([_speed(lambda: train(clip, some, recipe), len(some))() for _ in range(scale.turns)]) for some in (lazy, data)]
 
 @benchmark
-def paper_images(scale: Scale) -> list:
+def paper_images(scale: Scale):
     "Images per second: embedded from the device's memory, decoded from JPEG and scaled, per core, and decoded for training."
-    paper, name, rows = paper_scale(scale), "paper_images", []
+    paper, name = paper_scale(scale), "paper_images"
     for clip in map(_on_device, reversed(paper.models)):   # the first comes last and is used below
         pixels = torch.randint(0, 256, (paper.images, 3, clip.image_size, clip.image_size), dtype=torch.uint8, device=_device())
         for precision in ("fp32", "auto"):
             embed_images(clip, pixels[:500], precision=precision)
-            rows.append(row(name, f"{clip.name}: embedded, {'float32' if precision == 'fp32' else '16 bits on a GPU'}", _speed(lambda: embed_images(clip, pixels, precision=precision), len(pixels))(), "images/s"))
+            yield row(name, f"{clip.name}: embedded, {'float32' if precision == 'fp32' else '16 bits on a GPU'}", _speed(lambda: embed_images(clip, pixels, precision=precision), len(pixels))(), "images/s")
     lazy, resident = _from_photographs(clip, paper.batch_sizes[0], paper)
-    rows += [row(name, f"{clip.name}, batch {paper.batch_sizes[0]}: trained from JPEG", lazy, "pairs/s"), row(name, f"{clip.name}, batch {paper.batch_sizes[0]}: from JPEG / resident", lazy / resident, "ratio")]
+    yield from [row(name, f"{clip.name}, batch {paper.batch_sizes[0]}: trained from JPEG", lazy, "pairs/s"), row(name, f"{clip.name}, batch {paper.batch_sizes[0]}: from JPEG / resident", lazy / resident, "ratio")]
     photographs = _Photographs(paper.images, paper.photo)
     together = _speed(lambda: photographs.array(size=224), len(photographs))()
-    return rows + [row(name, f"decoded and scaled to 224 px from JPEG of {paper.photo[0]} x {paper.photo[1]}, {Images.workers} threads", together, "images/s"),
+    yield from [row(name, f"decoded and scaled to 224 px from JPEG of {paper.photo[0]} x {paper.photo[1]}, {Images.workers} threads", together, "images/s"),
                    row(name, "the same per thread", together / Images.workers, "images/s")]
