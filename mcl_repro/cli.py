@@ -78,7 +78,7 @@ def publish(args):
     "Put a complete run's outputs and records into `nbs/`, and say what changed."
     from mcl_repro.publish import publish
     done = publish(args.runs, args.profile, args.notebooks, only_papers=args.only_papers)
-    print(f"published run {done.stamp['run']} of profile {done.stamp['profile']}, commit {done.stamp['commit'][:7]}: {len(done.changed) or 'no'} files changed, notebooks have {done.bytes/1e6:.1f} MB")
+    print(f"published run {done.stamp['run']} of profile {done.stamp['profile']}, commit {done.stamp['commit'][:7]}: {len(done.changed) or 'no'} files changed, outputs have {done.bytes/1e6:.1f} MB")
 
 # %% ../nbs/21_cli.ipynb #d6033d0d
 def status(args):

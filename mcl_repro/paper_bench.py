@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['ON_GPU', 'ON_CPU', 'SMALL', 'PaperScale', 'paper_scale', 'plain_loop', 'flops_per_pair', 'matrix_peak',
-           'paper_training', 'paper_switches', 'paper_images']
+           'paper_training', 'paper_switches', 'paper_images', 'gpu_records']
 
-# %% ../nbs/22b_paper_bench.ipynb #ddd06b7d
+# %% ../nbs/22b_paper_bench.ipynb #63c0a6b5
 import functools, io, time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
+import mcl_repro
 from .bench import Scale, _bare_batches, benchmark, in_turns, ratio_rows, row
 from .clip import build_clip, embed_images, info_nce
 from .data import ArrayImages, Images, StoredImages, open_data
@@ -191,3 +194,9 @@ def paper_images(scale: Scale):
     together = _speed(lambda: photographs.array(size=224), len(photographs))()
     yield from [row(name, f"decoded and scaled to 224 px from JPEG of {paper.photo[0]} x {paper.photo[1]}, {Images.workers} threads", together, "images/s"),
                    row(name, "the same per thread", together / Images.workers, "images/s")]
+
+# %% ../nbs/22b_paper_bench.ipynb #82aaa71b
+def gpu_records(name: str # `tables` or `training`
+    ) -> pd.DataFrame:
+    "Records of runs on an H200: cells of UBT's tables beside the published ones of a CPU, and MedR after each epoch of MEM's clean RN50."
+    return pd.read_csv(Path(mcl_repro.__file__).parent/"papers"/f"gpu_{name}.csv")

@@ -11,7 +11,7 @@ from mcl_repro import batch, publish as module, report
 from mcl_repro.batch import Progress, run_notebooks
 from mcl_repro.cli import main
 from mcl_repro.errors import SettingsError, StoreError, UserError
-from mcl_repro.publish import (FIGURE_LIMIT, NOTEBOOKS_LIMIT, RECORDS_LIMIT, check_published, fill_notebook, plain_html, publish, published, published_claims, published_table, read_run,
+from mcl_repro.publish import (FIGURE_LIMIT, OUTPUTS_LIMIT, RECORDS_LIMIT, check_published, fill_notebook, plain_html, publish, published, published_claims, published_table, read_run,
                                slim_outputs, slim_png, slim_text)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,7 +219,7 @@ def test_a_failing_cell_of_the_library_is_refused(top):
     assert contents(top/'nbs') == before
 
 
-@pytest.mark.parametrize('limit, says', [('NOTEBOOKS_LIMIT', r'the notebooks have .* MB \(at most 0.00\): 10_a.ipynb \d+ kB'), ('RECORDS_LIMIT', r'the records have .*claims.csv'), ('FIGURE_LIMIT', r'10_a.ipynb, cell 10-2: a picture of \d+ x \d+ pixels')])
+@pytest.mark.parametrize('limit, says', [('OUTPUTS_LIMIT', r'the outputs have .* MB \(at most 0.00\): 10_a.ipynb \d+ kB'), ('RECORDS_LIMIT', r'the records have .*claims.csv'), ('FIGURE_LIMIT', r'10_a.ipynb, cell 10-2: a picture of \d+ x \d+ pixels')])
 def test_what_no_step_makes_small_enough_is_refused(top, monkeypatch, limit, says):
     monkeypatch.setattr(module, limit, 500); before = contents(top/'nbs')
     with pytest.raises(SettingsError, match=says): go(top)
@@ -228,7 +228,7 @@ def test_what_no_step_makes_small_enough_is_refused(top, monkeypatch, limit, say
 
 def test_pictures_lose_colours_only_where_notebooks_are_too_large(top, monkeypatch):
     go(top); picture = lambda: next(o['data']['image/png'] for o in outputs(top/'nbs/10_a.ipynb')['10-2'] if 'image/png' in o['data']); before = picture()
-    monkeypatch.setattr(module, 'NOTEBOOKS_LIMIT', sum(p.stat().st_size for p in (top/'nbs').glob('*.ipynb')) - 100); go(top)
+    monkeypatch.setattr(module, 'OUTPUTS_LIMIT', sum(module._output_bytes(p.read_text(encoding='utf-8')) for p in (top/'nbs').glob('*.ipynb')) - 100); go(top)
     assert len(picture()) < len(before) - 100 and check_published(top/'nbs') == []
 
 
@@ -328,7 +328,7 @@ def test_a_verdict_that_is_shown_is_the_one_on_record():
 
 def test_command(top, capsys):
     assert main(['publish', '--profile', 'smoke', '--runs', str(top/'runs'), '--notebooks', str(top/'nbs'), '--only-papers']) == 0
-    assert re.fullmatch(r'published run [0-9a-f]{8} of profile smoke, commit beef000: 6 files changed, notebooks have 0.0 MB\n', capsys.readouterr().out)
+    assert re.fullmatch(r'published run [0-9a-f]{8} of profile smoke, commit beef000: 6 files changed, outputs have 0.0 MB\n', capsys.readouterr().out)
     (top/'runs/smoke/claims.csv').unlink(); assert main(['publish', '--profile', 'smoke', '--runs', str(top/'runs'), '--notebooks', str(top/'nbs')]) == 2
     assert capsys.readouterr().err.count('\n') == 1
 
@@ -374,7 +374,7 @@ def test_the_stamp_of_every_notebook_is_the_published_run():
 @here
 def test_published_files_are_small():
     notebooks = list((ROOT/'nbs').glob('*.ipynb')); pictures = [len(o['data']['image/png']) for p in notebooks for out in outputs(p).values() for o in out if 'image/png' in o.get('data', {})]
-    assert max(pictures) <= 150_000 == FIGURE_LIMIT and sum(p.stat().st_size for p in notebooks) <= 5_000_000 == NOTEBOOKS_LIMIT
+    assert max(pictures) <= 150_000 == FIGURE_LIMIT and sum(module._output_bytes(p.read_text(encoding='utf-8')) for p in notebooks) <= 3_000_000 == OUTPUTS_LIMIT
     assert sum(p.stat().st_size for p in RESULTS.rglob('*') if p.is_file()) <= 1_000_000 == RECORDS_LIMIT
 
 
