@@ -130,6 +130,13 @@ def _source(path) -> str:
     cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
     return _hash(*(f"{c['cell_type']}\0{''.join(c['source'])}" for c in cells))
 
+def _weight_files(value, nbs) -> list:
+    "Files of weights that settings name, as the kernel finds them from the notebooks' folder."
+    if isinstance(value, dict): return [f for v in value.values() for f in _weight_files(v, nbs)]
+    return [f] if isinstance(value, str) and value.endswith(_WEIGHTS) and (f := Path(nbs)/value).is_file() else []
+
+_WEIGHTS = ('.safetensors', '.pt', '.pth', '.bin')
+
 def run_key(
     notebook:str|Path,  # the source notebook
     parameters:dict,  # all values it is given; `runs` and `jobs` say where and how, not what
@@ -141,9 +148,10 @@ def run_key(
         try: data[role] = lab.role(role).fingerprint
         except UserError as e: data[role] = f'not here: {e}'     # the notebook says so itself if it needs that role
     values = {k: v for k, v in parameters.items() if k not in ('runs', 'jobs', 'device')}
+    weights = [report._sha256(p) for p in _weight_files(values.get('overrides'), Path(notebook).parent)]
     versions = {'python': platform.python_version(), **{p: report._version(p) for p in _VERSIONED}}
     own = _plugins()
-    return _hash(_source(notebook), _library(True) if own else _library(), json.dumps([values, data, lab.device, versions, *([own] if own else [])], sort_keys=True, default=str))
+    return _hash(_source(notebook), _library(True) if own else _library(), json.dumps([values, data, lab.device, versions, *([own] if own else []), *([weights] if weights else [])], sort_keys=True, default=str))
 
 # %% ../nbs/20_batch.ipynb #579296e8
 def _executed(path) -> dict:
@@ -439,8 +447,8 @@ def run_notebooks(
     if _is_address(lab.engine): device = lab.device  # workers come and go; all notebooks are for the same device
     nbs, sources = notebooks_folder(notebooks), {role: lab.role(role).source for role in roles or {}}
     standard = {'profile': profile, 'device': device, 'jobs': jobs, 'seeds': seeds, 'roles': {role: _from(nbs, s) if os.path.isabs(s) else s for role, s in sources.items()},
-                'overrides': dict(overrides or {}), 'runs': _from(nbs, runs)}
-    values, typed = _checked(chosen, standard, dict(parameters or {})), {**standard, 'roles': dict(roles or {}), 'engine': engine}
+                'overrides': _found_from(nbs, dict(overrides or {})), 'runs': _from(nbs, runs)}
+    values, typed = _checked(chosen, standard, dict(parameters or {})), {**standard, 'roles': dict(roles or {}), 'overrides': dict(overrides or {}), 'engine': engine}
     lab.ready(); lab.close()
     progress, done = progress or Progress(runs, profile, jobs), []
     if profile == 'paper': _check_room(progress, list(chosen), profile, lab.device, jobs or 1, seeds, roles, parameters, runs, overrides=overrides, notebooks=notebooks)
@@ -458,6 +466,11 @@ def _from(nbs, runs):
     "A path as the kernel sees it from the notebooks' folder: relative inside the checkout, so that an executed copy names no folder of this machine."
     runs, root = Path(runs).absolute(), nbs.parent
     return os.path.relpath(runs, nbs) if runs.is_relative_to(root) else str(runs)
+
+def _found_from(nbs, value):
+    "A setting in which files of weights that are there are named as the kernel finds them."
+    if isinstance(value, dict): return {k: _found_from(nbs, v) for k, v in value.items()}
+    return _from(nbs, value) if isinstance(value, str) and value.endswith(_WEIGHTS) and Path(value).is_file() else value
 
 def _check_room(progress, *args, **kwargs):
     "Refuse what cannot fit before anything starts; see `26_planning`."

@@ -70,6 +70,15 @@ def test_second_run_does_nothing_until_something_changes(nbs):
     assert go(nbs, parameters={'value': 81.0}, force=True)[0].state == 'complete'
 
 
+def test_a_file_of_weights_is_part_of_the_key_and_found_from_the_notebooks(nbs, monkeypatch):
+    weights = nbs.parent/'mine'/'victim.safetensors'; weights.parent.mkdir(); weights.write_bytes(b'one'); monkeypatch.chdir(nbs.parent)
+    given = batch._found_from(nbs, {'poison.checkpoints': {'BadNet': 'mine/victim.safetensors'}, 'model.pretrained': 'openai', 'poison.count': 3})
+    assert given == {'poison.checkpoints': {'BadNet': os.path.join('..', 'mine', 'victim.safetensors')}, 'model.pretrained': 'openai', 'poison.count': 3}
+    lab = Lab('smoke', device='cpu', runs=nbs.parent/'runs'); key = lambda: batch.run_key(nbs/'10_ubt.ipynb', {'overrides': given}, lab)
+    first = key(); weights.write_bytes(b'two'); assert key() != first
+    weights.write_bytes(b'one'); assert key() == first != batch.run_key(nbs/'10_ubt.ipynb', {'overrides': {}}, lab)
+
+
 def test_key_follows_library_data_and_versions(nbs, monkeypatch):
     from mcl_repro.lab import Lab
     lab = Lab('smoke', device='cpu', runs=nbs.parent/'runs'); key = lambda: batch.run_key(nbs/'10_ubt.ipynb', {'seeds': 1, 'runs': 'a'}, lab)
