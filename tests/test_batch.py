@@ -71,6 +71,7 @@ def test_second_run_does_nothing_until_something_changes(nbs):
 
 
 def test_a_file_of_weights_is_part_of_the_key_and_found_from_the_notebooks(nbs, monkeypatch):
+    from mcl_repro.lab import Lab
     weights = nbs.parent/'mine'/'victim.safetensors'; weights.parent.mkdir(); weights.write_bytes(b'one'); monkeypatch.chdir(nbs.parent)
     given = batch._found_from(nbs, {'poison.checkpoints': {'BadNet': 'mine/victim.safetensors'}, 'model.pretrained': 'openai', 'poison.count': 3})
     assert given == {'poison.checkpoints': {'BadNet': os.path.join('..', 'mine', 'victim.safetensors')}, 'model.pretrained': 'openai', 'poison.count': 3}
