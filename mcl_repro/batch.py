@@ -130,6 +130,7 @@ def _source(path) -> str:
     cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
     return _hash(*(f"{c['cell_type']}\0{''.join(c['source'])}" for c in cells))
 
+# %% ../nbs/20_batch.ipynb #b8d26c59
 def _weight_files(value, nbs) -> list:
     "Files of weights that settings name, as the kernel finds them from the notebooks' folder."
     if isinstance(value, dict): return [f for v in value.values() for f in _weight_files(v, nbs)]
@@ -424,6 +425,7 @@ def _command(name, standard, extra) -> str:
         for k, v in values.items(): words += [option, f'{k}={v if isinstance(v, str) else json.dumps(v)}']
     return shlex.join(report._public(words))
 
+# %% ../nbs/20_batch.ipynb #63be5ee1
 def run_notebooks(
     papers:list[str]|str=(),  # 'ubt', 'mem', ...; none means all
     profile:str='mini',  # how big: 'smoke', 'mini' or 'paper'

@@ -194,6 +194,7 @@ def data_add(args):
     splits = list(entry.get('splits') or entry['found'])   # a set of the manifest keeps its own `splits`
     print(f"added {args.name}; use it as {', '.join(f'{args.name}:{s}' for s in splits)}, for example: mcl_repro run --role ROLE={args.name}:{splits[0]}")
 
+# %% ../nbs/21_cli.ipynb #fb55cad3
 def data_cc3m(args):
     "The list of links, then img2dataset; finished shards are not fetched again."
     import shlex

@@ -97,6 +97,7 @@ def build_clip(
     clip.model = clip.model.to(device).eval()
     return clip
 
+# %% ../nbs/02_clip.ipynb #21faf08a
 def _public_tag(oc, name, pretrained):
     "`pretrained` if it is a tag of open_clip, None if it is nothing or a file; else SettingsError."
     if not pretrained or Path(str(pretrained)).suffix: return None

@@ -59,6 +59,7 @@ class Experiments:
         made = {name: attack_settings(self.lab, entry, self.clean, self.settings.target) for name, entry in self._entries.items()}
         return _Attacks(made, self.own_attacks) if self.own_attacks else made
 
+# %% ../nbs/09b_experiments.ipynb #f836cebf
 class _Attacks(dict):
     "Attacks by name. Those of plug-ins are found, but neither listed nor counted: texts and figures speak of the paper's."
     def __init__(self, listed, own): super().__init__(listed); self.own = own
