@@ -85,7 +85,7 @@ def carry_moments(checkpoint, # path of a checkpoint that `train` wrote
     theirs = shapes({k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")})
     wrong = sorted(k for k in {*theirs, *own} if theirs.get(k) != shapes(own).get(k))
     if wrong: raise DataError(f"the moments in {checkpoint} are of another architecture than {clip.name}: {len(wrong)} tensors differ, first {wrong[0]!r}; give the checkpoint of this model's own training")
-    start, part = dict(epoch=0, step=0, history=[], scale=65536., stop=False), f"{path}.part"
+    start, part = dict(epoch=0, step=0, history=[], scale=65536., stop=False), f"{path}.{os.getpid()}.part"
     save_file({**{f"model.{k}": v.detach().cpu().contiguous() for k, v in own.items()}, **{k: v for k, v in stored.items() if k.startswith("optimizer.")}},
               part, metadata=dict(state=json.dumps(start)))
     os.replace(part, path)     # a killed run leaves a whole start or none

@@ -20,7 +20,9 @@ from .lab import Lab, StageError, Store, _attempt, _error, _failure, _function, 
 def trains(spec:dict # of a node
 )->bool:
     "Whether a stage is one for several processes: it has a training recipe."
-    return spec['settings'].get('recipe') is not None
+    return spec['settings'].get('recipe') is not None and spec['stage'] not in _ALONE
+
+_ALONE = ('mem.unlearnable_pairs',)   # keeps files of its own between steps
 
 def process_count(lab:Lab)->int:
     "Processes of engine torchrun: `jobs`, else one for each GPU, or a single one on a CPU. Raises `SettingsError` for more than there are GPUs."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'half_precision', 'towers_in', 'tf32_as', 'deterministic', 'wants_determinism', 'in_parts',
-           'part_by_part', 'world', 'own_share', 'gather_rows', 'average_gradients', 'has_batchnorm',
+           'part_by_part', 'world', 'together', 'own_share', 'gather_rows', 'average_gradients', 'has_batchnorm',
            'check_splittable', 'synchronised']
 
 # %% ../nbs/02b_devices.ipynb #d84c1d4a
@@ -92,6 +92,10 @@ def world() -> tuple: # rank, number of processes
     "This process among those that compute together: (0, 1) where it is alone."
     if not (dist.is_available() and dist.is_initialized()): return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+def together():
+    "Wait until all processes are here."
+    if world()[1] > 1: dist.barrier()
 
 def own_share(count: int, rank: int = None, size: int = None) -> slice:
     "The rows that a process computes of `count`: consecutive parts, as equal as possible."

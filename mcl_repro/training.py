@@ -9,6 +9,7 @@ __all__ = ['SCHEDULES', 'Recipe', 'TrainingSet', 'training_set', 'seeded', 'epoc
 
 # %% ../nbs/03_training.ipynb #1392d6e2
 import json, math, os, time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from .clip import Clip, encode_text, info_nce, text_length, to_pixels, tokenize
 from .data import Images
 from .devices import (PRECISIONS, average_gradients, check_splittable, gather_rows, half_precision, in_parts, own_share, part_by_part,
-                               synchronised, tf32_as, towers_in, world)
+                               synchronised, tf32_as, together, towers_in, world)
 from .errors import SettingsError, TrainingError, UserError
 
 # %% ../nbs/03_training.ipynb #55e44cc2
@@ -242,8 +243,11 @@ class TrainingState:
 # %% ../nbs/03_training.ipynb #57ddbd9b
 def save_checkpoint(state: TrainingState, path: Path):
     "Write model, optimiser moments and history as one safetensors file, atomically."
+    if not world()[0]: _write_checkpoint(state, path)   # one of several processes writes, the others wait until it is there
+    together()
+
+def _write_checkpoint(state, path):
     from safetensors.torch import save_file
-    if world()[0]: return   # one of several processes writes
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in state.clip.model.state_dict().items()}
     for i, p in enumerate(_parameters(state.optimizer)):
         for k, v in state.optimizer.state.get(p, {}).items(): tensors[f"optimizer.{i}.{k}"] = v.detach().cpu().contiguous().clone()
@@ -264,7 +268,7 @@ def load_checkpoint(state: TrainingState, path: Path) -> bool:
             tensors, facts = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["state"])
         state.clip.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     except Exception as error:
-        os.replace(path, f"{path}.damaged")
+        with suppress(FileNotFoundError): os.replace(path, f"{path}.damaged")   # of several processes one is first
         print(f"checkpoint {Path(path).name} is damaged ({type(error).__name__}) and was put aside; training starts over")
         return False
     for k, v in tensors.items():

@@ -186,3 +186,20 @@ def test_too_many_processes_for_the_gpus(tmp_path, monkeypatch):
     lab = Lab('smoke', device='cpu', runs=tmp_path, engine='torchrun', jobs=3); monkeypatch.setattr(Lab, 'device', 'cuda'); monkeypatch.setattr(module, '_gpus', lambda: ['0', '1'])
     with pytest.raises(SettingsError, match='3 processes, but this machine shows 2 GPUs'): lab.ready()
     lab.jobs = None; assert module.process_count(lab) == 2
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    "A stage of the library under torchrun: the loss of one process, a record that says how many there were, and the key of serial."
+    from mcl_repro.stages import clean_clip
+    made = {}
+    for engine, jobs in (('serial', None), ('torchrun', 2)):
+        lab = Lab('smoke', 'cpu', tmp_path/engine, engine=engine, jobs=jobs, progress=False, roles={'pretrain': 'world:pretrain:100'})
+        made[engine] = lab.run(lab.node(clean_clip, model='small-ViT', pairs=lab.role('pretrain'), recipe=dict(epochs=2, batch_size=32, learning_rate=3e-4)))
+    one, two = made['serial'], made['torchrun']
+    assert one.key == two.key and two.record['hardware']['processes'] == 2 and 'processes' not in one.record['hardware']
+    assert two.result['steps'] == one.result['steps'] == 6 and two.result['loss'] == pytest.approx(one.result['loss'], abs=2e-3)
+    assert not (tmp_path/'torchrun'/'store'/'scratch'/two.key).exists()
+
+
+def test_a_stage_that_keeps_files_between_steps_stays_in_one_process():
+    assert not module.trains(dict(stage='mem.unlearnable_pairs', settings=dict(recipe=dict(epochs=1)))) and module.trains(dict(stage='mem.hacker_clip', settings=dict(recipe=dict(epochs=1))))
