@@ -2,7 +2,7 @@
 
 The order matters: pytest comes last, so that its closing line is the last thing one reads.
 """
-import argparse, hashlib, os, re, subprocess, sys, tempfile
+import argparse, hashlib, os, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,16 +19,11 @@ def tree_hash() -> str:
     return digest.hexdigest()
 
 
-def start(*command, output=subprocess.PIPE):
-    "Start a command of this environment, one thread each: there are as many processes as cores."
+def run(*command) -> str:
+    "Run a command of this environment, one thread in each process, show its output as it comes, and return it; a failure ends the tests."
     print("$", *command[1:], flush=True)
     environment = dict(os.environ, OMP_NUM_THREADS="1", PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
-
-
-def run(*command) -> str:
-    "Run a command, show its output as it comes, and return it; a failure ends the tests."
-    process, lines = start(*command), []
+    process, lines = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), []
     for line in process.stdout:
         print(line, end="", flush=True)
         lines.append(line)
@@ -59,13 +54,8 @@ def main():
     if stamp.exists() and not force:
         print("nothing changed since this tree passed (make test FORCE=1 runs it again); it ended with")
         return print(stamp.read_text(encoding="utf-8").rstrip())
-    run(*notebooks("nbs", 2))
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as told:      # pytest has one process, so the tutorials go beside it
-        tutorials = start(*notebooks("nbs/tutorials", 1), output=told)
-        try: output = run(sys.executable, "-m", "pytest", "tests", "-q", "--color=no", "-p", "no:cacheprovider", "--durations=10")
-        except SystemExit: tutorials.kill(); raise
-        failed = tutorials.wait(); told.seek(0); print(told.read())
-    if failed: sys.exit(failed)
+    for folder in ("nbs", "nbs/tutorials"): run(*notebooks(folder, 2))
+    output = run(sys.executable, "-m", "pytest", "tests", "-q", "-n", "2", "--dist", "loadfile", "--color=no", "-p", "no:cacheprovider", "--durations=10")
     print(output.strip().splitlines()[-1])
     stamp.parent.mkdir(exist_ok=True)
     stamp.write_text(output.strip().splitlines()[-1] + "\n", encoding="utf-8")
