@@ -260,7 +260,7 @@ def note(self: Experiments,
     counts = [self.counts.get(name, self.settings.poison.count) for name in self._entries] or [self.settings.poison.count]
     data = data or f"{self.source('finetune')}, {max(set(counts), key=counts.count)} poisoned, tested on {self.source('zeroshot')}"
     data = "; ".join([data, *(f"poisoned model of {name} from the file {Path(file).name}" for name, (file, _) in self.checkpoints.items())])
-    return table_note(self.lab.name, data, self.model.name, trigger="; ".join(map(self.trigger, triggers)), stand_in=self.lab.name != "paper", paper=paper)
+    return table_note(self.lab.name, data, self.model.name, trigger="; ".join(map(self.trigger, triggers)), stand_in=self.lab.stands_in, paper=paper)
 
 # %% ../nbs/09b_experiments.ipynb #e5e32dce
 @patch

@@ -1275,6 +1275,8 @@ def _engine(engine, jobs):
     raise SettingsError(f'engine {engine!r} is not known; give serial, dask, torchrun, or the address of a Dask scheduler such as tcp://host:8786')
 
 # %% ../nbs/07_lab.ipynb #5554ea2e
+_HOW = ('precision', 'order', 'micro_batch')   # settings that say how to compute, not what
+
 class Lab:
     "One profile on one device with one store: makes nodes, and runs those that are not done."
     def __init__(self,
@@ -1292,6 +1294,7 @@ class Lab:
         module:str|None=None,            # the library module that the calling notebook exports to, e.g. 'mcl_repro.ubt'
     ):
         self.name, self.profile = profile, load_profile(profile, settings, roles)
+        self.stands_in = profile != 'paper' or bool(roles) or any(k.rpartition('.')[2] not in _HOW for k in settings or {})   # for the papers' data, models and settings
         self.seeds, self.jobs, self.engine = list(range(_count('seeds', seeds))), jobs, _engine(engine, jobs)
         self.runs, self.folder, self.store = Path(runs), Path(runs)/profile, Store(store or Path(runs)/'store')
         self._asked, self._threads, self._progress, self.module = device, _count('threads', threads), progress, module

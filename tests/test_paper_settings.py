@@ -140,3 +140,10 @@ def test_recipes_and_searches_of_every_profile_are_ones(profile):
     settings = load_profile(profile); found = recipes(settings)
     assert len(found) >= 12 and all(Recipe(**{k: v for k, v in r.items() if k != 'recipe'}) for r in found)
     for method in settings.mem.methods.values(): assert Search(**{**settings.mem.protect.search, **method.get('search', {})})
+
+
+def test_a_table_says_stand_in_where_data_or_settings_are_not_the_papers(tmp_path):
+    from mcl_repro.lab import Lab
+    def stands_in(profile, **kwargs): return Lab(profile, device='cpu', runs=tmp_path, **kwargs).stands_in
+    assert stands_in('mini') and not stands_in('paper') and not stands_in('paper', settings={'finetune.precision': 'fp32', 'finetune.order': 'streamed', 'finetune.micro_batch': 32})
+    assert stands_in('paper', roles={'finetune': 'world:train'}) and stands_in('paper', settings={'finetune.epochs': 1})
