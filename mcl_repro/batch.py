@@ -108,7 +108,7 @@ _VERSIONED = ('torch', 'open_clip_torch', 'torchvision', 'numpy', 'pandas', 'sci
 def _hash(*parts): return hashlib.sha256('\0'.join(parts).encode()).hexdigest()
 
 # what cannot change what a paper's notebook writes: the batch and its surroundings, and what is for one's own models and data
-_ASIDE = ('__init__.py', '_modidx.py', 'archive.py', 'batch.py', 'bench.py', 'cli.py', 'cluster.py', 'commands.py', 'paper_bench.py', 'paper_settings.py', 'papers/settings.yaml', 'planning.py', 'protecting.py', 'publish.py', 'scan_study.py', 'scanning.py', 'site.py')
+_ASIDE = ('__init__.py', '_modidx.py', 'archive.py', 'batch.py', 'bench.py', 'cli.py', 'commands.py', 'paper_bench.py', 'paper_settings.py', 'papers/settings.yaml', 'planning.py', 'protecting.py', 'publish.py', 'scan_study.py', 'scanning.py', 'site.py')
 _WITH_PLUGINS = ('cards.py', 'inputs.py', 'measuring.py', 'plugins.py', 'repairing.py', 'papers/limits.yaml', 'papers/limits_values.yaml') # nor these, unless there are plug-ins
 
 def _library(plugins:bool=False) -> str:

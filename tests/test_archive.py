@@ -187,8 +187,10 @@ def test_a_run_never_fails_for_it(folder, monkeypatch):
 
 def test_batch_and_report_command_write_it(tmp_path, monkeypatch, capsys):
     class Lab:
-        device, profile = 'cpu', dict(roles={})
+        device, engine, profile = 'cpu', 'serial', dict(roles={})
         def __init__(self, *a, **k): pass
+        def ready(self): pass
+        close = ready
     def one(name, source, *rest):
         folder = rest[3]; notebook(folder, name, '2026-01-02T03:00:00+00:00', '2026-01-02T03:00:12+00:00')
         if name == 'b': return batch.NotebookRun(name, 'failed', 1., folder, SettingsError('b is bad'))
