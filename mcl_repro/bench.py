@@ -788,7 +788,7 @@ def main(argv: list = None) -> int: # exit code
         return 2
     show_rows(rows)
     judged = [r["met"] for r in rows if r["met"]]
-    print(f"{judged.count('yes')} of {len(judged)} targets met; " if judged else "quick run, nothing is judged; ", Path(args.runs)/"bench"/"bench.csv", sep="")
+    print(f"{judged.count('yes')} of {len(judged)} targets met; " if judged else "quick run, nothing is judged; " if args.quick else "nothing here has a target; ", Path(args.runs)/"bench"/"bench.csv", sep="")
     return int(any(r["quantity"].startswith("failed (") for r in rows))
 
 # %% ../nbs/22_bench.ipynb #4f1dda9c

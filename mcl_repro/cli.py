@@ -325,14 +325,15 @@ def plan(args):
     "What a run would compute, cost and lack; 1 where it cannot start."
     import json
     from mcl_repro.planning import make_plan, plan_json, plan_text
-    made = make_plan(args.paper or (), args.profile, args.device, args.jobs, args.seeds, parse_pairs(args.role, '--role', raw=True), parse_pairs(args.param, '--param'), args.runs,
+    made = make_plan([*args.papers, *(args.paper or ())], args.profile, args.device, args.jobs, args.seeds, parse_pairs(args.role, '--role', raw=True), parse_pairs(args.param, '--param'), args.runs,
                      overrides=parse_pairs(args.set, '--set'), notebooks=args.notebooks, table=args.table, calibration='none' if args.no_calibration else 'measure')
     print(json.dumps(plan_json(made), ensure_ascii=False, allow_nan=False) if args.json else plan_text(made))
     return 1 if made.reasons else 0
 
 def _plan_command(commands):
     p = commands.add_parser('plan', help='what a run will compute, what it costs on this device, and what is missing'); _common(p).set_defaults(call=plan)
-    p.add_argument('--paper', action='append', metavar='PAPER', help='ubt, mem, cleanclip, cfbd or baselines (default: all); repeatable')
+    p.add_argument('papers', nargs='*', metavar='PAPER', help='as for run: ubt, mem, cleanclip, cfbd, baselines (default: all there are)')
+    p.add_argument('--paper', action='append', metavar='PAPER', help='the same as an option; repeatable')
     p.add_argument('--table', metavar='ID', help='only what one table needs, such as ubt.table7')
     p.add_argument('--device', default='auto', help='auto (default), cpu or cuda'); p.add_argument('--jobs', type=int, default=1, metavar='N', help='processes that compute at the same time (default: 1)')
     p.add_argument('--seeds', type=int, default=1, metavar='N', help='seeds that experiments repeat over (default: 1)')

@@ -8,8 +8,9 @@ __all__ = ['import_torchvision', 'import_open_clip', 'mini_models', 'model_confi
            'embed_images', 'embed_tokens', 'embed_texts', 'imagenet_templates', 'zero_shot_weights', 'info_nce']
 
 # %% ../nbs/02_clip.ipynb #ba915fcb
-import functools, importlib, json, sys, weakref
+import functools, importlib, json, logging, sys, weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -90,7 +91,7 @@ def build_clip(
     name = _as_trained(oc, name, tag); config = model_config(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = oc.CLIP(**config) if name in mini_models() else oc.create_model(name, pretrained=tag, precision="fp32")
+        with _unwarned(tag): model = oc.CLIP(**config) if name in mini_models() else oc.create_model(name, pretrained=tag, precision="fp32")
     size = config["vision_cfg"].get("image_size", 224)
     clip = Clip(model, _tokenizer(oc, name, config), size, oc.OPENAI_DATASET_MEAN, oc.OPENAI_DATASET_STD, name)
     if pretrained and not tag: load_weights(clip, pretrained)
@@ -98,6 +99,14 @@ def build_clip(
     return clip
 
 # %% ../nbs/02_clip.ipynb #21faf08a
+@contextmanager
+def _unwarned(tag):
+    "Without open_clip's warning that there are no weights, where none were asked for."
+    before = logging.root.manager.disable
+    if not tag: logging.disable(logging.WARNING)
+    try: yield
+    finally: logging.disable(before)
+
 def _public_tag(oc, name, pretrained):
     "`pretrained` if it is a tag of open_clip, None if it is nothing or a file; else SettingsError."
     if not pretrained or Path(str(pretrained)).suffix: return None
@@ -149,11 +158,11 @@ def read_tensors(path: Path # a `.safetensors` file or a torch file that holds t
 
 # %% ../nbs/02_clip.ipynb #9c970309
 def _state_dict(loaded, path):
-    "The state dict inside what other trainers save: bare, or under `state_dict`, with or without DataParallel's `module.`"
+    "The state dict inside what other trainers save: bare, or under `state_dict`, with or without DataParallel's `module.` and torch.compile's `_orig_mod.`"
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
         raise DataError(f"{path} holds no state dict of tensors: save model.state_dict() and try again")
-    return {k.removeprefix("module."): v for k, v in loaded.items()}
+    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in loaded.items()}
 
 def saved_name(path: Path) -> str | None:
     "The architecture that `save_clip` noted in a file; None where it does not say."

@@ -137,3 +137,9 @@ def test_a_training_says_how_many_captions_it_cut():
     captions = [f'picture number {i}' + ' and so on'*20*(i in (2, 5, 6)) for i in range(8)]
     data = training_set(clip, Pairs([str(i) for i in range(8)], captions, ArrayImages(pixels)))
     assert data.captions_cut == 3 and np.isfinite(train(clip, data, Recipe(1, 4, 1e-3))[-1]['loss'])
+
+
+def test_a_model_without_weights_is_built_without_a_warning(caplog):
+    import logging
+    with caplog.at_level(logging.WARNING): clip = build_clip('ViT-B-32')
+    assert clip.image_size == 224 and not caplog.records and logging.root.manager.disable == logging.NOTSET

@@ -54,7 +54,7 @@ def test_open_clip_loads_what_save_clip_wrote_with_equal_outputs(name, tmp_path,
 # ---- from elsewhere to here
 
 def trainers(model, folder):
-    "The same weights as five kinds of trainers store them."
+    "The same weights as six kinds of trainers store them."
     state = model.state_dict(); optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     sum(p.sum() for p in model.parameters()).backward(); optimizer.step(); model.zero_grad()
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -63,7 +63,8 @@ def trainers(model, folder):
     torch.save({'state_dict': {f'module.{k}': v for k, v in state.items()}}, folder/'parallel.pt')
     torch.save({'epoch': 3, 'name': 'run', 'state_dict': state, 'optimizer': optimizer.state_dict()}, folder/'epoch_3.pt')                # open_clip_train
     torch.save({'epoch': 3, 'name': 'run', 'state_dict': {f'module.{k}': v for k, v in state.items()}, 'optimizer': optimizer.state_dict(), 'scaler': {'scale': 65536., 'growth_factor': 2.}}, folder/'epoch_latest.pt')
-    return [folder/name for name in ('plain.safetensors', 'plain.pt', 'parallel.pt', 'epoch_3.pt', 'epoch_latest.pt')]
+    torch.save({f'_orig_mod.{k}': v for k, v in state.items()}, folder/'compiled.pt')
+    return [folder/name for name in ('plain.safetensors', 'plain.pt', 'parallel.pt', 'epoch_3.pt', 'epoch_latest.pt', 'compiled.pt')]
 
 
 @pytest.fixture(scope='module')
@@ -80,7 +81,7 @@ def a_lab(tmp_path, **settings): return Lab('smoke', device='cpu', runs=tmp_path
 def planned(lab): return Experiments(lab, ['ubt.table1'], attacks={'BadNets': 'BadNet', 'Blended': 'Blended'})
 
 
-@pytest.mark.parametrize('kind', range(5))
+@pytest.mark.parametrize('kind', range(6))
 def test_checkpoints_of_every_trainer_are_the_clean_or_the_poisoned_model(kind, foreign, tmp_path, pixels):
     model, files = foreign; file = str(files[kind])
     lab = a_lab(tmp_path, **{'model.pretrained': file, 'poison.checkpoints': {'BadNet': file}})
