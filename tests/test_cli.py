@@ -24,9 +24,12 @@ def fails(done, says, code=2):
 
 
 def test_help_is_quick_and_loads_nothing_heavy():
+    "In seconds of the processor: other tests run beside this one."
+    import resource
+    def used(): found = resource.getrusage(resource.RUSAGE_CHILDREN); return found.ru_utime + found.ru_stime
     times = []
     for _ in range(3):
-        began = time.perf_counter(); done = call('--help'); times.append(time.perf_counter() - began)
+        began = used(); done = call('--help'); times.append(used() - began)
     assert done.returncode == 0 and all(w in done.stdout for w in ('run', 'status', 'clean', 'data', 'report'))
     assert min(times) < .5, times
     heavy = subprocess.run([sys.executable, '-c', 'import sys, mcl_repro.cli as c\ntry: c.main(["--help"])\nexcept SystemExit: pass\nprint([m for m in ("torch", "numpy", "pandas", "papermill", "matplotlib", "yaml") if m in sys.modules])'],
