@@ -6,8 +6,8 @@
 __all__ = ['ON_GPU', 'ON_CPU', 'SMALL', 'PaperScale', 'paper_scale', 'plain_loop', 'flops_per_pair', 'matrix_peak',
            'paper_training', 'paper_switches', 'paper_images', 'gpu_records']
 
-# %% ../nbs/22b_paper_bench.ipynb #63c0a6b5
-import functools, io, time
+# %% ../nbs/22b_paper_bench.ipynb #6ec4fab0
+import functools, time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +17,11 @@ import pandas as pd
 import torch
 
 import mcl_repro
-from .bench import Scale, _bare_batches, benchmark, in_turns, ratio_rows, row
+from .bench import Scale, _bare_batches, _pairs_per_second, benchmark, in_turns, ratio_rows, row
 from .clip import build_clip, embed_images, info_nce
 from .data import ArrayImages, Images, StoredImages, open_data
 from .devices import deterministic, half_precision, towers_in
+from .planning import _jpeg
 from .training import Recipe, contrastive_loss, read_batch, rows_of, train, training_set
 
 # %% ../nbs/22b_paper_bench.ipynb #5701a915
@@ -71,7 +72,7 @@ def plain_loop(model, # open_clip model, trained in place
         with torch.no_grad(): model.logit_scale.clamp_(0, 4.6052)
     return loss.item()
 
-# %% ../nbs/22b_paper_bench.ipynb #1afcb19f
+# %% ../nbs/22b_paper_bench.ipynb #417ab96e
 @functools.lru_cache(maxsize=2)
 def _pictures(count, size): return open_data(f"world:train:{count}").images.array(size=size)
 
@@ -85,11 +86,9 @@ def _data(clip, batch_size, pairs, steps=8):
 def _on_device(model): return build_clip(model, device=_device())
 
 def _speed(function, pairs):
-    "A function that runs `function`, waits for the device, and returns pairs per second."
-    def measure():
-        _wait(); started = time.perf_counter(); function(); _wait()
-        return pairs / (time.perf_counter() - started)
-    return measure
+    "Pairs per second as in `22_bench`, waiting for the device."
+    def finished(): function(); _wait()
+    return _pairs_per_second(finished, pairs)
 
 # %% ../nbs/22b_paper_bench.ipynb #592f364f
 def flops_per_pair(clip, batch, precision: str = "auto") -> float:
@@ -162,12 +161,11 @@ def paper_switches(scale: Scale):
             yield row(name, f"{model}, batch {size}: {what}", speed, "pairs/s")
             if what == "compiled": yield row(name, f"{model}, batch {size}: first turn with the compiler", first, "s")
 
-# %% ../nbs/22b_paper_bench.ipynb #8f1d17a8
+# %% ../nbs/22b_paper_bench.ipynb #41cbc69f
 class _Photographs(StoredImages):
     "One JPEG of the size of a photograph, again and again."
     def __init__(self, count, size):
-        buffer = io.BytesIO(); open_data("world:train:1").images[0].resize(size).save(buffer, "JPEG", quality=85)
-        self.bytes, self.count = buffer.getvalue(), count
+        self.bytes, self.count = _jpeg(size), count
     def __len__(self): return self.count
     def read(self, row): return self.bytes
     def where(self, row): return f"photograph {row}"
@@ -195,8 +193,8 @@ def paper_images(scale: Scale):
     yield from [row(name, f"decoded and scaled to 224 px from JPEG of {paper.photo[0]} x {paper.photo[1]}, {Images.workers} threads", together, "images/s"),
                    row(name, "the same per thread", together / Images.workers, "images/s")]
 
-# %% ../nbs/22b_paper_bench.ipynb #82aaa71b
-def gpu_records(name: str # `tables` or `training`
+# %% ../nbs/22b_paper_bench.ipynb #3dc6b27b
+def gpu_records(name: str # `runs`, `tables` or `training`
     ) -> pd.DataFrame:
-    "Records of runs on an H200: cells of UBT's tables beside the published ones of a CPU, and MedR after each epoch of MEM's clean RN50."
+    "Records of runs on an H200: what they took, cells of UBT's tables beside the published ones of a CPU, and MedR after each epoch of MEM's clean RN50."
     return pd.read_csv(Path(mcl_repro.__file__).parent/"papers"/f"gpu_{name}.csv")
