@@ -86,7 +86,7 @@ def careless(work, *, name):
 @stage
 def where(work, *, number, processes=1):
     "Leaves in the log which process computed this; returns only when so many have begun one."
-    started(f'where{number}'); end = time.time() + 30
+    started(f'where{number}'); end = time.time() + 90
     while len({line.split()[1] for line in Path(os.environ['LAB_STARTS']).read_text().splitlines()}) < processes:
         assert time.time() < end, f'no {processes} processes'
         time.sleep(.02)

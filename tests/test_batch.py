@@ -8,6 +8,7 @@ import pytest
 from mcl_repro import batch
 from mcl_repro.batch import NotebookError, Progress, check_parameters, find_notebooks, notebook_page, notebook_parameters, run_notebooks
 from mcl_repro.errors import DataError, SettingsError, TrainingError, UserError
+from test_crash import alive, gone
 
 STANDARD = "profile = 'mini'\ndevice = 'auto'\njobs = 1\nseeds = 1\nroles = {}\noverrides = {}\nruns = '../runs'\n"
 TABLE = '''
@@ -35,11 +36,6 @@ def nbs(tmp_path):
 
 def go(nbs, papers='ubt', **kw):
     return run_notebooks(papers, **{'profile': 'smoke', 'device': 'cpu', 'runs': nbs.parent/'runs', 'notebooks': nbs, 'progress': Progress(nbs.parent/'runs', 'smoke', out=io.StringIO())} | kw)
-
-
-def alive(pid):
-    try: return open(f'/proc/{pid}/stat').read().rsplit(')', 1)[1].split()[0] != 'Z'
-    except OSError: return False
 
 
 def test_run_leaves_copy_page_table_and_report(nbs):
@@ -189,7 +185,7 @@ def start(nbs, *more):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=Path(batch.__file__).parent.parent, start_new_session=True)
 
 
-def wait_for(path, seconds=40):
+def wait_for(path, seconds=90):
     end = time.time() + seconds
     while not path.exists() or not path.read_text():
         assert time.time() < end, f'{path} did not appear'
@@ -210,10 +206,10 @@ def test_stopping_ends_kernel_and_children_within_seconds(nbs, how, code):
     write(nbs, '10_ubt.ipynb', STANDARD, SLEEPER); process = start(nbs)
     try:
         pids = [int(p) for p in wait_for(nbs.parent/'pids').split()]; assert all(map(alive, pids))
-        began = time.time(); process.send_signal(how); out, err = process.communicate(timeout=15)
-        assert process.returncode == code and time.time() - began < 8, err
+        began = time.time(); process.send_signal(how); out, err = process.communicate(timeout=60)
+        assert process.returncode == code and time.time() - began < 30, err
         assert 'Traceback' not in err and (how == signal.SIGTERM or 'stopped; what is finished is kept' in err)
-        time.sleep(.3); assert not any(map(alive, pids))
+        assert gone(pids) is True
     finally: process.kill(); process.wait()
     out = nbs.parent/'runs/smoke/notebooks'; assert not (out/'ubt.ipynb').exists() and not list(out.glob('.ubt.*.ipynb'))
 

@@ -22,7 +22,7 @@ class Scheduler(Bench):
     def __init__(self, folder, monkeypatch):
         super().__init__(folder, monkeypatch); self.processes = []
         self.start('scheduler', '--host', '127.0.0.1', '--port', '0', '--scheduler-file', str(folder/'scheduler.json'))
-        end = time.time() + 30
+        end = time.time() + 90
         while (found := lab_module._read_json(folder/'scheduler.json')) is None: assert time.time() < end; time.sleep(.05)
         self.address = found['address']
 
@@ -39,7 +39,7 @@ class Scheduler(Bench):
 
     def lab(self, device='cpu', **kwargs): return Lab('smoke', device=device, runs=self.runs, engine=self.address, **kwargs)
     def wait_for_any(self, what):
-        end = time.time() + 30
+        end = time.time() + 90
         while not self.processes_of(what): assert time.time() < end; time.sleep(.02)
 
     def processes_of(self, what): return [int(line.split()[1]) for line in self.log.read_text().splitlines() if line.startswith(what)]
@@ -51,7 +51,7 @@ class Scheduler(Bench):
 
 @pytest.fixture
 def scheduler(tmp_path, monkeypatch):
-    pytest.importorskip('distributed'); monkeypatch.setenv('MCL_REPRO_WAIT', '30')
+    pytest.importorskip('distributed'); monkeypatch.setenv('MCL_REPRO_WAIT', '90')
     found = Scheduler(tmp_path, monkeypatch)
     try: yield found
     finally: found.close()
@@ -70,11 +70,11 @@ def test_workers_that_join_late_and_are_killed(scheduler, capfd):
     lab, found = scheduler.lab(), []
     places = [lambda lab, i=i: lab.node(lab_stages.where, number=i, processes=2) for i in range(4)]
     run = threading.Thread(target=lambda: found.extend(lab.run([p(lab) for p in places]))); run.start()
-    end = time.time() + 20
-    while 'waiting for a worker (at most 30 s' not in capfd.readouterr().err: assert time.time() < end; time.sleep(.1)
+    end = time.time() + 89
+    while 'waiting for a worker (at most 90 s' not in capfd.readouterr().err: assert time.time() < end; time.sleep(.1)
     assert scheduler.starts() == []
     one = scheduler.worker(); scheduler.wait_for_any('where')
-    two = scheduler.worker(); run.join(30)
+    two = scheduler.worker(); run.join(120)
     assert [a.result for a in found] == [{'number': i} for i in range(4)]
     assert set(scheduler.processes_of('where')) == {one.pid, two.pid} and len(scheduler.starts()) == 4
 
@@ -92,7 +92,7 @@ def test_stages_for_a_gpu_go_to_workers_that_declare_one(scheduler, monkeypatch)
     plain = scheduler.worker(); here = scheduler.lab(); assert scheduler.lab('auto').device == 'cpu'
     monkeypatch.setenv('MCL_REPRO_WAIT', '0')
     with pytest.raises(SettingsError, match=rf'no worker that declares a GPU for 0 s; start one with: dask worker {scheduler.address} .*--resources GPU=1, or give device cpu'): scheduler.lab('cuda').ready()
-    monkeypatch.setenv('MCL_REPRO_WAIT', '30')
+    monkeypatch.setenv('MCL_REPRO_WAIT', '90')
     with_gpu = scheduler.worker('--resources', 'GPU=1', loads=GPU); lab = scheduler.lab('cuda'); lab.ready()
     assert scheduler.lab('auto').device == 'cuda'
     on_gpu = [lab.node(lab_stages.where, number=i, processes=2) for i in range(4)]
@@ -116,7 +116,7 @@ def test_a_scheduler_that_is_not_there(tmp_path):
     assert lab.device == 'cuda'  # without asking for a GPU here
     with pytest.raises(SettingsError, match="engine 'tcp://127.0.0.1:1': no Dask scheduler answers there"): lab.ready()
     with pytest.raises(SettingsError, match='no Dask scheduler answers there'): Lab('smoke', runs=tmp_path, engine='127.0.0.1:1').device
-    assert time.time() - began < 5
+    assert time.time() - began < 20
     with pytest.raises(SettingsError, match="device 'gpu' is not known"): Lab('smoke', device='gpu', runs=tmp_path, engine='127.0.0.1:1')
 
 

@@ -10,7 +10,7 @@ from lab_stages import graph
 from mcl_repro import lab as module
 from mcl_repro.errors import DataError, SettingsError, StoreError, TrainingError, UserError
 from mcl_repro.lab import Lab, StageError, Store, clean_store, load_profile, read_status, stage
-from test_crash import bench, content, undisturbed  # noqa: F401 (fixtures)
+from test_crash import bench, content, gone, undisturbed  # noqa: F401 (fixtures)
 
 HERE = Path(__file__).parent
 
@@ -26,13 +26,13 @@ def starts(lab): return [l.split()[0] for l in (lab.runs.parent/'starts').read_t
 
 def python(code, *args, **kwargs):
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parent)])}
-    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, env=env, timeout=60, **kwargs)
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, env=env, timeout=120, **kwargs)
 
 
 # ---- imports and profiles
 
 def test_import_is_quick_and_without_torch():
-    out = python('import sys, time; t = time.perf_counter(); import mcl_repro.lab; print(time.perf_counter() - t, "torch" in sys.modules, "dask" in sys.modules)')
+    out = python('import sys, time; t = time.process_time(); import mcl_repro.lab; print(time.process_time() - t, "torch" in sys.modules, "dask" in sys.modules)')
     seconds, torch, dask = out.stdout.split()
     assert (torch, dask) == ('False', 'False') and float(seconds) < 1
 
@@ -282,12 +282,12 @@ def test_workers_are_local_have_one_thread_and_may_have_children(lab):
         assert cluster.scheduler_address.startswith('tcp://127.0.0.1:')
         assert set(client.run(lab_stages.in_worker).values()) == {('1', False)}
         pids = set(client.run(os.getpid).values()); os.kill(min(pids), signal.SIGKILL)
-        end = time.time() + 20
+        end = time.time() + 60
         while len(now := set(client.run(os.getpid, on_error='ignore').values())) < 2 or now == pids: assert time.time() < end; time.sleep(.1)
         assert set(client.run(lab_stages.in_worker).values()) == {('1', False)}  # so has the one that took its place
         pids |= now
     finally: module._end(client, cluster)
-    time.sleep(.2); assert not [p for p in pids if os.path.exists(f'/proc/{p}')]
+    assert gone(pids) is True
 
 
 def test_one_worker_for_each_gpu(monkeypatch):
