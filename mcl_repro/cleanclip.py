@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from .augmentation import augment_captions, augment_images, synonym_source
 from .clip import Clip, info_nce, read_tensors, to_pixels, tokenize
 from .data import DataRef, LabelledImages, Pairs, open_data
+from .devices import part_by_part
 from .errors import DataError, SettingsError
 from .lab import stage
 from .stages import load_clip, save_trained, train_and_save
@@ -138,7 +139,7 @@ def supervised_loss(labels: torch.Tensor # int64 [n], the class of every row of 
     ):
     "Cross-entropy of the head's scores, a scalar in nats."
     def loss(clip: Clip, batch: Batch):
-        scores = clip.model.head(clip.model.encode_image(to_pixels(clip, batch.images)))
+        scores = part_by_part(lambda images: clip.model.head(clip.model.encode_image(to_pixels(clip, images))), batch.images).float()
         return F.cross_entropy(scores, labels[batch.rows].to(scores.device))
     return loss
 

@@ -9,7 +9,7 @@ __all__ = ['PRECISIONS', 'half_precision', 'towers_in', 'tf32_as', 'deterministi
 
 # %% ../nbs/02b_devices.ipynb #d84c1d4a
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -70,20 +70,23 @@ def wants_determinism() -> bool:
     return os.environ.get("MCL_REPRO_DETERMINISTIC", "1") != "0"
 
 # %% ../nbs/02b_devices.ipynb #fef768e9
-_micro_batch = ContextVar("micro_batch", default=None)
+_towers = ContextVar("towers", default=(None, nullcontext))
 
 @contextmanager
-def in_parts(size: int | None):
-    "Inside, `part_by_part` splits batches into parts of `size` rows; None: not at all."
-    token = _micro_batch.set(size)
+def in_parts(size: int | None, # rows of a part; None: batches are not split
+             context=nullcontext # makes the context of the way forward, such as `towers_in`
+    ):
+    "Inside, `part_by_part` splits batches into parts, and computes them in a context."
+    token = _towers.set((size, context))
     try: yield
-    finally: _micro_batch.reset(token)
+    finally: _towers.reset(token)
 
 def part_by_part(function, *tensors):
     "`function(*tensors)`, rows of all split alike, part by part: a tensor or a tuple of tensors. Activations are computed again for gradients."
-    size = _micro_batch.get()
-    if size is None or len(tensors[0]) <= size: return function(*tensors)
-    parts = [checkpoint(function, *some, use_reentrant=False) for some in zip(*(t.split(size) for t in tensors))]
+    size, context = _towers.get()
+    with context():
+        if size is None or len(tensors[0]) <= size: return function(*tensors)
+        parts = [checkpoint(function, *some, use_reentrant=False) for some in zip(*(t.split(size) for t in tensors))]
     if isinstance(parts[0], tuple): return tuple(torch.cat(p) for p in zip(*parts))
     return torch.cat(parts)
 

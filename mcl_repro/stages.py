@@ -42,8 +42,9 @@ def train_and_save(work, # of the running stage
                    **kwargs # for `train`: loss, callbacks
     ) -> dict: # the stage's result
     "Train with restart points, write weights and history, and say how it went."
-    data = training_set(clip, pairs)
-    history = train(clip, data, Recipe(**recipe), checkpoint=work.scratch/"checkpoint.safetensors", progress=work.progress, **kwargs)
+    recipe = Recipe(**recipe)
+    data = training_set(clip, pairs, memory_limit=0 if recipe.order == "streamed" else 0.5)   # free memory must not decide on the order
+    history = train(clip, data, recipe, checkpoint=work.scratch/"checkpoint.safetensors", progress=work.progress, **kwargs)
     return save_trained(work, clip, data, history)
 
 def save_trained(work, # of the running stage

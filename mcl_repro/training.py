@@ -11,6 +11,7 @@ __all__ = ['SCHEDULES', 'Recipe', 'TrainingSet', 'training_set', 'seeded', 'epoc
 import json, math, os, time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -179,8 +180,9 @@ def stream(data: TrainingSet, # of lazy pictures in tar shards, one caption each
            first_step: int = 0, # global number of the first batch
            workers: int = None # see `mcl_repro.shards.stream_batches`
     ):
-    "Yield the batches of one epoch in the order in which shards are read. Raises SettingsError for several captions per picture and for several processes."
+    "Yield the batches of one epoch in the order in which shards are read. Raises SettingsError for pictures in memory, several captions per picture and several processes."
     from mcl_repro.shards import stream_batches
+    if data.resident: raise SettingsError("order streamed: these pictures are in memory already, where an order of shards is none; use order shuffled, or training_set(..., memory_limit=0)")
     image_rows, cuda = data.image_rows.numpy(), torch.device(device).type == "cuda"
     pair_of = np.full(len(data.images), -1); pair_of[image_rows] = np.arange(len(data))
     if len(np.unique(image_rows)) < len(data): raise SettingsError(f"order streamed: {len(data):,} captions of {len(np.unique(image_rows)):,} pictures; a stream brings a picture once, use order shuffled")
@@ -195,7 +197,7 @@ def embed_batch(clip: Clip, # the model, in the mode the loop has set
                 tokens: torch.Tensor, # int64 [b, context_length]
                 length: int | None = None # see `encode_text`
     ) -> tuple: # unit-length image and text embeddings, float32 [b, d], with gradients
-    "Embeddings of a batch, for use inside a loss: computed in parts where the recipe asks for it, and by all processes together."
+    "Embeddings of a batch, for use inside a loss: in the recipe's precision, in parts where it asks for them, and by all processes together."
     share = own_share(len(tokens))
     towers = lambda x, t: (clip.model.encode_image(to_pixels(clip, x)), encode_text(clip.model, t, length=length))
     u, v = (F.normalize(e.float(), dim=-1) for e in part_by_part(towers, images[share], tokens[share]))
@@ -356,7 +358,7 @@ def _train_epoch(state, data, loss, callbacks, progress):
     recipe, device, started = state.recipe, state.clip.device, time.perf_counter()
     torch.manual_seed(seeded(recipe.seed, 2, state.epoch))
     total, losses = recipe.epochs * state.steps_per_epoch, []
-    if recipe.order == "streamed" and not data.resident: batches = stream(data, recipe, state.epoch, device, state.step)
+    if recipe.order == "streamed": batches = stream(data, recipe, state.epoch, device, state.step)
     else: batches = iterate(data, epoch_batches(len(data), recipe, state.epoch), device, state.step)
     for batch in batches:
         _set_mode(state)
@@ -384,7 +386,7 @@ def _step(state, batch, loss, learning_rate):
     for group in state.optimizer.param_groups: group["lr"] = learning_rate
     scaler = torch.amp.GradScaler(init_scale=state.scale) if half_precision(recipe.precision, device) is torch.float16 else None
     with tf32_as(recipe.precision, device):
-        with towers_in(recipe.precision, device), in_parts(recipe.micro_batch): value = loss(state.clip, batch)
+        with in_parts(recipe.micro_batch, partial(towers_in, recipe.precision, device)): value = loss(state.clip, batch)
         state.optimizer.zero_grad(set_to_none=True)
         (scaler.scale(value) if scaler else value).backward()
     average_gradients(_parameters(state.optimizer))

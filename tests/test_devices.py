@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 import parallel_training
+from mcl_repro import baselines, cleanclip, devices, training, ubt
 from mcl_repro.clip import build_clip
 from mcl_repro.data import open_data
-from mcl_repro.devices import deterministic, gather_rows, half_precision, own_share, tf32_as, towers_in
+from mcl_repro.devices import deterministic, gather_rows, half_precision, in_parts, own_share, tf32_as, towers_in
 from mcl_repro.errors import SettingsError
-from mcl_repro.training import Recipe, contrastive_loss, read_batch, train, training_set
+from mcl_repro.training import Recipe, embed_batch, read_batch, train, training_set
 
 HERE = Path(__file__).resolve().parent
 
@@ -55,19 +56,48 @@ def test_two_processes_train_one_model(computed):
     torch.testing.assert_close(first["trained.embeddings"], alone["trained.embeddings"], atol=2e-3, rtol=0)
 
 
-def test_a_split_batch_has_the_loss_and_the_gradient_of_the_whole():
+def after_a_step(name, **kw):
+    "Loss and gradients of one step of a training with one of the losses."
     clip, pairs = build_clip("small-ViT", seed=1), open_data("world:train:40")
-    data = training_set(clip, pairs)
-    def after(**kw):
-        clip = build_clip("small-ViT", seed=1)
-        history = train(clip, data, Recipe(epochs=1, batch_size=40, learning_rate=1e-6, **kw))
-        return history[0]["loss"], {n: p.grad.clone() for n, p in clip.model.named_parameters()}
-    loss, whole = after()
-    for size in (7, 16):
-        again, split = after(micro_batch=size)
-        assert again == pytest.approx(loss, abs=1e-5)
-        for name, g in whole.items():
-            assert (split[name] - g).abs().max() <= 1e-5 * max(float(g.abs().max()), 1e-3), name
+    loss = parallel_training.losses(clip, pairs)[name]
+    history = train(clip, training_set(clip, pairs), Recipe(epochs=1, batch_size=40, learning_rate=1e-6, **kw), loss=loss)
+    return history[0]["loss"], {n: p.grad.clone() for n, p in clip.model.named_parameters() if p.grad is not None}
+
+
+def names(): clip = build_clip("small-ViT"); return list(parallel_training.losses(clip, open_data("world:train:40")))
+
+
+def test_a_split_batch_has_the_loss_and_the_gradient_of_the_whole():
+    for name in names():
+        loss, whole = after_a_step(name)
+        largest = max(float(g.abs().max()) for g in whole.values())
+        again, split = after_a_step(name, micro_batch=7)
+        assert again == pytest.approx(loss, abs=1e-5) and set(split) == set(whole)
+        for n, g in whole.items(): assert (split[n] - g).abs().max() <= 1e-5 * max(float(g.abs().max()), 1e-3 * largest), (name, n)
+
+
+def test_sixteen_bits_are_for_the_towers_only(monkeypatch):
+    "As on a GPU: an augmentation or a product of embeddings in 16 bits would be another one, and RoCLIP's does not run in them."
+    monkeypatch.setattr(devices, "half_precision", lambda *_: torch.bfloat16)
+    clip, pairs = build_clip("small-ViT", seed=1), open_data("world:train:40")
+    data, towers, between = training_set(clip, pairs), set(), set()
+    clip.model.visual.register_forward_hook(lambda module, given, found: towers.add(found.dtype))
+    def watched(*args):
+        found = embed_batch(*args); between.add((found[0].dtype, found[1].dtype, torch.is_autocast_enabled("cpu"))); return found
+    for module in (baselines, cleanclip, training, ubt): monkeypatch.setattr(module, "embed_batch", watched)
+    for name, loss in parallel_training.losses(clip, pairs).items():
+        between.clear(); towers.clear(); train(clip, data, Recipe(epochs=1, batch_size=40, learning_rate=1e-6), loss=loss)
+        assert towers == {torch.bfloat16} and between == {(torch.float32, torch.float32, False)}, name
+
+
+def test_the_head_of_a_classifier_is_trained_in_parts_and_precision_of_the_recipe(monkeypatch):
+    clip, pairs = build_clip("small-ViT", seed=1), open_data("world:train:40"); cleanclip.attach_head(clip, 5)
+    data, sizes, loss = training_set(clip, pairs), [], cleanclip.supervised_loss(torch.arange(40) % 5)
+    clip.model.visual.register_forward_hook(lambda m, x, y: sizes.append((len(x[0]), y.dtype)))
+    batch = read_batch(data, torch.arange(40), "cpu"); whole = loss(clip, batch).item()
+    with in_parts(16): assert loss(clip, batch).item() == pytest.approx(whole, abs=1e-6)
+    with in_parts(None, lambda: torch.autocast("cpu", torch.bfloat16)): assert loss(clip, batch).dtype == torch.float32
+    assert sizes == [(40, torch.float32), (16, torch.float32), (16, torch.float32), (8, torch.float32), (40, torch.bfloat16)]
 
 
 def test_a_split_batch_trains_a_resnet_with_frozen_batchnorm_alike():

@@ -1,6 +1,7 @@
 "CC3M's way from its table to shards and subsets, streaming, faces under invented names, and the papers' formats end to end; on the real packs where MCL_REPRO_REAL_DATA points to them."
 import csv, hashlib, importlib.util, inspect, io, json, os, pickle, sys, tarfile, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, pytest, torch
 from PIL import Image, PngImagePlugin
@@ -224,6 +225,10 @@ def test_training_reads_a_poisoned_set_from_its_shards(web, tmp_path):
     def weights(): clip = build_clip("smoke-RN", seed=1); history = train(clip, lazy, recipe); return history, torch.cat([v.flatten().double() for v in clip.model.state_dict().values()])
     (first, a), (second, b) = weights(), weights()
     assert first[-1]["step"] == second[-1]["step"] == 2 * (57 // 8) and torch.equal(a, b)
+    from mcl_repro.stages import train_and_save
+    work, clip = SimpleNamespace(scratch=tmp_path, out=tmp_path, progress=None), build_clip("smoke-RN", seed=1)
+    train_and_save(work, clip, pairs, dict(epochs=2, batch_size=8, learning_rate=1e-3, order="streamed"))
+    assert torch.equal(torch.cat([v.flatten().double() for v in clip.model.state_dict().values()]), a), "a stage streams also where all pictures would fit into memory"
     refused("unknown order 'sorted'", Recipe, epochs=1, batch_size=8, learning_rate=1e-3, order="sorted", kind=SettingsError)
 
 @streams
