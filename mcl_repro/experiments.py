@@ -14,9 +14,10 @@ import pandas as pd
 from IPython.display import display
 from fastcore.basics import patch
 
-from .clip import build_clip, model_config
+from .clip import build_clip, model_config, trained_name
 from .data import open_data
 from .errors import SettingsError
+from .inputs import check_clip
 from .lab import Lab
 from .plugins import own_attacks, own_repairs, repaired_clip, takes, workers_load_plugins
 from .repairing import METHODS
@@ -46,7 +47,7 @@ class Experiments:
         self.image_size = model_config(self.model.name)["vision_cfg"]["image_size"]
         self._entries = {name: settings.attacks[attacks[name]] for name in attack_names or attacks if name in attacks}
         self.own_attacks, self.own_repairs, self._added = {name: entry for name, entry in own.items() if name in (attack_names or own)}, own_repairs(), set()
-        self.checkpoints = _checkpoints(settings, {**attacks, **{name: name for name in own}}, self.model.name)
+        self.checkpoints = _checkpoints(settings, {**attacks, **{name: name for name in own}}, self.model)
         if own or self.own_repairs: workers_load_plugins(lab.engine)
 
     @cached_property
@@ -67,7 +68,7 @@ class _Attacks(dict):
     def get(self, name, default=None): return self[name] if name in self or name in self.own else default
 
 def _checkpoints(settings, attacks, model):
-    "Printed name -> path and checksum of a model that is poisoned already. What is wrong with the files is said here, before anything runs."
+    "Printed name -> settings of `given_clip` for a model that is poisoned already, in the architecture that the clean one is built in. What is wrong with the files is said here, before anything runs."
     given = settings.poison.get("checkpoints") or {}
     if not isinstance(given, dict): raise SettingsError(f"poison.checkpoints is {given!r}: write {{BadNet: victim.safetensors}}, an entry of the profile's attacks and a file for each")
     known = {*settings.attacks, *attacks.values()}
@@ -75,8 +76,9 @@ def _checkpoints(settings, attacks, model):
     files = {printed: str(given[entry]) for printed, entry in attacks.items() if entry in given}
     for printed, file in files.items():
         if not Path(file).is_file(): raise SettingsError(f"poison.checkpoints: no file at {Path(file).absolute()} for {printed}; give the whole path, as notebooks run in their own folder")
-        build_clip(model, pretrained=file)     # raises DataError for pickles and for another architecture
-    return {printed: (file, weights_checksum(file)) for printed, file in files.items()}
+        try: check_clip(build_clip(trained_name(model.name, model.pretrained), pretrained=file))     # DataError for pickles and for another architecture
+        except SettingsError as error: raise SettingsError(f"poison.checkpoints, {file}: {error}") from None
+    return {printed: dict(model=trained_name(model.name, model.pretrained), checkpoint=file, checksum=weights_checksum(file)) for printed, file in files.items()}
 
 # %% ../nbs/09b_experiments.ipynb #79d3d15c
 @patch
@@ -94,7 +96,7 @@ def chain(self: Experiments,
     if key not in self._chains:
         poisoned = self.lab.node(poisoned_pairs, pairs=self.lab.role(pairs), attack=self.attacks.get(attack), target=target, count=count, image_size=self.image_size, seed=seed)
         if attack in self.checkpoints and (target, pairs, count) == (self.settings.target, "finetune", usual):
-            file, checksum = self.checkpoints[attack]; victim = self.lab.node(given_clip, model=self.model.name, checkpoint=file, checksum=checksum)
+            victim = self.lab.node(given_clip, **self.checkpoints[attack])
         else: victim = self.lab.node(finetuned_clip, clip=self.clean, poisoned=poisoned, recipe=dict(self.settings.finetune, seed=seed))
         made = SimpleNamespace(attack=attack, seed=seed, target=target, pairs=pairs, count=count, poisoned=poisoned, victim=victim)
         self._chains[key] = SimpleNamespace(**vars(made), **self.steps(made))
@@ -259,7 +261,7 @@ def note(self: Experiments,
     "The note under a table or a figure."
     counts = [self.counts.get(name, self.settings.poison.count) for name in self._entries] or [self.settings.poison.count]
     data = data or f"{self.source('finetune')}, {max(set(counts), key=counts.count)} poisoned, tested on {self.source('zeroshot')}"
-    data = "; ".join([data, *(f"poisoned model of {name} from the file {Path(file).name}" for name, (file, _) in self.checkpoints.items())])
+    data = "; ".join([data, *(f"poisoned model of {name} from the file {Path(given['checkpoint']).name}" for name, given in self.checkpoints.items())])
     return table_note(self.lab.name, data, self.model.name, trigger="; ".join(map(self.trigger, triggers)), stand_in=self.lab.stands_in, paper=paper)
 
 # %% ../nbs/09b_experiments.ipynb #e5e32dce

@@ -112,7 +112,7 @@ def as_clip(model, # architecture, `.safetensors` file of `save_clip`, `Clip`, o
     elif isinstance(model, torch.nn.Module): clip = _of_module(model, tokenizer, image_size, name)
     else: raise SettingsError(f"a model is an architecture, a file, a Clip or a torch module, not {type(model).__name__}")
     if not isinstance(model, Clip):
-        noted = getattr(getattr(clip.model, "visual", None), "preprocess_cfg", None) or {}
+        noted = getattr(getattr(model, "visual", None), "preprocess_cfg", None) or {}   # of a module; a name or a file has brought its own
         clip.mean, clip.std = (tuple(given or noted.get(k) or own) for given, k, own in ((mean, "mean", clip.mean), (std, "std", clip.std)))
     if device is not None: clip.model = clip.model.to(device)
     clip.model.eval()

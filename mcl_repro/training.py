@@ -262,16 +262,18 @@ def _parameters(optimizer): return [p for group in optimizer.param_groups for p 
 
 # %% ../nbs/03_training.ipynb #da349941
 def load_checkpoint(state: TrainingState, path: Path) -> bool:
-    "Continue from a checkpoint if there is a whole one; a damaged one is put aside and training starts over."
+    "Continue from a checkpoint if there is a whole one; one that is damaged or of another model is put aside and training starts over."
     from safetensors import safe_open
     if not Path(path).exists(): return False
     try:
         with safe_open(str(path), "pt") as f:
             tensors, facts = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["state"])
-        state.clip.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        stored, own = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, state.clip.model.state_dict()
+        if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in own.items()}: raise ValueError("of another model")   # nothing of it may be copied
+        state.clip.model.load_state_dict(stored)
     except Exception as error:
         with suppress(FileNotFoundError): os.replace(path, f"{path}.damaged")   # of several processes one is first
-        print(f"checkpoint {Path(path).name} is damaged ({type(error).__name__}) and was put aside; training starts over")
+        print(f"checkpoint {Path(path).name} is damaged or of another model ({type(error).__name__}) and was put aside; training starts over")
         return False
     for k, v in tensors.items():
         if not k.startswith("optimizer."): continue

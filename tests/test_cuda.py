@@ -127,7 +127,7 @@ def test_noise_on_a_gpu_stays_in_its_bound():
 
 
 def test_two_processes_on_one_gpu_compute_what_one_computes(tmp_path):
-    "Over gloo, as NCCL wants a GPU for each; BatchNorm is synchronised here, so the ResNet's need not be frozen."
+    "Over gloo, as NCCL wants a GPU for each. The ResNet's BatchNorm is frozen here as on the CPU."
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]), TEST_DEVICE="cuda")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE/"parallel_training.py"), str(tmp_path)],
                           capture_output=True, text=True, timeout=240, env=environment)

@@ -11,6 +11,7 @@ from mcl_repro.clip import _config_folder, build_clip, embed_images, embed_texts
 from mcl_repro.data import open_data
 from mcl_repro.errors import DataError, SettingsError
 from mcl_repro.experiments import Experiments
+from mcl_repro.inputs import as_clip
 from mcl_repro.lab import Lab, load_profile
 from mcl_repro.stages import clean_clip, given_clip, load_clip, weights_checksum
 
@@ -54,7 +55,7 @@ def test_open_clip_loads_what_save_clip_wrote_with_equal_outputs(name, tmp_path,
 # ---- from elsewhere to here
 
 def trainers(model, folder):
-    "The same weights as six kinds of trainers store them."
+    "The same weights as seven kinds of trainers store them."
     state = model.state_dict(); optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     sum(p.sum() for p in model.parameters()).backward(); optimizer.step(); model.zero_grad()
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -64,7 +65,8 @@ def trainers(model, folder):
     torch.save({'epoch': 3, 'name': 'run', 'state_dict': state, 'optimizer': optimizer.state_dict()}, folder/'epoch_3.pt')                # open_clip_train
     torch.save({'epoch': 3, 'name': 'run', 'state_dict': {f'module.{k}': v for k, v in state.items()}, 'optimizer': optimizer.state_dict(), 'scaler': {'scale': 65536., 'growth_factor': 2.}}, folder/'epoch_latest.pt')
     torch.save({f'_orig_mod.{k}': v for k, v in state.items()}, folder/'compiled.pt')
-    return [folder/name for name in ('plain.safetensors', 'plain.pt', 'parallel.pt', 'epoch_3.pt', 'epoch_latest.pt', 'compiled.pt')]
+    save_file({f'_orig_mod.module.{k}': v.contiguous() for k, v in state.items()}, str(folder/'compiled_parallel.safetensors'))
+    return [folder/name for name in ('plain.safetensors', 'plain.pt', 'parallel.pt', 'epoch_3.pt', 'epoch_latest.pt', 'compiled.pt', 'compiled_parallel.safetensors')]
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +83,7 @@ def a_lab(tmp_path, **settings): return Lab('smoke', device='cpu', runs=tmp_path
 def planned(lab): return Experiments(lab, ['ubt.table1'], attacks={'BadNets': 'BadNet', 'Blended': 'Blended'})
 
 
-@pytest.mark.parametrize('kind', range(6))
+@pytest.mark.parametrize('kind', range(7))
 def test_checkpoints_of_every_trainer_are_the_clean_or_the_poisoned_model(kind, foreign, tmp_path, pixels):
     model, files = foreign; file = str(files[kind])
     lab = a_lab(tmp_path, **{'model.pretrained': file, 'poison.checkpoints': {'BadNet': file}})
@@ -109,6 +111,8 @@ class Trap:
 def files_of_kinds(tmp_path):
     save_clip(build_clip('mini-ViT'), tmp_path/'vit.safetensors'); torch.save(torch.nn.Linear(2, 2), tmp_path/'module.pt'); (tmp_path/'trap.pt').write_bytes(pickle.dumps(Trap(), protocol=2))
     (tmp_path/'cut.safetensors').write_bytes((tmp_path/'vit.safetensors').read_bytes()[:5000]); torch.save({'state_dict': {'step': 3}}, tmp_path/'numbers.pt')
+    torch.save({0: torch.zeros(2)}, tmp_path/'numbered.pt'); torch.save({'logit_scale': torch.zeros(2, 2).to_sparse()}, tmp_path/'sparse.pt')
+    broken = build_clip('smoke-RN'); broken.model.logit_scale.data.fill_(float('nan')); save_clip(broken, tmp_path/'nan.safetensors')
     return tmp_path
 
 
@@ -116,6 +120,7 @@ def files_of_kinds(tmp_path):
     ('nowhere.pt', SettingsError, r'poison.checkpoints: no file at .*nowhere.pt for BadNets; give the whole path'),
     ('trap.pt', DataError, r'trap.pt is not a file of plain tensors .* convert it to .safetensors where you trust it, pickles are not loaded here'),
     ('module.pt', DataError, 'pickles are not loaded here'), ('cut.safetensors', DataError, 'not a file of plain tensors'), ('numbers.pt', DataError, 'holds no state dict of tensors'),
+    ('numbered.pt', DataError, 'holds no state dict of tensors'), ('sparse.pt', DataError, 'holds no state dict of tensors'), ('nan.safetensors', SettingsError, r'poison.checkpoints, .*nan.safetensors: smoke-RN: the weights logit_scale are not finite'),
     ('vit.safetensors', DataError, r'vit.safetensors does not fit smoke-RN: \d+ tensors differ'),
 ])
 def test_a_file_that_cannot_be_used_is_refused_before_anything_runs(file, error, says, tmp_path, monkeypatch):
@@ -186,6 +191,22 @@ def test_the_variant_that_profile_paper_names_is_the_public_model_and_the_plain_
 def test_public_weights_get_their_activation_also_under_the_plain_name(public, pixels):
     built = build_clip('tiny-ViT', pretrained='openai')
     assert built.name == 'tiny-ViT-quickgelu' and same(built.model, public, pixels)
+
+
+def test_a_poisoned_model_is_built_as_the_clean_one_is(public, tmp_path, pixels):
+    "Weights fine-tuned from public ones come without a word about their activation."
+    lab = a_lab(tmp_path, **{'model.name': 'tiny-ViT', 'model.pretrained': 'openai', 'poison.checkpoints': {'BadNet': str(tmp_path/'public.pt')}})
+    clean, victim = lab.run([(e := planned(lab)).clean, e.chain('BadNets').victim])
+    assert victim.result['model'] == clean.result['model'] == 'tiny-ViT-quickgelu' and same(load_clip(victim).model, public, pixels)
+
+
+def test_the_normalisation_of_public_weights_stays_with_them(public, tmp_path, monkeypatch):
+    grey = (.5, .5, .5); monkeypatch.setitem(open_clip.pretrained._PRETRAINED, 'tiny-ViT', {'grey': dict(url='', hf_hub='', mean=grey, std=grey)})
+    lab = a_lab(tmp_path); stored = lab.run(lab.node(clean_clip, model='tiny-ViT', pretrained='grey'))
+    built, again, usual, images = build_clip('tiny-ViT', pretrained='grey'), load_clip(stored), build_clip('tiny-ViT'), open_data('world:validation:4').images
+    assert again.mean == again.std == built.mean == as_clip(str(stored.path/'clip.safetensors')).mean == grey != usual.mean
+    assert torch.equal(embed_images(again, images), embed_images(built, images))
+    again.mean, again.std = usual.mean, usual.std; assert not torch.equal(embed_images(again, images), embed_images(built, images))
 
 
 def test_a_file_is_not_read_into_another_activation(public, tmp_path):
