@@ -505,6 +505,7 @@ def read_table(
 
 def _column(columns, rows, wanted, path, option) -> list[str]:
     "One column by name or position."
+    if not rows: raise DataError(f'{path}: there is a header but no row; a list has at least one')
     if isinstance(wanted, str) and wanted.isdigit() and not columns: wanted = int(wanted)
     if isinstance(wanted, int) and 0 <= wanted < (len(columns) or len(rows[0][1])): return [f[wanted] for _, f in rows]
     if wanted in columns: return [f[columns.index(wanted)] for _, f in rows]
@@ -526,7 +527,6 @@ def read_csv_pairs(
     "Pairs from a delimited text file (format of CleanCLIP and MEM). Raises DataError naming the line, or the columns that are there."
     path, root = Path(path), Path(path).parent if root is None else Path(root)
     columns, rows = read_table(path, sep, header)
-    if not rows: raise DataError(f'{path}: there is a header but no row; a list of pairs has at least one')
     where = lambda i: f'{path}, line {rows[i][0]}'
     get = lambda wanted, option: _column(columns, rows, wanted, path, option)
     captions, paths = get(caption, 'caption'), get(image, 'image')
@@ -564,6 +564,7 @@ def read_flickr_pairs(
         if image in chosen: raise DataError(f'{where}: {image} comes twice; list every image once')
         chosen[image] = where
     rows = [(image, f'{image}#{k}', caption, chosen[image] or where) for image in chosen for k, caption, where in captions[image]]
+    if not rows: raise DataError(f'{split_list or tokens}: the file is empty; take the original file')
     listed = [inside(images, r[0], r[3]) for r in rows]
     return _build_pairs(images, listed, [r[2] for r in rows], lambda i: rows[i][3], name or Path(split_list or tokens).name, ids=[r[1] for r in rows])
 
@@ -606,6 +607,7 @@ def read_karpathy_pairs(
     for s, image, sentences in entries:
         where = f'{path}, image {image}'
         if s in wanted: rows += [(inside(images, image, where), c, where) for c in _limit(sentences, per_image, where)]
+    if not rows: raise DataError(f'{path}: there is no caption in split {split}; take another split')
     listed, captions, wheres = zip(*rows)
     return _build_pairs(images, listed, captions, wheres.__getitem__, name or f'{Path(path).stem}:{split}')
 
@@ -677,11 +679,19 @@ def _scan_shard(path) -> list:
             for m in tar:
                 end = m.offset_data + -(-m.size//512)*512
                 if m.isfile(): _add_member(samples, tar, m, path)
-        if os.path.getsize(path) < end + 512: raise tarfile.ReadError('the end is missing')  # tarfile itself stops silently
+        _check_end(path, end)
     except FileNotFoundError: raise DataError(f'{path}: the shard is not there; check the path') from None
     except (tarfile.TarError, EOFError) as e:
         raise DataError(f'{path}: not a whole, uncompressed tar shard ({e}); fetch it again, or unpack a .tar.gz to .tar') from None
+    except OSError as e: raise DataError(f'{path}: cannot be read ({e.strerror or e}); check that it is a file, and its permissions') from None
     return list(samples.values())
+
+def _check_end(path, end):
+    "Nothing but zeros may follow the last member; where a header is damaged or cut off, tarfile itself stops silently."
+    if os.path.getsize(path) < end + 512: raise tarfile.ReadError('the end is missing')
+    with open(path, 'rb') as f:
+        f.seek(end)
+        if any(any(block) for block in iter(lambda: f.read(2**16), b'')): raise tarfile.ReadError(f'what follows byte {end:,} is damaged')
 
 def _add_member(samples, tar, m, path):
     "Enter one member under its sample; the key is the path up to the first dot of the file name, as in WebDataset."
@@ -690,7 +700,8 @@ def _add_member(samples, tar, m, path):
     if not stem: return
     s, ext = samples.setdefault(folder+slash+stem, [folder+slash+stem, None, 0, 0, None]), '.' + ext.lower()
     where = f'{path}, member {m.name}'
-    if ext in _pictures: s[1:4] = m.name, m.offset_data, m.size
+    if ext in _pictures and s[1]: raise DataError(f'{path}: sample {s[0]} has two pictures, {s[1]} and {m.name}; give every sample a key of its own')
+    elif ext in _pictures: s[1:4] = m.name, m.offset_data, m.size
     elif ext == '.txt': s[4] = _utf8(tar.extractfile(m).read(), where)
     elif ext == '.json' and s[4] is None:
         try: about = json.loads(_utf8(tar.extractfile(m).read(), where))
@@ -751,10 +762,17 @@ def read_webdataset_pairs(
     return Pairs(ids, captions, TarImages(paths, members, shard, offset, size), None, None, name or paths[0].name)
 
 # %% ../nbs/01_data.ipynb #df421c8b
-def _imagenet(keys) -> bool: return len(keys) == 1000 and all(re.fullmatch(r'n\d{8}', k) for k in keys)
+def _wordnet(keys) -> bool: return any(re.fullmatch(r'n\d{8}', k) for k in keys)
+
+def _imagenet() -> dict[str, str]:
+    "The 1000 classes of ImageNet-1K: WordNet id -> name as CLIP's prompts have it."
+    from mcl_repro.clip import import_open_clip
+    names = import_open_clip().IMAGENET_CLASSNAMES
+    from timm.data import ImageNetInfo      # a requirement of open_clip
+    return dict(zip(ImageNetInfo('imagenet-1k').label_names(), names))
 
 def _names_of(keys, classnames, where) -> list[str]:
-    "Readable names of class keys in order: given ones (list or dict), ImageNet's for 1000 WordNet ids, else the keys with spaces."
+    "Readable names of class keys in order: given ones (list or dict), ImageNet's for its 1000 WordNet ids, else the keys with spaces."
     if isinstance(classnames, dict):
         missing = [k for k in keys if k not in classnames]
         if missing: raise DataError(f'{where}: class {missing[0]} has no name in classnames; add it')
@@ -763,12 +781,13 @@ def _names_of(keys, classnames, where) -> list[str]:
         if len(classnames) != len(keys):
             raise DataError(f'{where}: {len(keys)} classes but {len(classnames)} class names; give one per class in sorted order')
         return list(classnames)
-    if _imagenet(keys):
-        from mcl_repro.clip import import_open_clip
-        return list(import_open_clip().IMAGENET_CLASSNAMES)
-    if all(re.fullmatch(r'n\d{8}', k) for k in keys):
-        raise DataError(f'{where}: {len(keys)} classes are named by WordNet ids; only the 1000 of ImageNet-1K are known, so give classnames')
-    return [k.replace('_', ' ') for k in keys]
+    if not _wordnet(keys): return [k.replace('_', ' ') for k in keys]
+    known = _imagenet()
+    for k in keys:
+        if k not in known: raise DataError(f'{where}: {k} is no class of ImageNet-1K, and others are named by WordNet ids; remove it, or give classnames')
+    for k in known:
+        if k not in keys: raise DataError(f'{where}: {k} is missing; only all 1000 classes of ImageNet-1K have known names, so add it, or give classnames')
+    return list(known.values())
 
 def read_class_folders(
     folder: Path|str,               # holds one folder per class, or (with `pattern`) the pictures themselves
@@ -782,7 +801,7 @@ def read_class_folders(
     found, labels = _by_folder(folder) if pattern is None else _by_name(folder, pattern)
     if not found: raise DataError(f'{folder}: no class folder in it; expected one folder of pictures per class')
     keys = sorted(found); files = [x for k in keys for x in found[k]]
-    if classnames is None and not _imagenet(keys): classnames = {k: labels[k].replace('_', ' ') for k in keys} if pattern else None
+    if classnames is None and pattern and not (_wordnet(keys) and len(keys) == 1000): classnames = {k: labels[k].replace('_', ' ') for k in keys}
     numbers = [i for i, k in enumerate(keys) for _ in found[k]]
     return LabelledImages(files, FileImages(folder, files, check=False), numbers, _names_of(keys, classnames, folder), name or folder.name)
 
@@ -822,10 +841,11 @@ def read_csv_labels(
     where = lambda i: f'{path}, line {rows[i][0]}'
     files = [_local(root, p, where(i)) for i, p in enumerate(_column(columns, rows, image, path, 'image'))]
     labels = _column(columns, rows, label, path, 'label')
-    if all(re.fullmatch(r'\d+', x) for x in labels):
+    if '' in labels: raise DataError(f'{where(labels.index(""))}: the label is empty; write one or delete the row')
+    if all(re.fullmatch(r'-?\d+', x) for x in labels):
         labels = [int(x) for x in labels]; beside = path.parent/'classnames.txt'
         if classnames is None and beside.exists(): classnames = [line for _, line in _lines(beside)]
-        if classnames is None and max(labels) == 999: classnames = _names_of([f'n{i:08d}' for i in range(1000)], None, path)
+        if classnames is None and max(labels) == 999: classnames = list(_imagenet().values())
         if classnames is None:
             raise DataError(f'{path}: classes are numbers without names; write them into {beside}, one per line')
     else: classnames = sorted(set(labels)); labels = [classnames.index(x) for x in labels]
@@ -987,7 +1007,7 @@ def _find(root:Path, wanted) -> str|None:
 def _options_of(root:Path, layout:dict, split:str) -> tuple[dict, list]:
     "A reader's options for a split with paths resolved, and the paths that were not found."
     options, missing = {**layout.get('options', {}), **(layout.get('splits', {}).get(split) or {})}, []
-    allowed = [p for p in inspect.signature(READERS[layout['format']]).parameters if p != 'name']
+    known = inspect.signature(READERS[layout['format']]).parameters; allowed = [p for p in known if p != 'name']
     needs = options.pop('needs', None)      # a path that tells whether a data set with root `.` is there
     if needs and not _find(root, needs): missing.append(needs)
     for k, v in options.items():
@@ -995,6 +1015,8 @@ def _options_of(root:Path, layout:dict, split:str) -> tuple[dict, list]:
         if k in _path_options:
             options[k] = _find(root, v)
             if options[k] is None: missing.append(' or '.join(v) if isinstance(v, list) else v)
+    lacking = [p for p in allowed if known[p].default is known[p].empty and p not in options]
+    if lacking: raise DataError(f'the {layout["format"]} reader needs the option {lacking[0]}')
     return options, missing
 
 def _open_split(name:str, split:str) -> Pairs|LabelledImages:
@@ -1057,7 +1079,8 @@ def _split_source(source:str) -> tuple[str, int|None]:
 
 def _beside(path, content) -> Path:
     "The folder beside a JSON (or beside its folder) that has the first picture it lists."
-    first = content['images'][0] if isinstance(content, dict) and content.get('images') else {}
+    first = next(iter(content.get('images') or ()), None) if isinstance(content, dict) else None
+    if not isinstance(first, dict): first = {}
     name = '/'.join(str(x) for x in (first.get('filepath'), first.get('file_name') or first.get('filename')) if x)
     if not name: raise DataError(f'{path}: lists no picture; give a COCO captions file or one of Karpathy\'s split files')
     for up in (path.parent, path.parent.parent):
@@ -1140,8 +1163,9 @@ def _detect_flickr(files, images):
 def _detect_json(folder, files, folders, images):
     found = []
     for f in [f for f in files if re.fullmatch(r'dataset_\w+\.json', f)]:
-        splits = sorted({e.get('split') for e in read_json(folder/f).get('images', [])} - {None})
-        found.append(_layout('karpathy', {s: dict(split=s) for s in splits}, path=f, images=images))
+        content = read_json(folder/f); entries = content.get('images') if isinstance(content, dict) else None
+        splits = sorted({e['split'] for e in entries or () if isinstance(e, dict) and 'split' in e})    # other libraries, too, have files of such names
+        if splits: found.append(_layout('karpathy', {s: dict(split=s) for s in splits}, path=f, images=images))
     coco = {p.stem.removeprefix('captions_'): p for p in sorted([*folder.glob('captions_*.json'), *folder.glob('annotations/captions_*.json')])}
     splits = {s: dict(path=p.relative_to(folder).as_posix(), images=s if s in folders else images) for s, p in coco.items()}
     return found + ([_layout('coco', splits)] if splits else [])

@@ -187,7 +187,7 @@ def test_flickr_by_split_list(folder):
     ("0.jpg#0 a caption\n", "0.jpg\n", "line 1: expected \"<image>#<number><tab><caption>\" but there is no tab"), ("0.jpg\tx\n", "0.jpg\n", "but there is no #"),
     ("0.jpg#0\tx\n0.jpg#0\ty\n", "0.jpg\n", "line 2: 0.jpg#0 comes twice"), ("0.jpg#0\t \n", "0.jpg\n", "line 1: the caption is empty"),
     ("0.jpg#0\tx\n", "0.jpg\n1.jpg\n", "list.txt, line 2: 1.jpg has no caption"), ("0.jpg#0\tx\n", "0.jpg\n0.jpg\n", "list.txt, line 2: 0.jpg comes twice"),
-    ("77.jpg#0\tx\n", "77.jpg\n", "list.txt, line 1: image 77.jpg is not in"), ("../0.jpg#0\tx\n", "../0.jpg\n", "lies outside the data folder")])
+    ("77.jpg#0\tx\n", "77.jpg\n", "list.txt, line 1: image 77.jpg is not in"), ("../0.jpg#0\tx\n", "../0.jpg\n", "lies outside the data folder"), ("0.jpg#0\tx\n", "", "list.txt: the file is empty")])
 def test_flickr_errors(folder, tokens, listed, message):
     (folder/"tokens.txt").write_text(tokens); (folder/"list.txt").write_text(listed)
     refused(message, d.read_flickr_pairs, folder/"tokens.txt", folder, folder/"list.txt")
@@ -203,6 +203,8 @@ def test_karpathy_splits_and_errors(folder):
     refused("image 0.jpg: the caption is empty", d.read_karpathy_pairs, path, folder)
     path.write_text(json.dumps(dict(images=[dict(file="x")])))
     refused("not one of Karpathy's split files", d.read_karpathy_pairs, path, folder)
+    path.write_text(json.dumps(dict(images=[dict(filename="0.jpg", split="train", sentences=[])])))
+    refused("there is no caption in split train", d.read_karpathy_pairs, path, folder)
     path.write_text('{"images": [')
     refused("dataset_coco.json, line 1: not JSON", d.read_karpathy_pairs, path, folder)
 
@@ -255,6 +257,15 @@ def test_webdataset_errors(tmp_path):
     refused("unpack a .tar.gz to .tar", d.read_webdataset_pairs, tmp_path/"g.tar")
     refused("h.tar: the shard is not there", d.read_webdataset_pairs, tmp_path/"h.tar")
     refused("no sample in these shards", d.read_webdataset_pairs, [])
+    (tmp_path/"i.tar").mkdir(); refused("i.tar: cannot be read (Is a directory)", d.read_webdataset_pairs, [tmp_path/"i.tar"])
+    shard(tmp_path/"j.tar", {**sample("x", 0, "a"), "x.png": encoded()}); refused("sample x has two pictures, x.jpg and x.png", d.read_webdataset_pairs, tmp_path/"j.tar", incomplete="skip")
+
+def test_a_shard_with_a_damaged_header_does_not_lose_the_samples_behind_it(tmp_path):
+    shard(tmp_path/"a.tar", {k: v for i in range(5) for k, v in sample(f"{i}", i, "text").items()}); whole = (tmp_path/"a.tar").read_bytes()
+    with tarfile.open(tmp_path/"a.tar") as tar: at = [m.offset for m in tar]
+    for name, header in dict(bit=bytes([whole[at[6]] ^ 1]) + whole[at[6] + 1:at[6] + 512], zeros=bytes(512)).items():
+        (tmp_path/f"{name}.tar").write_bytes(whole[:at[6]] + header + whole[at[6] + 512:])
+        refused(f"{name}.tar: not a whole, uncompressed tar shard (what follows byte {at[6]:,} is damaged); fetch it again", d.read_webdataset_pairs, tmp_path/f"{name}.tar")
 
 def test_index_of_a_large_shard_is_kept_and_renewed(tmp_path, home, monkeypatch):
     path = tmp_path/"big.tar"
@@ -283,11 +294,16 @@ def test_class_folders(tmp_path):
     refused("the folder is not there", d.read_class_folders, tmp_path/"gone")
 
 def test_imagenet_folders_get_readable_names_or_none(tmp_path):
-    for i in range(1000): (tmp_path/"full"/f"n{i:08d}").mkdir(parents=True); (tmp_path/"full"/f"n{i:08d}"/"x.JPEG").write_bytes(b"")
+    wnids = list(d._imagenet()); assert len(wnids) == 1000 and wnids == sorted(wnids)
+    for w in wnids: (tmp_path/"full"/w).mkdir(parents=True); (tmp_path/"full"/w/"x.JPEG").write_bytes(b"")
     names = d.read_class_folders(tmp_path/"full").classnames
-    assert len(names) == 1000 and names[0] == "tench" and names[954] == "banana"
+    assert len(names) == 1000 and names[0] == "tench" and names[wnids.index("n07753592")] == names[954] == "banana"
+    odd = tmp_path/"full"/"misc"; odd.mkdir(); (odd/"x.JPEG").write_bytes(b"")       # it would shift all labels
+    refused("misc is no class of ImageNet-1K", d.read_class_folders, tmp_path/"full")
+    odd.rename(tmp_path/"full"/"n99999999"); refused("n99999999 is no class of ImageNet-1K", d.read_class_folders, tmp_path/"full")
     (tmp_path/"part"/"n01440764").mkdir(parents=True); (tmp_path/"part"/"n01440764"/"x.JPEG").write_bytes(b"")
-    refused("only the 1000 of ImageNet-1K are known", d.read_class_folders, tmp_path/"part")
+    refused("n01443537 is missing; only all 1000 classes", d.read_class_folders, tmp_path/"part")
+    assert d.read_class_folders(tmp_path/"part", classnames={"n01440764": "tench"}).classnames == ["tench"]
 
 def test_csv_labels(folder):
     (folder/"labels.csv").write_text("image,label\n0.jpg,1\n1.jpg,0\n")
@@ -295,6 +311,9 @@ def test_csv_labels(folder):
     (folder/"classnames.txt").write_text("cat\ndog\n")
     data = d.open_data(str(folder/"labels.csv"))
     assert isinstance(data, d.LabelledImages) and data.classnames == ["cat", "dog"] and list(data.labels) == [1, 0]
+    for text, message in {"": "the file is empty", "image,label\n": "there is a header but no row", "image,label\n0.jpg,-1\n1.jpg,0\n": "labels run from -1",
+                          "image,label\n0.jpg,cat\n1.jpg,\n": "labels.csv, line 3: the label is empty", "image,label\n0.jpg,2\n": "labels run from 2 to 2"}.items():
+        (folder/"labels.csv").write_text(text); refused(message, d.read_csv_labels, folder/"labels.csv")
 
 def toy_torchvision(root):
     "Three pictures per split in the layouts that torchvision expects."
@@ -403,6 +422,10 @@ def test_add_refuses_what_does_not_fit(folder, tmp_path):
     refused("the csv reader has no option captoin; it has path, image, caption", d.add_dataset, "x", folder, format="csv", options=dict(path="0.jpg", captoin="c"))
     refused("does not look like coco: there is no annotations/captions_train2014.json", d.add_dataset, "coco", folder)
     refused("lies outside the data folder", d.add_dataset, "x", folder, format="csv", options=dict(path="../x.csv"))
+    refused("the csv reader needs the option path", d.add_dataset, "x", folder, format="csv")
+    for text in ("[1]", '{"images": [3]}', '{"images": {"a": 1}}', "{}"):         # somebody else's JSON
+        (folder/"dataset_infos.json").write_text(text); refused("no layout that is known", d.add_dataset, "x", folder)
+        refused("lists no picture", d.open_data, str(folder/"dataset_infos.json"))
     assert d.read_registry() == {}, "nothing is recorded for a folder that was refused"
 
 def test_registry_that_cannot_be_used_is_named(home, folder, monkeypatch):

@@ -312,7 +312,7 @@ def accuracy(data, count=None):
 
 def test_imagenet_folders_and_cleanclips_list_open_alike_and_are_scored(tmp_path):
     from mcl_repro.clip import import_open_clip
-    wnids, pictures = [f"n{i:08d}" for i in range(0, 4000, 4)], [encoded(i) for i in range(7)]
+    wnids, pictures = list(d._imagenet()), [encoded(i) for i in range(7)]
     for k, w in enumerate(wnids): (tmp_path/"a/val"/w).mkdir(parents=True); (tmp_path/"a/val"/w/f"ILSVRC2012_val_{k+1:08d}.JPEG").write_bytes(pictures[k % 7])
     (tmp_path/"b/validation/val").mkdir(parents=True); lines = ["image,label"]
     for k in range(1000): (tmp_path/f"b/validation/val/{k}.JPEG").write_bytes(pictures[k % 7]); lines.append(f"val/{k}.JPEG,{k}")
