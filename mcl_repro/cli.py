@@ -190,9 +190,11 @@ def data_verify(args):
 
 def data_add(args):
     from mcl_repro.data import add_dataset
+    from mcl_repro.shards import published_rows
     entry = add_dataset(args.name, args.folder, args.format, parse_pairs(args.option, '--option') or None, args.split)
-    splits = list(entry.get('splits') or entry['found'])   # a set of the manifest keeps its own `splits`
-    print(f"added {args.name}; use it as {', '.join(f'{args.name}:{s}' for s in splits)}, for example: mcl_repro run --role ROLE={args.name}:{splits[0]}")
+    splits = entry.get('splits') or entry['found']   # a set of the manifest keeps its own `splits`
+    about = lambda s, n: ', '.join(f'{v:,} {k}' for k, v in n.items()) + (f' of {rows:,} rows' if (rows := published_rows(args.name, s)) else '')
+    print(f"added {args.name}; use it as {', '.join(f'{args.name}:{s} ({about(s, n)})' for s, n in splits.items())}, for example: mcl_repro run --role ROLE={args.name}:{next(iter(splits))}")
 
 # %% ../nbs/21_cli.ipynb #fb55cad3
 def data_cc3m(args):
@@ -211,7 +213,7 @@ def data_links(args):
     n = count_links(args.folder, args.split, progress=lambda done, total: _say(f'{done} of {total} shards') if done % 50 == 0 else None)
     if not n['asked']: raise DataError(f"{args.folder}/{args.split}: no shard is finished; fetch the pictures with: mcl_repro data cc3m TSV --out {args.folder}")
     print(columns([dict(links=f'{k:,}', share=f"{k/n['asked']:.1%}", what=what) for what, k in [('answered', n['fetched']), *n['reasons'].items()]], ['links', 'share', 'what']))
-    print(f"{n['dead']:.1%} of {n['asked']:,} links are dead" + (f"; {len(n['unfinished'])} shards are not finished, run the same `data cc3m` again" if n['unfinished'] else ''))
+    print(f"{n['dead']:.1%} of {n['asked']:,} links are dead" + (f"; {len(n['unfinished'])} shards are not finished or damaged, run the same `data cc3m` again" if n['unfinished'] else ''))
     subset = n['list']; reach = f"the subset reaches down to number {subset['reaches']:,} of the order" if subset['reaches'] else 'there are too few pictures for the subset'
     print(f"of the published list of {subset['count']:,} ids {subset['missing']:,} are missing ({subset['missing_ids']}); {reach}")
 
@@ -307,11 +309,11 @@ def _fetching_commands(data):
     "What leads from the papers' raw material to data sets; notebook `01c_shards` explains it."
     p = data.add_parser('cc3m', help="fetch CC3M's pictures into tar shards with img2dataset; goes on where it was stopped"); p.set_defaults(call=data_cc3m)
     p.add_argument('tsv', metavar='TSV', help='captions and addresses, as Google publishes them'); p.add_argument('--out', required=True, metavar='FOLDER', help='gets the list and the shards')
-    p.add_argument('--split', default='train', help='train (default) or validation'); p.add_argument('--program', default='img2dataset', metavar='PATH', help='where img2dataset is (default: on the search path)')
+    p.add_argument('--split', default='train', choices=('train', 'validation'), help='train (default) or validation'); p.add_argument('--program', default='img2dataset', metavar='PATH', help='where img2dataset is (default: on the search path)')
     p.add_argument('--processes', type=int, metavar='N', help='processes (default: one per core)'); p.add_argument('--threads', type=int, default=64, metavar='N', help='downloads at once in each (default: 64)')
     p.add_argument('--print', action='store_true', help='write the list, and print the command instead of running it')
     p = data.add_parser('links', help='count the dead links of fetched shards, and the missing ids of the published list'); p.set_defaults(call=data_links)
-    p.add_argument('folder', metavar='FOLDER', help='the --out of `data cc3m`'); p.add_argument('--split', default='train', help='train (default) or validation')
+    p.add_argument('folder', metavar='FOLDER', help='the --out of `data cc3m`'); p.add_argument('--split', default='train', choices=('train', 'validation'), help='train (default) or validation')
     p = data.add_parser('ids', help='the published, seeded list of ids of a subset'); p.set_defaults(call=data_ids)
     p.add_argument('name', metavar='NAME', help='cc3m'); p.add_argument('count', type=int, metavar='COUNT', help='how many, such as 500000')
     p.add_argument('--split', default='train', help='train (default)'); p.add_argument('--out', metavar='FILE', help='write them there (default: print them)')

@@ -693,6 +693,7 @@ def _check_end(path, end):
         f.seek(end)
         if any(any(block) for block in iter(lambda: f.read(2**16), b'')): raise tarfile.ReadError(f'what follows byte {end:,} is damaged')
 
+# %% ../nbs/01_data.ipynb #7c41e0d9
 def _add_member(samples, tar, m, path):
     "Enter one member under its sample; the key is the path up to the first dot of the file name, as in WebDataset."
     folder, slash, base = m.name.rpartition('/')

@@ -4,7 +4,7 @@
 
 # %% ../nbs/01c_shards.ipynb #e2b07327
 from __future__ import annotations
-import csv, datetime, filecmp, hashlib, io, json, math, os, random, re, shlex, shutil, subprocess
+import csv, datetime, filecmp, hashlib, io, json, math, os, random, re, shlex, shutil, subprocess, warnings
 from collections import Counter
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from .data import (ConcatImages, Images, LabelledImages, OverlayImages, Pairs, T
 from .errors import DataError, SettingsError, UserError
 
 # %% auto #0
-__all__ = ['SAMPLES_PER_SHARD', 'FACE_TEMPLATES', 'row_hash', 'seeded_order', 'published_rows', 'published_ids', 'ids_text',
-           'seeded_images', 'tsv_rows', 'write_link_list', 'img2dataset_command', 'fetch_pictures', 'link_reason',
-           'count_links', 'ShardStream', 'stream_batches', 'invented_names', 'rename_faces']
+__all__ = ['SAMPLES_PER_SHARD', 'LOADERS', 'FACE_TEMPLATES', 'row_hash', 'seeded_order', 'published_rows', 'published_ids',
+           'ids_text', 'seeded_images', 'tsv_rows', 'write_link_list', 'img2dataset_command', 'fetch_pictures',
+           'link_reason', 'count_links', 'ShardStream', 'stream_batches', 'invented_names', 'rename_faces']
 
 # %% ../nbs/01c_shards.ipynb #19723c12
 def row_hash(
@@ -98,7 +98,7 @@ def _tsv_row(line:bytes, where:str) -> tuple[str, str]:
     except UnicodeDecodeError as e: raise DataError(f'{where}: not UTF-8 (byte 0x{line[e.start]:02x}); take the original file') from None
     if len(fields) != 2: raise DataError(f'{where}: {len(fields)} fields where caption<tab>address belong; take the original file')
     if not fields[0].strip(): raise DataError(f'{where}: the caption is empty; take the original file')
-    if not re.match(r'[a-z]+://\S', fields[1]):
+    if not re.match(r'https?://\S', fields[1], re.I):      # img2dataset would also open file:///...
         header = '; delete this line if it names the columns, since row 0 is the first pair' if where.endswith('line 1') else '; take the original file'
         raise DataError(f'{where}: {fields[1][:60]} is not a web address{header}')
     return fields[0], fields[1]
@@ -125,7 +125,8 @@ def write_link_list(
 ) -> tuple[Path, int]: # the list, and its number of rows
     "Check a table and write it as img2dataset's list, all or nothing."
     path = Path(folder)/f'{split}-list.tsv'; part = path.with_suffix('.part'); rows = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise DataError(f'{folder}: cannot be a folder for the list ({e.strerror or e}); choose another') from None
     try:
         with open(part, 'w', encoding='utf-8', newline='\n') as f:
             f.write('caption\turl\n')
@@ -163,9 +164,16 @@ def fetch_pictures(
 ) -> bool: # False where the program is not installed
     "Run img2dataset; DataError when it stops. What it says goes to stderr."
     if not shutil.which(program): return False
+    _forget_damaged(Path(folder), split)
     done = subprocess.run(img2dataset_command(folder, split, program=program, **options), stdout=2, env={**os.environ, 'NO_ALBUMENTATIONS_UPDATE': '1'})
     if done.returncode: raise DataError(f'{program} stopped with code {done.returncode} (its own words are above); run the same command again to go on with the missing shards')
     return True
+
+def _forget_damaged(folder:Path, split:str):
+    "img2dataset takes a shard with statistics for finished; without them it fetches again what the last count found damaged and what still is."
+    counted = folder/f'{split}-links.json'
+    for k in read_json(counted)['unfinished'] if counted.exists() else ():
+        if _shard_rows(folder/split/f'{k:05d}.tar') is None: (folder/split/f'{k:05d}_stats.json').unlink(missing_ok=True)
 
 # %% ../nbs/01c_shards.ipynb #abb736a6
 _REASONS = {'no such host': 'name or service|getaddrinfo|name resolution|no address', 'connection refused': 'refused', 'timed out': 'timed out|timeout',
@@ -180,13 +188,20 @@ def link_reason(
     if code: return f'HTTP {code[1]}'
     return next((kind for kind, words in _REASONS.items() if re.search(words, message, re.I)), 'other')
 
-def _shard_links(shards:Path, number:int, asked:int) -> tuple[list, Counter]|None:
-    "Row numbers that one shard has, and failures by kind; None for a shard that is not there or not finished."
-    tar, stats = shards/f'{number:05d}.tar', shards/f'{number:05d}_stats.json'
-    try: rows = [int(key) for key, member, *_ in _shard_index(tar) if member]
-    except DataError: return None       # not there, or being written
+def _shard_rows(tar:Path) -> list|None:
+    "Row numbers that one shard has; None for a shard that is not there, is being written or is damaged."
+    try: return [int(key) for key, member, *_ in _shard_index(tar) if member]
+    except DataError: return None
     except ValueError: raise DataError(f'{tar}: its keys are not numbers; shards of this command have the row of the table as key') from None
-    told = read_json(stats)['status_dict'] if stats.exists() else {}
+
+def _shard_links(shards:Path, number:int, first:int, asked:int) -> tuple[list, Counter]|None:
+    "Row numbers that one shard of the rows from `first` has, and failures by kind; None where `_shard_rows` has none."
+    tar, stats = shards/f'{number:05d}.tar', shards/f'{number:05d}_stats.json'; rows = _shard_rows(tar)
+    if rows is None: return None
+    odd = next((r for r in rows if not first <= r < first + asked), None)
+    if odd is not None: raise DataError(f'{tar}: has row {odd:,}, where rows {first:,} to {first + asked - 1:,} belong; it was made from another list or with shards of another size, fetch into another folder')
+    try: told = read_json(stats)['status_dict']
+    except (DataError, KeyError, TypeError): told = {}     # not written, or half of it
     failed = Counter()
     for message, n in told.items(): failed[link_reason(message)] += n*(message != 'success')
     failed['unknown'] = asked - len(rows) - failed.total()
@@ -200,12 +215,12 @@ def count_links(
     seed:int=0,        # of its order
     per_shard:int=SAMPLES_PER_SHARD,
     progress=None,     # called with (shards done, shards)
-) -> dict: # rows, asked, fetched, dead (share of asked), reasons, unfinished shards, and what became of the list
+) -> dict: # rows, asked, fetched, dead (share of asked), reasons, shards that are unfinished or damaged, and what became of the list
     "Count dead links; writes <split>-links.json, and the ids of the list that are missing as <split>-missing.txt."
     folder = Path(folder); total = _list_rows(folder/f'{split}-list.tsv'); numbers = range(math.ceil(total/per_shard))
     there, reasons, asked, unfinished = np.zeros(total, bool), Counter(), 0, []
     for k in numbers:
-        size = min(per_shard, total - k*per_shard); found = _shard_links(folder/split, k, size)
+        size = min(per_shard, total - k*per_shard); found = _shard_links(folder/split, k, k*per_shard, size)
         if found is None: unfinished.append(k)
         else: there[found[0]] = True; reasons += found[1]; asked += size
         if progress: progress(k + 1, len(numbers))
@@ -317,13 +332,15 @@ def _pieces_or_error(stream:ShardStream):
     except UserError as error: yield error
 
 # %% ../nbs/01c_shards.ipynb #f40437f8
+LOADERS = 8   # a number of its own and not one per core: an epoch has the same batches on every machine
+
 def stream_batches(
     images:Images,     # pictures in tar shards; also subsets and overlays of such
     batch_size:int,    # pictures in a batch; a source with fewer is one batch
     size:int=224,      # side in pixels
     seed:int=0,        # of the order
     epoch:int=0,       # 0-based
-    workers:int|None=None, # loader processes, at most one per shard; 0: this process; None: all cores but one
+    workers:int|None=None, # loader processes, at most one per shard; 0: this process; None: `LOADERS`
     window:int=4096,   # encoded pictures among which each process draws; 25 kB each for CC3M
     rows=None,         # rows of `images` to stream; None: all
 ): # iterator of (uint8 [b, 3, s, s], int64 rows [b])
@@ -335,9 +352,11 @@ def stream_batches(
     if min(batch_size, window) < 1: raise SettingsError(f'batch_size and window are at least 1, not {batch_size} and {window}')
     _need_webdataset()
     rows = np.unique(_rows(rows, len(images))); stream = ShardStream(images, rows, size, seed, epoch, window)
-    workers = min(max(_cores() - 1, 1) if workers is None else workers, len(stream.shards))
-    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers, generator=torch.Generator())   # its own: the training's draws stay as they are
-    return _whole_batches(loader, min(batch_size, len(rows)))
+    workers = min(LOADERS if workers is None else workers, len(stream.shards))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'This DataLoader will create')    # more processes than cores
+        pieces = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers, generator=torch.Generator()))   # its own: the training's draws stay as they are
+    return _whole_batches(pieces, min(batch_size, len(rows)))
 
 def _need_webdataset():
     try: import webdataset
@@ -372,12 +391,11 @@ def invented_names(
     return random.Random(seed).sample(names, count)
 
 # %% ../nbs/01c_shards.ipynb #22e00457
-_HARMLESS = {'jfif', 'jfif_version', 'jfif_unit', 'jfif_density', 'dpi', 'progressive', 'progression', 'gamma', 'srgb', 'interlace'}
-
 def _nameless(path:Path) -> tuple[bytes, str]:
     "A picture file without words in it, and its ending."
     data = path.read_bytes(); image = decode(data, str(path)); stored = Image.open(io.BytesIO(data))
-    if stored.format in ('JPEG', 'PNG') and set(stored.info) <= _HARMLESS: return data, dict(JPEG='.jpg', PNG='.png')[stored.format]
+    plain = stored.format == 'JPEG' and all(name == 'APP0' and len(content) == 14 for name, content in stored.applist)    # 14 bytes: JFIF without a thumbnail
+    if plain and data.find(b'\xff\xd9') == len(data) - 2: return data, '.jpg'
     out = io.BytesIO(); Image.fromarray(np.asarray(image)).save(out, 'PNG'); return out.getvalue(), '.png'
 
 def _persons(folder:Path, people, least) -> dict[str, list[str]]:
@@ -402,7 +420,8 @@ def rename_faces(
     """
     folder, out, draw = Path(folder), Path(out), random.Random(seed)
     if least < 2: raise SettingsError(f'least is 2 or more, not {least}: one picture of a person is for the test, the others are for the training')
-    if out.exists() and any(out.iterdir()): raise DataError(f'{out}: there is something in this folder; choose an empty or a new one')
+    if people is not None and people < 1: raise SettingsError(f'people is 1 or more, not {people}')
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise DataError(f'{out}: there is something in this folder; choose an empty or a new one')
     persons = _persons(folder, people, least); names = invented_names(len(persons), os.listdir(folder), seed); rows = dict(train=[], test=[])
     for label, (person, name) in enumerate(zip(draw.sample(list(persons), len(persons)), names)):
         for k, file in enumerate(draw.sample(persons[person], len(persons[person]))):

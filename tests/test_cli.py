@@ -136,4 +136,4 @@ def test_a_set_of_the_manifest_can_be_added_from_a_folder(tmp_path):
     (folder/'Flickr_8k.trainImages.txt').write_text('a.jpg\n'); (folder/'Flickr_8k.testImages.txt').write_text('b.jpg\n')
     done = call('data', 'add', 'flickr8k', str(folder), cwd=tmp_path, MCL_REPRO_DATA=str(tmp_path/'registry'))
     assert (done.returncode, done.stderr) == (0, '')
-    assert 'flickr8k:train, flickr8k:test' in done.stdout
+    assert 'flickr8k:train (1 images, 5 pairs), flickr8k:test (1 images, 5 pairs)' in done.stdout

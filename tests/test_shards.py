@@ -1,5 +1,5 @@
 "CC3M's way from its table to shards and subsets, streaming, faces under invented names, and the papers' formats end to end; on the real packs where MCL_REPRO_REAL_DATA points to them."
-import csv, hashlib, importlib.util, inspect, io, json, os, pickle, sys, tarfile, time
+import csv, hashlib, importlib.util, inspect, io, json, os, pickle, struct, sys, tarfile, time, warnings, zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,12 +93,13 @@ def test_the_published_order_needs_row_numbers(tmp_path):
 @pytest.mark.parametrize("text, message", [
     (b"", "the file is empty"), (b"only a caption\n", "line 1: 1 fields"), (b"a\thttp://x.org/1\tmore\n", "line 1: 3 fields"), (b"a\thttp://x.org/1\n\nb\thttp://x.org/2\n", "line 2: 1 fields"),
     (b"caption\turl\na\thttp://x.org/1\n", "line 1: url is not a web address; delete this line if it names the columns"), (b"a\thttp://x.org/1\n \thttp://x.org/2\n", "line 2: the caption is empty"),
-    (b"a\thttp://x.org/1\nb\tx.jpg\n", "line 2: x.jpg is not a web address; take the original file"), ("café\thttp://x.org/1\n".encode("latin1"), "line 1: not UTF-8 (byte 0xe9)")])
+    (b"a\thttp://x.org/1\nb\tx.jpg\n", "line 2: x.jpg is not a web address; take the original file"), (b"a\thttp://x.org/1\nb\tfile:///etc/hostname\n", "line 2: file:///etc/hostname is not a web address"), ("café\thttp://x.org/1\n".encode("latin1"), "line 1: not UTF-8 (byte 0xe9)")])
 def test_a_table_with_a_wrong_line_is_refused_and_leaves_nothing(tmp_path, text, message):
     (tmp_path/"t.tsv").write_bytes(text)
     refused(message, s.write_link_list, tmp_path/"t.tsv", tmp_path/"out")
     assert list((tmp_path/"out").iterdir()) == []
     refused("gone.tsv: cannot be read", s.write_link_list, tmp_path/"gone.tsv", tmp_path/"out")
+    refused("t.tsv: cannot be a folder for the list", s.write_link_list, tmp_path/"t.tsv", tmp_path/"t.tsv")
 
 def test_captions_reach_img2datasets_parser_as_they_are(tmp_path):
     captions = ["plain", '"quoted" start', '5" wide', '"', 'ends with "', "NA", "comma, semicolon; 'x'", " spaces ", "café 日本語 \u2028 \x85", "a\rcarriage return"]
@@ -134,6 +135,12 @@ def test_the_command_fetches_goes_on_and_counts(tmp_path, capsys):
     links = json.loads((tmp_path/"cc 3m/train-links.json").read_text())
     assert (links["rows"], links["asked"], links["fetched"], links["dead"], links["unfinished"]) == (25, 25, 20, .2, []) and links["list"]["missing"] == 5
     assert sorted(map(int, (tmp_path/"cc 3m/train-missing.txt").read_text().split())) == [0, 5, 10, 15, 20]
+    shard = tmp_path/"cc 3m/train/00000.tar"; whole = shard.read_bytes(); shard.write_bytes(whole[:len(whole)//2])     # its statistics say that it is finished
+    assert cli.main(["data", "links", str(tmp_path/"cc 3m")]) == 2 and "no shard is finished" in capsys.readouterr().err
+    assert cli.main(words) == 0 and shard.read_bytes() == whole and (tmp_path/"cc 3m/calls.txt").read_text().endswith("1 keep_ratio 256 incremental\n")
+    (tmp_path/"cc 3m/calls.txt").write_text("\n\n")
+    assert cli.main(["data", "add", "cc3m", str(tmp_path/"cc 3m")]) == 0 and "cc3m:train (20 images, 20 pairs of 3,318,333 rows)" in capsys.readouterr().out
+    assert cli.main(words + ["--split", "../out"]) == 2 and "invalid choice: '../out'" in capsys.readouterr().err
     capsys.readouterr(); assert cli.main(words[:-1] + ["no-such-program"]) == 0
     out, err = capsys.readouterr(); assert out.startswith("no-such-program '--url_list=") and "--number_sample_per_shard=10000 " in out and "is not installed here" in err
     assert cli.main(words + ["--print"]) == 0 and capsys.readouterr().out.startswith(str(program)) and (tmp_path/"cc 3m/calls.txt").read_text().count("\n") == 2
@@ -150,6 +157,8 @@ def test_unfinished_and_unexplained_shards_are_told_apart(tmp_path):
     order, there = sorted(range(35), key=plainly), {*range(4), *range(20, 24), *range(30, 34)}
     assert links["list"]["missing"] == sum(r not in there for r in order[:10]) and order[:links["list"]["reaches"]][-1] in there
     assert sum(r in there for r in order[:links["list"]["reaches"]]) == 10 and s.count_links(tmp_path/"cc", count=20, per_shard=10)["list"]["reaches"] is None
+    (tmp_path/"cc/train/00000_stats.json").write_text("{"); assert count()["reasons"] == {"unknown": 12, "HTTP 404": 1}
+    write_shard(tmp_path/"cc/train", 2, [3, 4]); refused("00002.tar: has row", count); write_shard(tmp_path/"cc/train", 2, [40]); refused("00002.tar: has row 40, where rows 20 to 29 belong", count)
     with tarfile.open(tmp_path/"cc/train/00000.tar", "w") as tar: info = tarfile.TarInfo("a.jpg"); info.size = 1; tar.addfile(info, io.BytesIO(b"x"))
     refused("00000.tar: its keys are not numbers", count)
 
@@ -192,6 +201,8 @@ def test_the_same_seed_epoch_and_workers_give_the_same_batches_and_others_anothe
     first = order(epoch(web.images, workers=2))
     state = torch.get_rng_state(); again = order(epoch(web.images, workers=2))
     assert again == first and torch.equal(torch.get_rng_state(), state), "the training's own draws are not touched"
+    with warnings.catch_warnings(): warnings.simplefilter("error"); usual = order(epoch(web.images, workers=None))
+    assert usual == order(epoch(web.images, workers=5)), "one for each of the five shards, however many cores there are"
     others = [order(epoch(web.images, workers=2, epoch=1)), order(epoch(web.images, workers=2, seed=1)), order(epoch(web.images, workers=2, window=2))]
     assert all(o != first for o in others)
     assert len({frozenset(order(epoch(web.images, epoch=e))) for e in range(6)}) > 1, "what an epoch leaves out changes"
@@ -273,20 +284,24 @@ def test_faces_get_invented_names_and_no_real_one_is_written(tmp_path, capsys):
     real = {"Grace_Hopper": 5, "Alan_Turing": 3, "Ada_Lovelace": 2, "Only_Once": 1, namesake: 4}; folder = people(tmp_path/"lfw", **real)
     exif = Image.Exif(); exif[0x010E] = "Grace Hopper at work"; (folder/"Grace_Hopper/exif.jpg").write_bytes(encoded(7, exif=exif))
     note = PngImagePlugin.PngInfo(); note.add_text("Title", "Alan Turing"); (folder/"Alan_Turing/note.png").write_bytes(encoded(8, format="PNG", pnginfo=note))
-    assert cli.main(["data", "faces", str(folder), "--out", str(tmp_path/"faces")]) == 0 and "4 persons with invented names, 12 pictures to train on and 4 for the test" in capsys.readouterr().out
+    hidden = {"segment.jpg": lambda x: x[:2] + b"\xff\xec" + struct.pack(">H", 13) + b"Alan Turing" + x[2:], "behind.jpg": lambda x: x + b"Alan Turing"}
+    for name, hide in hidden.items(): (folder/"Alan_Turing"/name).write_bytes(hide(encoded(9)))
+    png, late = encoded(10, format="PNG"), b"tEXtTitle\0Ada Lovelace"; late = struct.pack(">I", len(late) - 4) + late + struct.pack(">I", zlib.crc32(late))
+    (folder/"Ada_Lovelace/late.png").write_bytes(png[:-12] + late + png[-12:])      # Pillow meets this text only when it decodes
+    assert cli.main(["data", "faces", str(folder), "--out", str(tmp_path/"faces")]) == 0 and "4 persons with invented names, 15 pictures to train on and 4 for the test" in capsys.readouterr().out
     words = [w.encode() for name in real for w in name.lower().split("_")]
     for path in (tmp_path/"faces").rglob("*"):
         said = str(path.relative_to(tmp_path/"faces")).lower().encode() + (path.read_bytes().lower() if path.is_file() else b"")
         assert not [w for w in words if w in said], path
     d.add_dataset("pubfig", tmp_path/"faces"); train, test = d.open_data("pubfig:train"), d.open_data("pubfig:test")
-    assert sorted(test.labels) == [0, 1, 2, 3] and sorted(np.bincount(train.labels)) == [1, 3, 3, 5] and train.image_array(size=16).shape == (12, 16, 16, 3)
+    assert sorted(test.labels) == [0, 1, 2, 3] and sorted(np.bincount(train.labels)) == [2, 3, 5, 5] and train.image_array(size=16).shape == (15, 16, 16, 3)
     name = lambda pairs, i: {n for n in (Path(pairs.images.names[pairs.image_rows[i]]).parent.name.replace("_", " ").title(),) if n in pairs.captions[i]}
     assert all(name(pairs, i) for pairs in (train, test) for i in range(len(pairs))) and len({*test.captions}) == 4
     sources = {encoded(100*k + i) for k, n in enumerate(real.values()) for i in range(n)}
     kept = [p for p in (tmp_path/"faces/images").rglob("*.jpg")]
     assert len(kept) == 14 and all(p.read_bytes() in sources for p in kept), "plain files are copied byte for byte"
     pixels = {np.asarray(d.decode(p.read_bytes(), "")).tobytes() for p in (tmp_path/"faces/images").rglob("*.png")}
-    assert pixels == {np.asarray(d.decode((folder/n).read_bytes(), "")).tobytes() for n in ("Grace_Hopper/exif.jpg", "Alan_Turing/note.png")}
+    assert pixels == {np.asarray(d.decode((folder/n).read_bytes(), "")).tobytes() for n in ("Grace_Hopper/exif.jpg", "Alan_Turing/note.png", "Alan_Turing/segment.jpg", "Ada_Lovelace/late.png")}
 
 def test_faces_are_seeded_and_errors_come_before_anything_is_written(tmp_path):
     folder = people(tmp_path/"p", a_x=3, b_y=4, c_z=2)
@@ -294,6 +309,7 @@ def test_faces_are_seeded_and_errors_come_before_anything_is_written(tmp_path):
     assert content(0) == content(0) != content(1) and content(0, people=1)[0] == dict(people=1, train=3, test=1)
     assert content(0, least=3)[0] == dict(people=2, train=5, test=2)
     refused("3 folders have 2 pictures or more, 4 are wanted", s.rename_faces, folder, tmp_path/"new", people=4)
+    refused("people is 1 or more, not 0", s.rename_faces, folder, tmp_path/"new", people=0, kind=SettingsError)
     refused("least is 2 or more", s.rename_faces, folder, tmp_path/"new", least=1, kind=SettingsError)
     refused("the folder is not there", s.rename_faces, tmp_path/"gone", tmp_path/"new"); assert not (tmp_path/"new").exists()
     refused("choose an empty or a new one", s.rename_faces, folder, folder)
