@@ -189,11 +189,14 @@ def data_verify(args):
     if bad: raise DataError(f"{bad} checks failed (the lines marked WRONG); fetch the data again or correct the folder that was added")
 
 def data_add(args):
-    from mcl_repro.data import add_dataset
+    from mcl_repro.data import add_dataset, read_manifest
     from mcl_repro.shards import published_rows
     entry = add_dataset(args.name, args.folder, args.format, parse_pairs(args.option, '--option') or None, args.split)
     splits = entry.get('splits') or entry['found']   # a set of the manifest keeps its own `splits`
     about = lambda s, n: ', '.join(f'{v:,} {k}' for k, v in n.items()) + (f' of {rows:,} rows' if (rows := published_rows(args.name, s)) else '')
+    expected = read_manifest().get(args.name, {}).get('splits', {})
+    for s, k, v in [(s, k, v) for s, n in splits.items() for k, v in n.items()]:
+        if (e := expected.get(s, {}).get(k, 'unknown')) not in ('unknown', v): _say(f'{args.name}:{s} has {v:,} {k}, where {e:,} are expected')
     print(f"added {args.name}; use it as {', '.join(f'{args.name}:{s} ({about(s, n)})' for s, n in splits.items())}, for example: mcl_repro run --role ROLE={args.name}:{next(iter(splits))}")
 
 # %% ../nbs/21_cli.ipynb #fb55cad3

@@ -733,7 +733,7 @@ def expand_shards(
 ) -> list[Path]:
     "The shards a pattern means, in order; DataError when there is none."
     pattern = str(pattern)
-    if Path(pattern).is_dir(): pattern = f'{pattern}/*.tar'
+    if Path(pattern).is_dir(): pattern = f'{glob.escape(pattern)}/*.tar'
     span = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
     if span:
         numbers = [str(k).zfill(len(span[1])) for k in range(int(span[1]), int(span[2])+1)]
@@ -990,7 +990,8 @@ def _root(name:str, entry:dict) -> Path: return Path(entry['root']) if entry.get
 def _how_to_get(name:str, entry:dict) -> str:
     "What to do when a data set is not here."
     fetch = f'fetch it with: mcl_repro data fetch {name}' if entry.get('files') else ''
-    return '; '.join(x for x in (fetch, entry.get('obtain'), f'then register its folder with: mcl_repro data add {name} FOLDER') if x)
+    register = 'then register its folder' if entry.get('obtain') else 'or register a folder that has it'
+    return '; '.join(x for x in (fetch, entry.get('obtain'), f'{register} with: mcl_repro data add {name} FOLDER') if x)
 
 # %% ../nbs/01_data.ipynb #98e12237
 READERS = dict(csv=read_csv_pairs, csv_labels=read_csv_labels, flickr=read_flickr_pairs, karpathy=read_karpathy_pairs, coco=read_coco_pairs,
@@ -1000,9 +1001,10 @@ _path_options = {'path', 'tokens', 'images', 'split_list', 'folder', 'root', 'sh
 def _find(root:Path, wanted) -> str|None:
     "The first alternative that exists below `root`; shard patterns are tried by expanding them."
     for w in wanted if isinstance(wanted, list) else [wanted]:
-        w = str(root/inside(root, w)) if w != '.' else str(root)
-        if Path(w).exists() or glob.glob(w): return w
-        if '{' in w and Path(re.sub(r'\{(\d+)\.\.\d+\}', r'\1', w)).exists(): return w
+        name = inside(root, w); path, pattern = str(root/name), f'{glob.escape(str(root))}/{name}'
+        if Path(path).exists(): return path
+        if glob.glob(pattern): return pattern
+        if '{' in w and Path(re.sub(r'\{(\d+)\.\.\d+\}', r'\1', path)).exists(): return path
     return None
 
 def _options_of(root:Path, layout:dict, split:str) -> tuple[dict, list]:

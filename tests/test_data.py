@@ -404,6 +404,7 @@ def test_add_finds_the_formats(folder, tmp_path):
     shards = tmp_path/"shards"; shards.mkdir()
     for s in range(2): shard(shards/f"cc-train-{s:03d}.tar", sample(f"k{s}", s, "x"))
     assert d.add_dataset("web", shards)["splits"] == {"cc-train": dict(images=2, pairs=2)}
+    odd = tmp_path/"a [1] {2}"; shards.rename(odd); assert d.add_dataset("web", odd)["splits"] == {"cc-train": dict(images=2, pairs=2)} and len(d.read_webdataset_pairs(odd)) == 2
     toy = tmp_path/"toy"
     for p in ("train/cat/0.png", "train/dog/1.png", "test/cat/2.png", "test/dog/3.png"): (toy/p).parent.mkdir(parents=True, exist_ok=True); (toy/p).write_bytes(encoded())
     assert d.add_dataset("toy", toy)["splits"] == dict(test=dict(images=2, classes=2), train=dict(images=2, classes=2))

@@ -243,6 +243,20 @@ def test_training_reads_a_poisoned_set_from_its_shards(web, tmp_path):
     refused("unknown order 'sorted'", Recipe, epochs=1, batch_size=8, learning_rate=1e-3, order="sorted", kind=SettingsError)
 
 @streams
+def test_a_streamed_training_that_was_stopped_goes_on_to_the_same_weights(web, tmp_path):
+    from mcl_repro.training import Recipe, train, training_set
+    class Stop:
+        def after_step(self, state, value):
+            if state.step == 10: raise KeyboardInterrupt     # in the second epoch of seven steps
+        def __getattr__(self, name): return lambda *args, **options: None
+    clip = lambda: build_clip("smoke-RN", seed=1); lazy = training_set(clip(), web, memory_limit=0)
+    recipe, weights = Recipe(epochs=2, batch_size=8, learning_rate=1e-3, order="streamed"), lambda c: torch.cat([v.flatten().double() for v in c.model.state_dict().values()])
+    whole = clip(); train(whole, lazy, recipe)
+    with pytest.raises(KeyboardInterrupt): train(clip(), lazy, recipe, callbacks=[Stop()], checkpoint=tmp_path/"c.safetensors")
+    resumed = clip(); history = train(resumed, lazy, recipe, checkpoint=tmp_path/"c.safetensors")
+    assert [h["step"] for h in history] == [7, 14] and torch.equal(weights(whole), weights(resumed))
+
+@streams
 def test_subsets_overlays_and_chains_are_looked_through(web):
     made = d.ArrayImages(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
     over = d.OverlayImages(web.images, [50, 0, 20, 3], made)
