@@ -67,7 +67,14 @@ def _override(settings, name, value, profile):
     if last not in at or isinstance(at[last], dict) or path[:1] == ['roles']:
         known = ', '.join(_flat(settings)) or 'none'
         raise SettingsError(f'unknown setting {name!r} for profile {profile!r}; known: {known}')
-    at[last] = _checked(name, at[last], value)
+    at[last] = _checked(name, at[last], value); _check_recipe(name, at)
+
+def _check_recipe(name, settings):
+    "What no training can work with is refused when it is given, and not hours later where the training starts."
+    if not {'epochs', 'batch_size', 'learning_rate'} <= set(settings): return
+    from mcl_repro.training import Recipe
+    try: Recipe(**{k: v for k, v in settings.items() if k in Recipe.__dataclass_fields__})
+    except SettingsError as e: raise SettingsError(f'setting {name!r}: {e}') from None
 
 def _flat(settings, prefix=''):
     out = {}
