@@ -51,9 +51,10 @@ class Experiments:
         if own or self.own_repairs: workers_load_plugins(lab.engine)
 
     @cached_property
-    def clean(self): # node; made when it is asked for, as not every paper needs the data of the role `pretrain`
+    def clean(self): # node; made when it is asked for, as not every paper needs the data of the role `pretrain`, nor do given weights
         name, pretrained = self.model.name, self.model.pretrained
-        return self.lab.node(clean_clip, model=name, pretrained=pretrained, pairs=self.lab.role("pretrain"), recipe=dict(self.settings.pretrain), checksum=weights_checksum(pretrained))
+        trained = dict(pairs=self.lab.role("pretrain"), recipe=dict(self.settings.pretrain)) if pretrained is None else {}
+        return self.lab.node(clean_clip, model=name, pretrained=pretrained, checksum=weights_checksum(pretrained), **trained)
 
     @cached_property
     def attacks(self): # printed name -> settings for the stages
@@ -247,8 +248,10 @@ def source(self: Experiments, role: str) -> str:
 
 @patch
 def trigger(self: Experiments, name: str) -> str:
-    "An attack in words: its settings, and what they come to in pixels."
-    facts = self.get(self.chain(name).poisoned).result["attack"]
+    "An attack in words: its settings, and what they come to in pixels. The name alone where no line has it: nothing is computed for a note."
+    poisoned = next((c.poisoned for l in self.lines for c in l.chains if c.attack == name), None)
+    if poisoned is None: return name
+    facts = self.get(poisoned).result["attack"]
     shown = {k: f"{v:g}" if isinstance(v, float) else v for k, v in facts.items() if k not in ("name", "encoder") and v is not None}
     return f"{name} ({', '.join(f'{k} {v}' for k, v in shown.items())})"
 

@@ -111,10 +111,11 @@ def test_models_are_the_papers_at_224_pixels_with_the_activation_of_their_weight
     assert list(PAPER.mem.models.values()) == ['RN50', 'RN101', 'ViT-B-32'] and {PAPER.model.pretrained, PAPER.models.cfbd.pretrained} == {'openai'}
 
 
-def test_a_paper_may_have_a_model_of_its_own(tmp_path):
+def test_a_paper_may_have_a_model_of_its_own(tmp_path, monkeypatch):
     lab = Lab('paper', 'cpu', tmp_path)
     ubt, cfbd, mem = (Experiments(lab, [f'{paper}.table1'], attacks={'BadNet': 'BadNet'}) for paper in ('ubt', 'cfbd', 'mem'))
     assert (ubt.model.name, cfbd.model.name, mem.model.name) == ('ViT-B-32-quickgelu', 'RN50-quickgelu', 'ViT-B-32-quickgelu') and ubt.image_size == cfbd.image_size == 224
+    monkeypatch.setenv('MCL_REPRO_DATA', str(tmp_path/'nothing')); assert (ubt.clean.settings['pretrained'], ubt.clean.settings['pairs']) == ('openai', None)       # public weights need no data
     for name in ('mini', 'smoke'): assert load_profile(name).models == {} and load_profile(name).poison.checkpoints is None
 
 
