@@ -6,7 +6,7 @@
 __all__ = ['load_profile', 'stage', 'Node', 'Artefact', 'Store', 'Work', 'StageError', 'read_status', 'Lab', 'clean_store']
 
 # %% ../nbs/07_lab.ipynb #0d2f3824
-import ast, builtins, copy, errno, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json
+import ast, builtins, copy, difflib, errno, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json
 import logging, math, os, platform, re, shutil, socket, subprocess, sys, textwrap, threading, time, traceback, uuid, warnings, weakref
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -61,12 +61,16 @@ def _checked(name, old, new):
     raise SettingsError(f'setting {name!r} is {type(old).__name__} ({old!r}) in the profile, not {type(new).__name__} ({new!r})')
 
 # %% ../nbs/07_lab.ipynb #9672eca9
+_HOW = ('precision', 'order', 'micro_batch')   # settings that say how to compute, not what; every recipe has them, named or not
+
 def _override(settings, name, value, profile):
     at = settings; *path, last = name.split('.')
     for step in path: at = at[step] if isinstance(at, dict) and isinstance(at.get(step), dict) else {}
+    if last in _HOW and 'epochs' in at: at.setdefault(last, None)
     if last not in at or isinstance(at[last], dict) or path[:1] == ['roles']:
-        known = ', '.join(_flat(settings)) or 'none'
-        raise SettingsError(f'unknown setting {name!r} for profile {profile!r}; known: {known}')
+        known = list(_flat(settings)); near = difflib.get_close_matches(name, known, 3)
+        known = near or [k for k in known if k.startswith(f'{name.partition(".")[0]}.')] or known or ['none']
+        raise SettingsError(f"unknown setting {name!r} for profile {profile!r}; {'did you mean' if near else 'known:'} {', '.join(known)}")
     at[last] = _checked(name, at[last], value); _check_recipe(name, at)
 
 def _check_recipe(name, settings):
@@ -1282,8 +1286,6 @@ def _engine(engine, jobs):
     raise SettingsError(f'engine {engine!r} is not known; give serial, dask, torchrun, or the address of a Dask scheduler such as tcp://host:8786')
 
 # %% ../nbs/07_lab.ipynb #5554ea2e
-_HOW = ('precision', 'order', 'micro_batch')   # settings that say how to compute, not what
-
 class Lab:
     "One profile on one device with one store: makes nodes, and runs those that are not done."
     def __init__(self,
