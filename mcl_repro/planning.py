@@ -20,7 +20,7 @@ from textwrap import indent
 from unittest.mock import patch as replaced
 
 from . import lab as labs
-from .errors import DataError, SettingsError, UserError
+from .errors import DataError, SettingsError, StoreError, UserError
 from .lab import Artefact, Lab, Node
 
 # %% ../nbs/26_planning.ipynb #f8d35424
@@ -174,6 +174,13 @@ def is_absent(
     "Whether a reference stands for data that is not on this machine."
     return ref.fingerprint.startswith(_ABSENT)
 
+def _is_listed(source):
+    "Whether manifest or registry know a source, wherever its files are."
+    from mcl_repro.data import _entry, _is_path, _parse, _split_names
+    if _is_path(source): return False
+    with suppress(DataError): name, split, *_ = _parse(source); return split in _split_names(name, _entry(name))
+    return False
+
 class PlanningLab(Lab):
     "A lab that notes what it is asked for. `asked`: nodes by key; `absent`: role -> what its reader said."
     def __init__(self, *args, **kwargs):
@@ -185,7 +192,9 @@ class PlanningLab(Lab):
         try: return super().role(name)
         except DataError as e:
             from mcl_repro.data import DataRef
-            self.absent[name] = str(e); source = self.profile['roles'][name]
+            source = self.profile['roles'][name]
+            if not _is_listed(source): raise SettingsError(f'role {name}: {e}') from None
+            self.absent[name] = str(e)
             self._roles[name] = DataRef(source, _ABSENT + source)
             return self._roles[name]
 
@@ -203,7 +212,9 @@ class PlanningLab(Lab):
 class _Absent:
     "Data that is not here: it has a length and nothing else."
     def __init__(self, ref): self.ref = ref
-    def __len__(self): return counts_of(self.ref).items or 1
+    def __len__(self):
+        if items := counts_of(self.ref).items: return items
+        raise SettingsError(f'{self.ref.source} is not here and its size is not known, by which a number of pairs is scaled; plan with a count, such as {self.ref.source}:100000')
     def __getattr__(self, name): raise NotYet(f'{self.ref.source} is {_ABSENT.strip(": ")}')
 
 def _open(source):
@@ -418,8 +429,9 @@ def _reads(work, s, name, passes=1, images=None, pairs=None):
 def _trains(work, s, pairs, recipe, beside=0, sides=1, kind='train'):
     "Epochs over pairs; `beside`: pairs that every step takes besides its batch; `sides`: how often a pair goes through the towers."
     size = min(recipe['batch_size'], max(pairs, 1)); steps = recipe['epochs'] * (pairs // size)
-    work.add(kind, steps * (size * sides + beside), s.architecture).add('step', steps, s.architecture)
-    work.steps.add((s.architecture, size * sides + beside, recipe.get('precision', 'auto')))
+    whole = size * sides + beside; part = min(recipe.get('micro_batch') or whole, whole)
+    work.add(kind, round(steps * whole * (1 if part == whole else 4 / 3)), s.architecture).add('step', steps, s.architecture)     # in parts, the forward pass is done twice
+    work.steps.add((s.architecture, part, recipe.get('precision', 'auto')))
     work.kept += s.weights; work.beside = max(work.beside, 3 * s.weights)
     return work.add('load', 2, s.architecture)
 
@@ -780,6 +792,10 @@ def _device_name(device):
     hardware = labs._hardware(device)
     return hardware.get('gpu') or hardware['cpu']
 
+def _keep(path, known):
+    try: path.parent.mkdir(parents=True, exist_ok=True); labs._write_json(path, known)
+    except OSError as e: raise StoreError(f'{path.parent} cannot be written ({e.strerror or e}); give another folder with --runs, or measure nothing with --no-calibration') from e
+
 def calibrate(
     models:dict,       # architecture -> (largest number of pairs at a time, precision)
     where:dict,        # device of a lab: type, and threads of a CPU
@@ -794,8 +810,9 @@ def calibrate(
     for name, (batch, precision) in {'': (size, ''), **models}.items():
         key = f'{here}: {name or "machine"}, {batch}{f", {precision}" if precision else " px"}'
         if measure and not (_MACHINE_KINDS if not name else _MODEL_KINDS) <= set(known.get(key, ())):
+            _keep(path, known)       # a folder that cannot be written is named before anything is measured
             with labs._threads(where, ('torch',)): known[key] = measure_model(name, batch, precision, device, seconds) if name else measure_machine(size, device, seconds)
-            path.parent.mkdir(parents=True, exist_ok=True); labs._write_json(path, known)
+            _keep(path, known)
         if key in known: found[name] = dict(known[key], key=key)
     return found
 
@@ -871,9 +888,9 @@ def _package_reasons(todo):
     reasons, settings = [], [p.node.settings for p in todo]
     if any(s.get('synonyms') == 'wordnet' for s in settings):
         try: synonym_source('wordnet')
-        except SettingsError as e: reasons.append(str(e))
+        except SettingsError as e: reasons.append(f'{e} (--set cleanclip.synonyms=builtin)')
     if any((s.get('search') or {}).get('words') == 'bert' for s in settings if isinstance(s.get('search'), dict)) and find_spec('transformers') is None:
-        reasons.append('package transformers is missing, which words: bert needs: pip install transformers, or leave the method out')
+        reasons.append('package transformers is missing, which words: bert needs: pip install transformers, or leave the method out with --param method_names')
     return reasons
 
 def step_memory(rates, step):
@@ -889,13 +906,13 @@ def _needs(todo, rates, there, jobs):
     def held(p): return p.work.host + (p.work.pictures if p.work.pictures <= .5 * (there['device_free'] or 0) else 0)
     host = max(((held(p), p) for p in todo if p.work), key=lambda x: x[0], default=(0, None))
     kept, beside = sum(p.work.kept for p in todo if p.work), max((p.work.beside for p in todo if p.work), default=0)
-    return dict(device=device[0], device_by=device[2], host=jobs * host[0], host_by=host[1] and host[1].node.stage.name, disk=kept + jobs * beside)
+    return dict(device=device[0], device_by=device[2] and (*device[2][:2], device[1].node.stage.name), host=jobs * host[0], host_by=host[1] and host[1].node.stage.name, disk=kept + jobs * beside)
 
 def _size_reasons(needs, there, device):
     "What does not fit."
     reasons, by = [], needs['device_by']
     if there['device'] and needs['device'] > there['device']:
-        reasons.append(f"memory of {'the GPU' if device == 'cuda' else 'the machine'}: a training step of {by[0]} with {by[1]} pairs needs about {_gb(needs['device'])}, there are {_gb(there['device'])}: take another device, or a smaller batch_size with --set")
+        reasons.append(f"memory of {'the GPU' if device == 'cuda' else 'the machine'} for {by[2]}: a training step of {by[0]} with {by[1]} pairs needs about {_gb(needs['device'])}, there are {_gb(there['device'])}: take another device, or with --set a micro_batch in its recipe (the same result; not where BatchNorm is trained) or a smaller batch_size")
     if there['host'] and needs['host'] > there['host']:
         reasons.append(f"memory of the machine: {needs['host_by']} needs about {_gb(needs['host'])}, there are {_gb(there['host'])}: use fewer --jobs or another machine")
     if needs['disk'] > there['disk']:
@@ -1020,19 +1037,19 @@ def _amount_lines(todo):
     return [f'  {kind}{f" ({model})" if model else ""}: {count:,.3g}' for (kind, model), count in sorted(total.items())]
 
 # %% ../nbs/26_planning.ipynb #ede23af0
-def _paper_lines(paper, planned, columns):
-    "The table of one paper."
-    rows = [{**r, 'time': '' if not r['to_do'] else ('at most ' if r['may_stop'] else '') + in_words(r['seconds']), 'disk': _gb(r['bytes']) if r['bytes'] else ''} for r in plan_rows(planned)]
+def _paper_lines(paper, planned):
+    "The table of one paper; without times where nothing was measured."
+    from mcl_repro.cli import columns
+    rows = [{**r, 'to do': r['to_do'], 'time': '' if not r['to_do'] else ('at most ' if r['may_stop'] else '') + in_words(r['seconds']), 'disk': _gb(r['bytes']) if r['bytes'] else ''} for r in plan_rows(planned)]
     todo = [p for p in planned if p.needed]; seconds = None if any(p.seconds is None for p in todo) else sum(p.seconds for p in todo)
-    return [f'{paper}: {len(planned)} stages, {len(todo)} to compute{f", about {in_words(seconds)} in one process" if seconds is not None and todo else ""}', columns(rows, ['stage', 'stages', 'done', 'to do', 'time', 'disk']) if rows else '']
+    return [f'{paper}: {len(planned)} stages, {len(todo)} to compute{f", about {in_words(seconds)} in one process" if seconds is not None and todo else ""}', columns(rows, ['stage', 'stages', 'done', 'to do', *(['time'] if any(p.seconds is not None for p in todo) else []), 'disk']) if rows else '']
 
 def plan_text(
     plan:Plan,
 )->str:
     "A plan to read."
-    from mcl_repro.cli import columns
     lines = []
-    for paper, planned in plan.papers.items(): lines += [*_paper_lines(paper, planned, lambda rows, names: columns([{**r, 'to do': r['to_do']} for r in rows], names)), *(f'  cell {c} could not be planned: {why}' for c, why in plan.unplanned.get(paper, {}).items()), '']
+    for paper, planned in plan.papers.items(): lines += [*_paper_lines(paper, planned), *(f'  cell {c} could not be planned: {why}' for c, why in plan.unplanned.get(paper, {}).items()), '']
     if shown := {k: n for k, n in plan.demonstrations.items() if n}: lines += [f"not counted: {', '.join(f'{n} small demonstrations of {k}' for k, n in shown.items())}, seconds each", '']
     for m in plan.missing: lines.append(f"missing: {', '.join(m['sources'])}: {m['how']}")
     lines += [f'assumed: {a}' for a in plan.assumed] + ([''] if plan.missing or plan.assumed else [])
@@ -1042,7 +1059,7 @@ def _total_lines(plan):
     "Totals, how they came about, and the verdict."
     todo = plan.todo; seconds = None if any(p.seconds is None for p in todo) else sum(p.seconds for p in todo)
     lines = [f'in all {len(plan.stages)} stages, each counted once, {len(todo)} to compute, on {plan.device}']
-    if seconds is not None and todo: lines.append(f"estimated time: {in_words(seconds)} of one process{f', {in_words(seconds/plan.jobs)} with {plan.jobs} jobs' if plan.jobs > 1 else ''}; stages with a rule to stop early count in full")
+    if seconds is not None and todo: lines.append(f"estimated time: {in_words(seconds)} of one process{f' ({seconds/3600:,.0f} GPU hours)' if plan.device.startswith('cuda') else ''}{f', {in_words(seconds/plan.jobs)} with {plan.jobs} jobs' if plan.jobs > 1 else ''}; stages with a rule to stop early count in full")
     elif todo: lines += ['amounts of work (not calibrated):', *_amount_lines(todo)]
     lines.append(f"disk: {_gb(plan.needs['disk'])} needed, {_gb(plan.there['disk'])} free; memory of the machine: {_gb(plan.needs['host'])} for data, {_gb(plan.there['host'] or 0)} there")
     if plan.needs['device']: lines.append(f"memory of the device: {_gb(plan.needs['device'])} for the largest training step ({plan.needs['device_by'][0]}, {plan.needs['device_by'][1]} pairs), {_gb(plan.there['device'] or 0)} there")

@@ -89,6 +89,25 @@ def test_missing_data_is_named_with_the_way_to_get_it(nbs, monkeypatch, tmp_path
     assert 'cannot start:\n  1. data flickr8k:train (for finetune) is missing' in plan_text(plan)
 
 
+def test_a_source_that_nobody_knows_is_a_slip_and_one_of_unknown_size_wants_a_count(nbs, monkeypatch, tmp_path):
+    monkeypatch.setenv('MCL_REPRO_DATA', str(tmp_path/'nothing'))
+    for source, says in [('fliker8k:train', 'unknown data set fliker8k; did you mean flickr8k'), ('flickr8k:tarin', 'no split tarin'), ('/no/pairs.csv', 'no such file'), ('flickr8k', 'with its split')]:
+        with pytest.raises(SettingsError, match=f'role finetune: .*{says}'): small(nbs, roles={'finetune': source})
+    with pytest.raises(SettingsError, match='plan with a count, such as flickr_pascal:all:100000'): small(nbs, roles={'finetune': 'flickr_pascal:all'})
+    assert [m['sources'] for m in small(nbs, roles={'finetune': 'flickr_pascal:all:100000'}).missing] == [['flickr_pascal:all:100000']]
+
+
+def test_a_step_in_parts_needs_memory_for_a_part(nbs):
+    whole, parts = ({p.node.stage.name: p.work for p in small(nbs, overrides=o).stages}['stages.finetuned_clip'] for o in ({}, {'finetune.micro_batch': 16}))
+    assert whole.steps == {('smoke-RN', 64, 'auto')} and parts.steps == {('smoke-RN', 16, 'auto')} and parts.amounts['train', 'smoke-RN'] == whole.amounts['train', 'smoke-RN'] * 4 // 3
+
+
+def test_one_table_of_ubt_reads_no_data_of_another(tmp_path, monkeypatch):
+    monkeypatch.setenv('MCL_REPRO_DATA', str(tmp_path/'nothing'))
+    plan = make_plan(profile='paper', device='cpu', runs=tmp_path, notebooks=NBS, table='ubt.table2', calibration='none')
+    assert {r for m in plan.missing for r in m['roles']} == {'finetune', 'zeroshot'}       # nor the pairs that public weights were trained on
+
+
 def test_what_does_not_fit_is_refused_by_name_and_number(nbs, monkeypatch):
     there = dict(host=2e9, device=3e7, device_free=3e7, disk=1e7, cores=2)
     monkeypatch.setattr(planning, '_machine', lambda device, folder: dict(there))
