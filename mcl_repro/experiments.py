@@ -43,7 +43,7 @@ class Experiments:
         if attack_names and not set(attack_names) & set(attacks): raise SettingsError(f"attack_names: beside {', '.join(attack_names)} name one of the paper's, {', '.join(attacks)}")
         self.lab, self.settings, self.wanted, self.whole, self.steps = lab, settings, list(wanted or tables), not attack_names, steps
         self.counts, self.lines, self.defenses, self.done, self._chains, self._lengths = dict(counts or {}), [], {}, {}, {}, {}
-        self.model = settings.get("models", {}).get(tables[0].partition(".")[0] if tables else "", settings.model)      # name and weights of the CLIP
+        self.model = settings.model      # name and weights of the CLIP
         self.image_size = model_config(self.model.name)["vision_cfg"]["image_size"]
         self._entries = {name: settings.attacks[attacks[name]] for name in attack_names or attacks if name in attacks}
         self.own_attacks, self.own_repairs, self._added = {name: entry for name, entry in own.items() if name in (attack_names or own)}, own_repairs(), set()

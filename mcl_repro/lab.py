@@ -67,7 +67,7 @@ def _override(settings, name, value, profile):
     at = settings; *path, last = name.split('.')
     for step in path: at = at[step] if isinstance(at, dict) and isinstance(at.get(step), dict) else {}
     if last in _HOW and 'epochs' in at: at.setdefault(last, None)
-    if last not in at or isinstance(at[last], dict) or path[:1] == ['roles']:
+    if last not in at or isinstance(at[last], dict) or path[:1] in (['roles'], ['papers']):
         known = list(_flat(settings)); near = difflib.get_close_matches(name, known, 3)
         known = near or [k for k in known if k.startswith(f'{name.partition(".")[0]}.')] or known or ['none']
         raise SettingsError(f"unknown setting {name!r} for profile {profile!r}; {'did you mean' if near else 'known:'} {', '.join(known)}")
@@ -83,7 +83,7 @@ def _check_recipe(name, settings):
 def _flat(settings, prefix=''):
     out = {}
     for k, v in settings.items():
-        if k == 'roles' and not prefix: continue
+        if k in ('roles', 'papers') and not prefix: continue
         out.update(_flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}': v})
     return out
 
@@ -93,6 +93,7 @@ def load_profile(
     settings:dict|None=None,  # dotted setting -> value that replaces the profile's, e.g. {'train.epochs': 3}
     roles:dict|None=None,  # role -> data source that replaces the profile's
     path:str|Path|None=None,  # default: the package's profiles.yaml
+    paper:str|None=None,  # whose own settings, under `papers` in the profile, replace the common ones
 )->dict: # nested settings (also readable as attributes) with `roles`
     "Read one profile; raises `SettingsError` for an unknown profile, setting or role and for a value of another type."
     profiles = _read_profiles(path or _PACKAGE/'profiles.yaml')
@@ -101,7 +102,8 @@ def load_profile(
     for role, source in (roles or {}).items():
         if role not in profile['roles']: raise SettingsError(f"unknown role {role!r} for profile {name!r}; known: {', '.join(profile['roles']) or 'none'}")
         profile['roles'][role] = str(source)
-    for key, value in (settings or {}).items(): _override(profile, key, value, name)
+    profile = _merge(profile, profile.get('papers', {}).get(paper, {}))
+    for key, value in (settings or {}).items(): _override(profile, key, value, name)    # what is given replaces a paper's own settings as well
     return _attributes(profile)
 
 # %% ../nbs/07_lab.ipynb #1763d744
@@ -1300,9 +1302,9 @@ class Lab:
         jobs:int|None=None,              # processes: of 'dask' (default: one per core or GPU), of 'torchrun' (one per GPU); more than one of 'serial' means 'dask'
         threads:int=1,                   # threads of a stage on a CPU; other counts round differently and are other artefacts
         progress:bool|None=None,         # show progress; default: in terminals and notebooks, unless MCL_REPRO_PROGRESS is 0
-        module:str|None=None,            # the library module that the calling notebook exports to, e.g. 'mcl_repro.ubt'
+        module:str|None=None,            # the library module that the calling notebook exports to, e.g. 'mcl_repro.ubt'; its name is the paper's
     ):
-        self.name, self.profile = profile, load_profile(profile, settings, roles)
+        self.name, self.profile = profile, load_profile(profile, settings, roles, paper=(module or '').rpartition('.')[2])
         self.stands_in = profile != 'paper' or bool(roles) or any(k.rpartition('.')[2] not in _HOW for k in settings or {})   # for the papers' data, models and settings
         self.seeds, self.jobs, self.engine = list(range(_count('seeds', seeds))), jobs, _engine(engine, jobs)
         self.runs, self.folder, self.store = Path(runs), Path(runs)/profile, Store(store or Path(runs)/'store')

@@ -102,21 +102,23 @@ def test_what_is_not_printed_has_a_choice_and_a_reason():
 # ---- the profile as a whole
 
 def test_models_are_the_papers_at_224_pixels_with_the_activation_of_their_weights():
-    public = {PAPER.model.name: 'ViT-B-32', PAPER.models.cfbd.name: 'RN50', **dict(zip(PAPER.mem.faces.models.values(), ('RN50', 'RN101', 'ViT-B-32')))}
+    public = {PAPER.model.name: 'ViT-B-32', PAPER.papers.cfbd.model.name: 'RN50', **dict(zip(PAPER.mem.faces.models.values(), ('RN50', 'RN101', 'ViT-B-32')))}
     pretrained = import_open_clip().pretrained.get_pretrained_cfg
     for name, plain in public.items():
         config = model_config(name)
         assert config['vision_cfg']['image_size'] == 224 and config['text_cfg'] == model_config(plain)['text_cfg'] and config['vision_cfg'] == model_config(plain)['vision_cfg']
         assert config.get('quick_gelu', False) == pretrained(name, 'openai')['quick_gelu']
-    assert list(PAPER.mem.models.values()) == ['RN50', 'RN101', 'ViT-B-32'] and {PAPER.model.pretrained, PAPER.models.cfbd.pretrained} == {'openai'}
+    assert list(PAPER.mem.models.values()) == ['RN50', 'RN101', 'ViT-B-32'] and {PAPER.model.pretrained, PAPER.papers.cfbd.model.pretrained} == {'openai'}
 
 
-def test_a_paper_may_have_a_model_of_its_own(tmp_path, monkeypatch):
-    lab = Lab('paper', 'cpu', tmp_path)
-    ubt, cfbd, mem = (Experiments(lab, [f'{paper}.table1'], attacks={'BadNet': 'BadNet'}) for paper in ('ubt', 'cfbd', 'mem'))
+def test_a_paper_may_have_a_model_and_a_recipe_of_its_own(tmp_path, monkeypatch):
+    def planned(paper, **given): return Experiments(Lab('paper', 'cpu', tmp_path, module=f'mcl_repro.{paper}', settings=given), [f'{paper}.table1'], attacks={'BadNet': 'BadNet'})
+    ubt, cfbd, mem, cleanclip = map(planned, ('ubt', 'cfbd', 'mem', 'cleanclip'))
+    assert [(e.settings.finetune.epochs, e.settings.finetune.learning_rate) for e in (ubt, cleanclip, cfbd)] == [(3, 1e-6), (5, 1e-6), (5, 1e-5)] and cleanclip.model == cfbd.model
+    given = planned('cfbd', **{'model.name': 'RN101', 'finetune.epochs': 1}); assert (given.model.name, given.settings.finetune.epochs, given.settings.finetune.learning_rate) == ('RN101', 1, 1e-5)   # not overruled
     assert (ubt.model.name, cfbd.model.name, mem.model.name) == ('ViT-B-32-quickgelu', 'RN50-quickgelu', 'ViT-B-32-quickgelu') and ubt.image_size == cfbd.image_size == 224
     monkeypatch.setenv('MCL_REPRO_DATA', str(tmp_path/'nothing')); assert (ubt.clean.settings['pretrained'], ubt.clean.settings['pairs']) == ('openai', None)       # public weights need no data
-    for name in ('mini', 'smoke'): assert load_profile(name).models == {} and load_profile(name).poison.checkpoints is None
+    for name in ('mini', 'smoke'): assert load_profile(name).papers == {} and load_profile(name).poison.checkpoints is None
 
 
 def test_zero_shot_data_and_prompts():
