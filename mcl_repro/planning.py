@@ -181,6 +181,7 @@ def _is_listed(source):
     with suppress(DataError): name, split, *_ = _parse(source); return split in _split_names(name, _entry(name))
     return False
 
+# %% ../nbs/26_planning.ipynb #8f21b6d4
 class PlanningLab(Lab):
     "A lab that notes what it is asked for. `asked`: nodes by key; `absent`: role -> what its reader said."
     def __init__(self, *args, **kwargs):
