@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['import_torchvision', 'import_open_clip', 'mini_models', 'model_config', 'Clip', 'build_clip', 'trained_name',
            'save_clip', 'read_tensors', 'saved_facts', 'load_weights', 'tokenize', 'to_pixels', 'encode_text',
-           'text_length', 'embed_images', 'embed_tokens', 'embed_texts', 'imagenet_templates', 'zero_shot_weights',
-           'info_nce']
+           'text_length', 'embed_images', 'embed_tokens', 'embed_texts', 'check_clip', 'imagenet_templates',
+           'zero_shot_weights', 'info_nce']
 
 # %% ../nbs/02_clip.ipynb #ba915fcb
 import functools, importlib, json, logging, re, sys, weakref
@@ -172,12 +172,12 @@ def read_tensors(path: Path # a `.safetensors` file or a torch file that holds t
 
 # %% ../nbs/02_clip.ipynb #9c970309
 def _state_dict(loaded, path):
-    "The state dict inside what other trainers save: bare, or under `state_dict`, with or without DataParallel's `module.` and torch.compile's `_orig_mod.`, in either order."
+    "The state dict inside what other trainers save: bare, or under `state_dict`."
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     plain = lambda k, v: isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and v.device.type == "cpu"
     if not isinstance(loaded, dict) or not all(plain(k, v) for k, v in loaded.items()):
         raise DataError(f"{path} holds no state dict of tensors: save model.state_dict() and try again")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in loaded.items()}
+    return loaded
 
 def saved_facts(path: Path) -> dict:
     "What `save_clip` noted in a file: `model`, the architecture, and others; empty where it does not say."
@@ -190,14 +190,20 @@ def load_weights(clip: Clip, # its model is changed in place
     ) -> Clip:
     "Load a checkpoint into a model of the same architecture. Raises DataError naming the first tensor that does not fit."
     tensors, own, facts = read_tensors(path), clip.model.state_dict(), saved_facts(path)
+    if set(tensors) != set(own): tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in tensors.items()}     # DataParallel's and torch.compile's, in either order
     saved = facts.get("model")
     if saved and saved != clip.name and saved.removesuffix("-quickgelu") == clip.name.removesuffix("-quickgelu"):
         raise DataError(f"{path} was saved from {saved}, whose activation is another one than that of {clip.name}: its tensors fit, its embeddings would be wrong; build {saved}")
     wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape] + [k for k in tensors if k not in own]
     if wrong: raise DataError(f"{path} does not fit {clip.name}: {len(wrong)} tensors differ, first {wrong[0]!r}; build the model it was saved from")
+    if "normalisation" in facts: clip.mean, clip.std = _noted_normalisation(facts["normalisation"], path)
     clip.model.load_state_dict(tensors)
-    if "normalisation" in facts: clip.mean, clip.std = map(tuple, json.loads(facts["normalisation"]))
     return clip
+
+def _noted_normalisation(text, path):
+    "Mean and standard deviation, three numbers each, from the note of `save_clip`."
+    try: return tuple((float(r), float(g), float(b)) for r, g, b in json.loads(text))
+    except (ValueError, TypeError): raise DataError(f"{path}: its note on how pictures are normalised is damaged; save the model again") from None
 
 # %% ../nbs/02_clip.ipynb #cf572fb6
 def tokenize(clip: Clip, # gives tokenizer and context length
@@ -326,6 +332,22 @@ def embed_texts(clip: Clip, # the model
     ) -> torch.Tensor:
     "Unit-length text embeddings of captions, float32 [n, d] on the CPU."
     return embed_tokens(clip, tokenize(clip, captions)[0], batch_size)
+
+# %% ../nbs/02_clip.ipynb #afb3998d
+def check_clip(clip: Clip # any
+    ) -> int: # width of the embeddings
+    "Put two pictures and two captions through a model. Raises SettingsError, naming what is wrong, for one that cannot be used as a CLIP."
+    for name, w in clip.model.named_parameters():
+        if not torch.isfinite(w).all(): raise SettingsError(f"{clip.name}: the weights {name} are not finite: the file or the training that they are from is damaged")
+    try: images = embed_images(clip, np.zeros((2, clip.image_size, clip.image_size, 3), np.uint8))
+    except Exception as e: raise SettingsError(f"{clip.name} cannot embed pictures of {clip.image_size} px ({type(e).__name__}: {_first_line(e)}); check image_size") from None
+    try: texts = embed_texts(clip, ["a photo of a cat", "two dogs"])
+    except Exception as e: raise SettingsError(f"{clip.name} cannot embed captions ({type(e).__name__}: {_first_line(e)}); check that the tokenizer gives int64 [n, length]") from None
+    if images.ndim != 2 or images.shape != texts.shape: raise SettingsError(f"{clip.name} gives pictures of shape {list(images.shape)} and captions of shape {list(texts.shape)}: both must be [n, d] of one width")
+    if not (torch.isfinite(images).all() and torch.isfinite(texts).all()): raise SettingsError(f"{clip.name} gives numbers that are not finite: its weights are damaged")
+    return images.shape[1]
+
+def _first_line(e): return (str(e).splitlines() or [""])[0][:120]
 
 # %% ../nbs/02_clip.ipynb #d98d079a
 def imagenet_templates() -> list:

@@ -14,10 +14,9 @@ import pandas as pd
 from IPython.display import display
 from fastcore.basics import patch
 
-from .clip import build_clip, model_config, trained_name
+from .clip import build_clip, check_clip, model_config, trained_name
 from .data import open_data
 from .errors import SettingsError
-from .inputs import check_clip
 from .lab import Lab
 from .plugins import own_attacks, own_repairs, repaired_clip, takes, workers_load_plugins
 from .repairing import METHODS

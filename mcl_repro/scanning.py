@@ -25,10 +25,10 @@ from sklearn.base import BaseEstimator, OutlierMixin
 
 from .cards import Card, limits_of, write_card, write_page
 from .cfbd import MappingNetwork, _correlations, _Gathered, _one_thread, _rows_of, benign_level, detect, leave_one_out, load_mapping, mean_direction, save_mapping, train_mapping
-from .clip import Clip, embed_images, embed_tokens, tokenize
+from .clip import Clip, check_clip, embed_images, embed_tokens, tokenize
 from .data import FileImages, Pairs, square
 from .errors import DataError, SettingsError, StoreError
-from .inputs import Cost, Readable, as_clip, as_pairs, check_clip, check_tolerance, first_error, foreign_captions, input_row, model_fingerprint, no_problems, pair_remarks
+from .inputs import Cost, Readable, as_clip, as_pairs, check_tolerance, first_error, foreign_captions, input_row, model_fingerprint, no_problems, pair_remarks
 from .lab import _read_json, _write_json
 from .metrics import detection_rates, placements
 from .report import _near

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
-from mcl_repro.clip import build_clip, embed_texts, save_clip
+from mcl_repro.clip import build_clip, check_clip, embed_texts, save_clip
 from mcl_repro.data import ArrayImages, Pairs, open_data, read_csv_pairs
 from mcl_repro.errors import DataError, SettingsError, UserError
-from mcl_repro.inputs import (Cost, Meter, Readable, as_clip, as_labelled, as_pairs, check_clip, check_tolerance, differing, foreign_captions, input_row, model_fingerprint, model_title,
+from mcl_repro.inputs import (Cost, Meter, Readable, as_clip, as_labelled, as_pairs, check_tolerance, differing, foreign_captions, input_row, model_fingerprint, model_title,
                               no_problems, pair_remarks, readable_pairs)
 from colour_clip import ColourClip, colour_clip, read_words, squares
 
