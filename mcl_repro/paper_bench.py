@@ -196,5 +196,5 @@ def paper_images(scale: Scale):
 # %% ../nbs/22b_paper_bench.ipynb #3dc6b27b
 def gpu_records(name: str # `runs`, `tables` or `training`
     ) -> pd.DataFrame:
-    "Records of runs on an H200: what they took, cells of UBT's tables beside the published ones of a CPU, and MedR after each epoch of MEM's clean RN50."
+    "Records of runs on an H200: what they took, cells of UBT's tables beside the published ones of a CPU and those of a CPU of another kind, and MedR after each epoch of MEM's clean RN50."
     return pd.read_csv(Path(mcl_repro.__file__).parent/"papers"/f"gpu_{name}.csv")
