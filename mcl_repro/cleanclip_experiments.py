@@ -18,8 +18,8 @@ from .data import DataRef, open_data
 from .errors import SettingsError
 from .lab import stage
 from .metrics import attack_hits, correct
-from .stages import attack_of, defender_pairs, load_clip, save_trained, train_and_save
-from .training import Callback, Recipe, train, training_set
+from .stages import attack_of, data_for, defender_pairs, load_clip, train_and_save
+from .training import Callback, Recipe, train
 
 # %% ../nbs/12b_cleanclip_experiments.ipynb #b0857622
 def _stripes(draw, size, rng):
@@ -97,10 +97,9 @@ def poisoning_checkpoint(work, *,
 ):
     "The victim's training once more, with the optimiser's moments in `checkpoint.safetensors`."
     model, pairs = load_clip(clip, work.device), defender_pairs(poisoned)
-    data, last = training_set(model, pairs), work.scratch/"checkpoint.safetensors"
-    history = train(model, data, Recipe(**recipe), checkpoint=last, progress=work.progress)
-    (work.out/"checkpoint.safetensors").write_bytes(last.read_bytes())
-    return save_trained(work, model, data, history)
+    result = train_and_save(work, model, pairs, recipe)
+    (work.out/"checkpoint.safetensors").write_bytes((work.scratch/"checkpoint.safetensors").read_bytes())
+    return result
 
 # %% ../nbs/12b_cleanclip_experiments.ipynb #0f887026
 @stage
@@ -167,7 +166,8 @@ def watched_training(work, *,
     measure = lambda clip: alignment(clip, clean, bad, shown.labels, shown.classnames, shown.classnames.index(target))
     views = caption_views(model, list(data.captions), frozen_captions, synonyms, letterless, seed) if self_supervised_weight else None
     start = dict(step=0, **measure(model))
-    history = train(model, training_set(model, data), Recipe(**recipe), cleanclip_loss(views, clip_weight, self_supervised_weight, image_policy, seed), [Watch(measure, every)],
+    recipe = Recipe(**recipe)
+    history = train(model, data_for(model, data, recipe), recipe, cleanclip_loss(views, clip_weight, self_supervised_weight, image_policy, seed), [Watch(measure, every)],
                     work.scratch/"checkpoint.safetensors", work.progress)
     rows = pd.DataFrame([start, *(r for h in history for r in h["watched"])])
     rows.to_csv(work.out/"watched.csv", index=False)

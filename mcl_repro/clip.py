@@ -89,7 +89,7 @@ def build_clip(
     oc = import_open_clip()
     config = model_config(name)
     tag = _public_tag(oc, name, pretrained)
-    name = trained_name(name, pretrained); config = model_config(name)
+    name = _as_trained(oc, name, tag); config = model_config(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with _unwarned(tag): model = oc.CLIP(**config) if name in mini_models() else oc.create_model(name, pretrained=tag, precision="fp32")

@@ -61,12 +61,12 @@ def _checked(name, old, new):
     raise SettingsError(f'setting {name!r} is {type(old).__name__} ({old!r}) in the profile, not {type(new).__name__} ({new!r})')
 
 # %% ../nbs/07_lab.ipynb #9672eca9
-_HOW = ('precision', 'order', 'micro_batch')   # settings that say how to compute, not what; every recipe has them, named or not
+_HOW = ('precision', 'micro_batch', 'order')   # settings that say how to compute, not what; every recipe has the first two, named or not
 
 def _override(settings, name, value, profile):
     at = settings; *path, last = name.split('.')
     for step in path: at = at[step] if isinstance(at, dict) and isinstance(at.get(step), dict) else {}
-    if last in _HOW and 'epochs' in at: at.setdefault(last, None)
+    if last in _HOW[:2] and 'epochs' in at: at.setdefault(last, None)
     if last not in at or isinstance(at[last], dict) or path[:1] in (['roles'], ['papers']):
         known = list(_flat(settings)); near = difflib.get_close_matches(name, known, 3)
         known = near or [k for k in known if k.startswith(f'{name.partition(".")[0]}.')] or known or ['none']

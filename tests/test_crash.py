@@ -199,7 +199,7 @@ def test_killed_between_artefact_and_record(bench, undisturbed, monkeypatch, poi
 @pytest.mark.parametrize('engine,jobs,group', [('serial', 0, False), ('dask', 2, False), ('dask', 2, True)])
 def test_control_c_ends_within_seconds(bench, undisturbed, engine, jobs, group):
     if engine == 'dask': pytest.importorskip('distributed')
-    process = bench.launch(engine, jobs, 'sleep=20', start_new_session=True)
+    process = bench.launch(engine, jobs, 'sleep=100', start_new_session=True)
     bench.wait_for('fit0.step0'); began = time.time()
     (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=120)
