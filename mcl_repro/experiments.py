@@ -15,7 +15,6 @@ from IPython.display import display
 from fastcore.basics import patch
 
 from .clip import build_clip, check_clip, model_config, trained_name
-from .data import open_data
 from .errors import SettingsError
 from .lab import Lab
 from .plugins import own_attacks, own_repairs, repaired_clip, takes, workers_load_plugins
@@ -41,7 +40,8 @@ class Experiments:
         if unknown := set(attack_names) - {*attacks, *own}: raise SettingsError(f"unknown attack {min(unknown)!r} in attack_names; profile {lab.name} has {', '.join([*attacks, *own])}")
         if attack_names and not set(attack_names) & set(attacks): raise SettingsError(f"attack_names: beside {', '.join(attack_names)} name one of the paper's, {', '.join(attacks)}")
         self.lab, self.settings, self.wanted, self.whole, self.steps = lab, settings, list(wanted or tables), not attack_names, steps
-        self.counts, self.lines, self.defenses, self.done, self._chains, self._lengths = dict(counts or {}), [], {}, {}, {}, {}
+        self.counts, self.lines, self.defenses, self.done, self._chains = dict(counts or {}), [], {}, {}, {}
+        self.extra, self.parts = [], SimpleNamespace()      # nodes besides those of lines; what a notebook shows of a plan, by name
         self.model = settings.model      # name and weights of the CLIP
         self.image_size = model_config(self.model.name)["vision_cfg"]["image_size"]
         self._entries = {name: settings.attacks[attacks[name]] for name in attack_names or attacks if name in attacks}
@@ -105,8 +105,7 @@ def chain(self: Experiments,
 @patch
 def share(self: Experiments, chain) -> float:
     "How large a chain's data are, relative to the role `finetune`: numbers of pairs are scaled by it."
-    for role in (chain.pairs, "finetune"): self._lengths[role] = self._lengths.get(role) or len(open_data(self.lab.role(role)))
-    return self._lengths[chain.pairs] / self._lengths["finetune"]
+    return self.lab.size(chain.pairs) / self.lab.size("finetune")
 
 @patch
 def method(self: Experiments,
@@ -171,12 +170,18 @@ def repaired(self: Experiments,
     return self.lab.node(repaired_clip, clip=chain.victim, poisoned=chain.poisoned, method=name, code=self.own_repairs[name], seed=chain.seed, **given)
 
 # %% ../nbs/09b_experiments.ipynb #5a94256f
+@patch(as_prop=True)
+def nodes(self: Experiments) -> list:
+    "Everything to compute: models and measurements of all lines and what is asked for besides, each once."
+    planned = [n for l in self.lines for n in (*l.found, *l.models)]
+    return list(dict.fromkeys([*planned, *self.extra]))
+
 @patch
 def run(self: Experiments,
-        extra: list = (), # nodes besides those of the lines
+        extra: list = (), # nodes besides those that are planned
     ) -> int: # how many nodes were asked for
     "Compute everything that was planned, in one run of the lab."
-    nodes = list(dict.fromkeys([*(n for l in self.lines for n in (*l.found, *l.models)), *extra]))
+    nodes = list(dict.fromkeys([*self.nodes, *extra]))
     self.done.update(zip(nodes, self.lab.run(nodes)))
     return len(nodes)
 

@@ -1330,6 +1330,12 @@ def role(self:Lab, name:str): # -> DataRef
         self._roles[name] = resolve(self.profile['roles'][name])
     return self._roles[name]
 
+@patch
+def size(self:Lab, name:str)->int:
+    "How many items the data of role `name` have: pairs, or labelled images. A lab that only plans knows it of data that are not here, too."
+    from mcl_repro.data import open_data
+    return len(open_data(self.role(name)))
+
 def _own_source(function):
     "What a function is, comparable between a notebook and a module: its syntax; None where there is no source, as in nbdev_test."
     try: return _plain_tree(ast.parse(textwrap.dedent(inspect.getsource(function))))

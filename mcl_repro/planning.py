@@ -17,7 +17,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import indent
-from unittest.mock import patch as replaced
 
 from . import lab as labs
 from .errors import DataError, SettingsError, StoreError, UserError
@@ -199,6 +198,8 @@ class PlanningLab(Lab):
             self._roles[name] = DataRef(source, _ABSENT + source)
             return self._roles[name]
 
+    def size(self, name): return len(_open(self.role(name)))
+
     def node(self, stage, **settings):
         if self.module and stage.__module__ == '__main__': stage = getattr(importlib.import_module(self.module), stage.__name__, stage)   # as in a kernel, the library's own
         return super().node(stage, **settings)
@@ -230,10 +231,9 @@ _QUIET = {'display', 'save_figure', 'show_claims', 'show_inconsistencies', 'writ
 @contextmanager
 def _planning():
     "While a notebook is read: its lab notes, its data may be absent, nothing is printed, and no test mode changes the profile."
-    import mcl_repro.experiments as experiments
     before = os.environ.pop('IN_TEST', None)
     try:
-        with redirect_stdout(io.StringIO()): yield {'Lab': PlanningLab, 'open_data': _open, 'synonym_source': _source_of_synonyms, **dict.fromkeys(_QUIET, _silent)}, replaced.object(experiments, 'open_data', _open)
+        with redirect_stdout(io.StringIO()): yield {'Lab': PlanningLab, 'open_data': _open, 'synonym_source': _source_of_synonyms, **dict.fromkeys(_QUIET, _silent)}
     finally:
         if before is not None: os.environ['IN_TEST'] = before
 
@@ -285,7 +285,7 @@ def plan_notebook(
     from mcl_repro.batch import check_parameters, notebook_parameters
     name, known = Path(notebook).stem.partition('_')[2], notebook_parameters(notebook)
     values = {**known, **check_parameters(name, known, parameters)}
-    with _planning() as (swaps, opened), opened:
+    with _planning() as swaps:
         space = {'display': _silent, **values}
         failed = _execute(needed_statements(read_statements(notebook)), space, swaps)
     lab = space.get('lab')
