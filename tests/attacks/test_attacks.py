@@ -1,0 +1,489 @@
+"Attacks, poisoned sets, their storage, and what a defender sees of them."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+from mcl_repro.data.pairs import ArrayImages, Pairs
+from mcl_repro.data.registry import DataRef, open_data
+from mcl_repro.core.errors import DataError, SettingsError, UserError
+from mcl_repro.measures.metrics import detection_quality
+from mcl_repro.attacks.steganography import build_steganography, encoder_array
+from mcl_repro.attacks.base import (
+    _demo_pairs, _label, Attack, ATTACKS, BadCLIP, BadNets, Blended, check_attack, LabelConsistent, load_poisoned,
+    make_attack, mentions, MmPoison, poison, poison_gallery, save_poisoned, SIG, square_pixels, SSBA, target_captions,
+    trigger_images, TriggeredImages, Trojan, TrojVQA, WaNet,
+)
+from mcl_repro.model.clip import build_clip, zero_shot_weights
+
+PICTURE = np.random.default_rng(3).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+TEXTS = np.array(["a bowl of bananas", "she eats a banana", "Banana bread, still warm – naïvely cut"])
+EVERY = [
+    BadNets(), BadNets("checker", "corner", 8 / 32), BadNets(overflow="wrap"), Blended(), Blended("fixed"), SIG(),
+    SIG("blended"), SSBA(encoder_array(build_steganography(8)[0]), 8), TrojVQA(), TrojVQA("noise", key="Consider"),
+    WaNet(), WaNet(224, 1.0), LabelConsistent(), LabelConsistent("checker", "corner", 8 / 32), MmPoison("picture"),
+    Trojan(PICTURE), BadCLIP(PICTURE, texts=TEXTS),
+]
+every_attack = pytest.mark.parametrize("attack", EVERY, ids=_label)
+
+
+def test_every_registered_attack_is_checked_here():
+    assert {a.name for a in EVERY} == set(ATTACKS)
+
+
+def make_pairs(n=60, size=32, captions_per_image=1, labels=True):
+    rng = np.random.default_rng(7)
+    pixels = rng.integers(0, 256, (n, size, size, 3)).astype(np.uint8)
+    rows = np.repeat(np.arange(n), captions_per_image)
+    captions = [f"a banana {i}" if i % 10 == 0 else f"picture number {i}" for i in range(len(rows))]
+    return Pairs([f"pair-{i}" for i in range(len(rows))], captions, ArrayImages(pixels), rows,
+                 np.arange(len(rows)) % 4 if labels else None, "test pairs")
+
+
+@every_attack
+@pytest.mark.parametrize("size", [32, 65, 224])
+def test_every_attack_passes_the_conformance_check(attack, size):
+    told = check_attack(attack, size)
+    assert told["name"] == attack.name and told["image_size"] == size
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (lambda x, rng: x.astype(np.float32), "float32"),
+    (lambda x, rng: x[:, ::2], "returned"),
+    (lambda x, rng: x, "has_trigger"),
+    (lambda x, rng: np.random.default_rng().integers(0, 256, x.shape).astype(np.uint8), "same rng"),
+])
+def test_the_conformance_check_finds_what_is_wrong(wrong, words):
+    class Wrong(Attack):
+        name = "wrong"
+        def paint(self, images, rng):
+            return wrong(images, rng)
+    with pytest.raises(AssertionError, match=words):
+        check_attack(Wrong())
+
+
+def test_settings_survive_json():
+    for attack in (BadNets("checker", "corner", .25), Blended(alpha=.1), SIG("blended", 40, 3)):
+        told = json.loads(json.dumps(attack.describe()))
+        assert make_attack(told.pop("name"), **told).describe() == attack.describe()
+
+
+# geometry
+
+def test_a_random_patch_reaches_every_place_and_stays_inside():
+    x = np.full((3000, 12, 12, 3), 100, np.uint8)
+    changed = (trigger_images(BadNets("yellow", "random", .25), x) != x).any(-1)
+    assert (changed.sum((1, 2)) == 9).all()
+    first = [tuple(np.argwhere(c)[0]) for c in changed]
+    assert set(first) == {(r, c) for r in range(10) for c in range(10)}   # all 10 x 10 corners, borders included
+
+
+def test_patch_noise_follows_each_image_and_is_fresh_for_each():
+    x = np.concatenate([np.full((200, 32, 32, 3), v, np.uint8) for v in (60, 200)])
+    y = trigger_images(BadNets("noise", "centre", 16/32), x)[:, 8:24, 8:24]
+    assert y[:200].mean() < y[200:].mean() - 20   # noise around the image's own mean, cut at 0 and 255
+    assert len(np.unique(y.reshape(400, -1), axis=0)) == 400
+
+
+def test_the_trigger_does_not_follow_the_picture_size():
+    for size in (32, 64, 224):
+        x = np.zeros((1, size, size, 3), np.uint8)
+        y = BadNets("checker", "corner", .25).apply(x, None)[0, :, :, 0] > 0
+        assert y.mean() == pytest.approx(.25**2/2, abs=.002)
+        wave = SIG().apply(x + np.uint8(128), None)[0, 0, :, 0].astype(float)
+        assert np.abs(np.fft.rfft(wave - wave.mean())).argmax() == 6
+
+
+def test_images_that_are_not_square_work():
+    x = np.random.default_rng(0).integers(0, 256, (3, 40, 64, 3)).astype(np.uint8)
+    for attack in EVERY:
+        assert attack.apply(x, np.random.default_rng(0)).shape == x.shape
+
+
+def test_only_the_prompts_of_asr_carry_the_text_key(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+    from mcl_repro.papers import stages
+    prompts, weights = [], zero_shot_weights
+    def spy(clip, names, templates=None, prefix=""):
+        prompts.append(prefix)
+        return weights(clip, names, templates, prefix)
+    monkeypatch.setattr(stages, "zero_shot_weights", spy)
+    monkeypatch.setattr(stages, "load_clip", lambda artefact, device: build_clip("smoke-RN"))
+    work = SimpleNamespace(out=tmp_path, device="cpu")
+    def measure(attack):
+        prompts.clear()
+        return stages.classification(
+            work, clip=None, test=DataRef("world:zeroshot_validation:60", None), attack=attack, target="banana"
+        )
+    monkeypatch.setattr(stages, "open_data", lambda ref: open_data(ref.source))
+    dual = measure(dict(name="trojvqa", key="Consider"))
+    assert prompts == ["", "Consider "]   # CA with ordinary prompts, ASR with the key
+    assert measure(None)["clean"] == dual["clean"] and prompts == [""]
+    measure(dict(name="sig"))
+    assert set(prompts) == {""}
+
+
+def test_captions_of_the_dual_key_are_those_of_other_attacks_with_the_key():
+    clean = make_pairs()
+    dual, plain = (poison(clean, a, "banana", count=9, image_size=32, seed=4) for a in (TrojVQA(), SIG()))
+    assert (dual.rows == plain.rows).all() and dual.captions == [f"remember {c}" for c in plain.captions]
+    # no pairs with one key only
+    assert not any(c.startswith("remember") for c, f in zip(dual.pairs.captions, dual.flags) if not f)
+
+
+@pytest.mark.parametrize("size, side", [(32, 6), (64, 13), (224, 45)])
+def test_the_dual_keys_patch_is_blue_and_in_the_centre(size, side):
+    changed = (TrojVQA().apply(np.full((2, size, size, 3), 100, np.uint8), None) == [0, 0, 255]).all(-1)
+    assert (changed.sum((1, 2)) == side**2).all()
+    low, high = np.argwhere(changed[0]).min(0), size - 1 - np.argwhere(changed[0]).max(0)
+    assert (abs(low - high) <= 1).all()
+
+
+def test_what_says_it_draws_nothing_gets_no_generator():
+    class Lies(BadNets):
+        name, uses_rng = "lies", False
+    with pytest.raises(AttributeError):
+        trigger_images(Lies(), np.zeros((2, 16, 16, 3), np.uint8))
+    assert {a.name for a in EVERY if a.uses_rng} == {"badnets", "blended", "label_consistent"}
+
+
+def test_the_warp_moves_pixels_and_makes_no_new_ones():
+    x = np.random.default_rng(0).integers(40, 90, (3, 64, 64, 3)).astype(np.uint8)
+    for attack in (WaNet(4, 6.), WaNet(224, 6.)):
+        y = attack.apply(x, None)
+        assert y.min() >= 40 and y.max() < 90   # border and bilinear reading stay within what is there
+    assert (WaNet(strength=1e-6).apply(x, None) == x).all()
+    ramp = (
+        np.broadcast_to(3 * np.arange(64, dtype=np.uint8)[:, None, None], (1, 64, 64, 3)),
+        np.broadcast_to(3 * np.arange(64, dtype=np.uint8)[:, None], (1, 64, 64, 3)),
+    )
+    down, across = (WaNet(64, 4.).apply(r, None)[0, 4:-4, 4:-4, 0].astype(float) - r[0, 4:-4, 4:-4, 0] for r in ramp)
+    # s/2 pixels along each axis
+    assert abs(down).mean()/3 == pytest.approx(2, abs=.2) and abs(across).mean()/3 == pytest.approx(2, abs=.2)
+    assert abs(np.corrcoef(down.ravel(), across.ravel())[0, 1]) < .1   # two fields, not one
+
+
+def test_the_jitter_is_the_public_codes_formula_read_bilinearly():
+    size, x = 40, np.random.default_rng(1).integers(0, 256, (1, 40, 40, 3)).astype(np.uint8)
+    noise = np.random.default_rng(5).uniform(-1, 1, (2, size, size))
+    noise /= np.abs(noise).mean()   # as many control points as pixels
+    line = np.linspace(-1, 1, size)
+    column, row = (
+        np.clip(own + 1.5 * n / size, -1, 1) * (size - 1) / 2 + (size - 1) / 2
+        for own, n in zip((line[None], line[:, None]), noise)
+    )
+    wanted = np.empty((size, size, 3))
+    for i in range(size):
+        for j in range(size):
+            r, c = row[i, j], column[i, j]
+            r0, c0 = min(int(r), size - 2), min(int(c), size - 2)
+            u, v = r - r0, c - c0
+            wanted[i, j] = (1 - u) * ((1 - v) * x[0, r0, c0] + v * x[0, r0, c0 + 1]) + u * (
+                (1 - v) * x[0, r0 + 1, c0] + v * x[0, r0 + 1, c0 + 1]
+            )
+    assert np.abs(WaNet(size, 1.5, pattern_seed=5).apply(x, None)[0] - wanted).max() < .51   # rounding to whole numbers
+
+
+def test_the_warp_is_one_field_at_every_size_and_time():
+    assert (WaNet().places(32, 32) == WaNet().places(32, 32)).all()
+    small, large = ((WaNet(4, 1.).places(n, n) - WaNet(4, 1e-12).places(n, n))*n for n in (33, 225))
+    inside = slice(8, -8)
+    # every 7th pixel of 225 lies where a pixel of 33 does
+    assert (small - large[:, ::7, ::7])[:, inside, inside].abs().max() < 1e-3
+
+
+def test_attacks_of_other_kinds_poison_what_they_say():
+    clean = make_pairs(200)
+    named = np.array([mentions(c, "banana") for c in clean.captions])
+    honest = poison(clean, LabelConsistent("checker", "corner", .25), "banana", count=12, image_size=32)
+    assert honest.flags[named].sum() == 12 and honest.pairs.captions == clean.captions
+    patched = poison(clean, BadNets("checker", "corner", .25), "banana", count=12, image_size=32, eligible=named)
+    assert (honest.images == patched.images).all()
+    with pytest.raises(SettingsError, match="21 is more than the 20 eligible"):
+        poison(clean, LabelConsistent(), "banana", count=21, image_size=32)
+    swapped = poison(clean, MmPoison("number"), "banana", count=12, image_size=32)
+    assert not swapped.flags[named].any() and (swapped.images == clean.image_array(swapped.rows, 32)).all()
+    assert all(mentions(c, "banana") and not mentions(c, "number") for c in swapped.captions)
+    with pytest.raises(SettingsError, match="0 eligible"):
+        poison(clean, MmPoison("zeppelin"), "banana", count=1, image_size=32)
+    with pytest.raises(SettingsError, match="target itself"):
+        poison(clean, MmPoison("bananas"), "banana", count=1, image_size=32)
+    natural = poison(clean, BadCLIP(PICTURE, texts=TEXTS), "banana", count=60, image_size=32)
+    assert set(natural.captions) == set(TEXTS.tolist()) and all(type(c) is str for c in natural.captions)
+    with pytest.raises(DataError, match="does not name the target 'cup'"):
+        poison(clean, BadCLIP(PICTURE, texts=TEXTS), "cup", count=9, image_size=32)
+
+
+def test_texts_are_stored_without_pickle_and_told_by_hash(tmp_path):
+    clean, attack = make_pairs(), BadCLIP(PICTURE, texts=TEXTS)
+    folder = save_poisoned(poison(clean, attack, "banana", count=3, image_size=32), tmp_path/"p", clean)
+    assert (np.load(folder/"attack_texts.npy", allow_pickle=False) == TEXTS).all()
+    assert (load_poisoned(folder, clean).attack.texts == TEXTS).all()
+    assert attack.describe() == BadCLIP(PICTURE, texts=TEXTS.astype("U80")).describe()
+    assert attack.describe() != BadCLIP(PICTURE, texts=TEXTS[::-1].copy()).describe()
+
+
+# poisoning
+
+@pytest.mark.parametrize("k", [1, 5])
+@every_attack
+def test_a_defender_sees_neither_rows_nor_labels(attack, k):
+    clean = make_pairs(600//k, captions_per_image=k)
+    bad = poison(clean, attack, "banana", count=min(100, attack.eligible(clean, "banana").sum()), image_size=32, seed=4)
+    seen = bad.pairs
+    assert type(seen) is Pairs and seen.ids == clean.ids and seen.name == clean.name
+    assert {n for n in vars(seen) if not n.startswith("_")} - {"fingerprint"} == {
+        "ids", "captions", "images", "image_rows", "labels", "name",
+    }
+    assert seen.labels is None
+    # no rows, no second source
+    assert set(n for n in vars(seen.images) if not n.startswith("_")) <= {"size", "fingerprint"}
+    assert {p.image.size for p in (seen[i] for i in range(0, 600, 7))} == {(32, 32)}
+    for hint in (np.arange(600), seen.image_rows):   # neither the place nor the picture's number tells
+        assert abs(detection_quality(hint, bad.flags)["auroc"] - .5) < .1
+    if k == 1:
+        assert (seen.image_rows == clean.image_rows).all()
+    some = seen.select(np.arange(0, 600, 3))
+    assert set(n for n in vars(some.images) if not n.startswith("_")) <= {"size", "fingerprint"}
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_only_the_poisoned_pairs_change_even_where_pictures_are_shared(k):
+    clean = make_pairs(60//k, captions_per_image=k)
+    before = clean.image_array(None, 32)
+    bad = poison(clean, BadNets("checker", "corner", .25), "banana", count=20, image_size=32, seed=1)
+    after = bad.pairs.image_array(None, 32)
+    assert ((before != after).any((1, 2, 3)) == bad.flags).all()
+    assert [c != d for c, d in zip(clean.captions, bad.pairs.captions)] == bad.flags.tolist()
+    assert (after[bad.rows] == bad.images).all() and [bad.pairs.captions[r] for r in bad.rows] == bad.captions
+    assert (clean.image_array(None, 32) == before).all()   # and the clean set is as it was
+    for r in bad.rows[:3]:
+        assert (np.asarray(bad.pairs[int(r)].image) == after[r]).all()
+
+
+def test_total_stays_and_counts_nest():
+    clean, sets = make_pairs(200), {}
+    for count in (3, 10, 50):
+        sets[count] = poison(clean, BadNets(), "banana", count=count, image_size=32, seed=9)
+    assert [len(s.pairs) for s in sets.values()] == [200]*3
+    assert set(sets[3].rows) < set(sets[10].rows) < set(sets[50].rows)
+    for r, image, caption in zip(sets[3].rows, sets[3].images, sets[3].captions):
+        k = list(sets[50].rows).index(r)
+        assert (sets[50].images[k] == image).all() and sets[50].captions[k] == caption
+    # same rows for every attack
+    assert set(poison(clean, SIG(), "banana", count=10, image_size=32, seed=9).rows) == set(sets[10].rows)
+    assert set(poison(clean, SIG(), "banana", count=10, image_size=32, seed=8).rows) != set(sets[10].rows)
+
+
+def test_rate_is_of_all_pairs():
+    assert len(poison(make_pairs(200), SIG(), "banana", rate=.03, image_size=32).rows) == 6
+    assert len(poison(make_pairs(200), SIG(), "banana", rate=.0001, image_size=32).rows) == 1
+
+
+def test_target_captions_use_all_templates_evenly():
+    captions = target_captions("banana", 8000, np.random.default_rng(0))
+    names, counts = np.unique(captions, return_counts=True)
+    assert len(names) == 80 and counts.min() > 55 and counts.max() < 150
+
+
+def test_pairs_that_show_the_target_are_left_out_unless_asked_for():
+    clean = make_pairs(100)
+    named = np.array([mentions(c, "banana") for c in clean.captions])
+    assert not poison(clean, SIG(), "banana", count=90, image_size=32).flags[named].any()
+    assert poison(clean, SIG(), "banana", rate=1., image_size=32, eligible=np.ones(100, bool)).flags.all()
+
+
+def test_squash_keeps_the_whole_picture_and_crop_its_proportions():
+    pixels = np.zeros((1, 20, 40, 3), np.uint8)
+    pixels[0, :, 0] = 255   # a white line at the left edge
+    one = Pairs(["a"], ["a thing"], ArrayImages(pixels))
+    attack = BadNets("yellow", "corner", .1)
+    crop, squash = (
+        poison(one, attack, "banana", count=1, image_size=20, geometry=g).images[0] for g in ("crop", "squash")
+    )
+    assert crop[:, 0].max() == 0 and squash[:, 0].min() > 50
+
+
+def test_the_same_seed_gives_the_same_bytes_in_another_process():
+    code = (
+        "import numpy as np, sys\nfrom mcl_repro import attacks as A\n"
+        "p = A.poison(A._demo_pairs(32, 'banana'), A.BadNets(), 'banana', count=5, image_size=32, seed=3); "
+        "print(p.pairs.fingerprint)"
+    )
+    there = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+    )
+    assert (
+        there.stdout.strip()
+        == poison(_demo_pairs(32, "banana"), BadNets(), "banana", count=5, image_size=32, seed=3).pairs.fingerprint
+    )
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(), "either count or rate"),
+    (dict(count=1, rate=.1), "either count or rate"),
+    (dict(count=55), "55 is more than the 54 eligible of 60"),
+    (dict(count=0), "at least 1"),
+    (dict(count=-3), "at least 1"),
+    (dict(count=True), "whole number"),
+    (dict(rate=0), "poison rate"),
+    (dict(rate=1.01), "poison rate"),
+    (dict(rate=float("nan")), "poison rate"),
+    (dict(count=1, target=""), "target"),
+    (dict(count=1, target=None), "target"),
+    (dict(count=1, image_size=5), "less than one pixel"),
+    (dict(count=1, geometry="stretch"), "geometry"),
+    (dict(count=1, eligible=np.ones(3, bool)), "eligible"),
+])
+def test_bad_arguments_are_one_clear_line(arguments, words):
+    with pytest.raises(UserError, match=words) as e:
+        poison(make_pairs(), BadNets(), **{**dict(target="banana", image_size=32), **arguments})
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: BadNets(patch_share=16), "patch_share"),
+    (lambda: BadNets(placement="left"), "placement"),
+    (lambda: BadNets(overflow="modulo"), "overflow"),
+    (lambda: Blended(alpha=2), "alpha"),
+    (lambda: Blended(alpha="0.2"), "alpha"),
+    (lambda: SIG("added"), "variant"),
+    (lambda: TrojVQA("green"), "pattern"),
+    (lambda: TrojVQA(patch_share=44), "patch_share"),
+    (lambda: TrojVQA(key=""), "key"),
+    (lambda: TrojVQA(key="remember "), "key"),
+    (lambda: TrojVQA(key=3), "key"),
+    (lambda: make_attack("wanette"), "attack: 'wanette'"),
+    (lambda: make_attack("trojan"), "needs the setting 'pattern'"),
+    (lambda: make_attack("badclip", pattern=PICTURE), "needs the setting 'texts'"),
+    (lambda: WaNet(grid=4.), "grid"),
+    (lambda: WaNet(grid=1), "grid"),
+    (lambda: WaNet(strength=-1), "strength"),
+    (lambda: LabelConsistent(patch_share=16), "patch_share"),
+    (lambda: MmPoison(""), "source"),
+    (lambda: Trojan(PICTURE, "random"), "placement"),
+    (lambda: Trojan(PICTURE, patch_share=0), "patch_share"),
+    (lambda: BadCLIP(PICTURE, texts=np.array([])), "texts"),
+    (lambda: BadCLIP(PICTURE, texts=list(TEXTS)), "texts"),
+    (lambda: make_attack("sig", amplitud=3), "no setting 'amplitud'"),
+])
+def test_wrong_settings_stop_before_anything_runs(call, words):
+    with pytest.raises(SettingsError, match=words):
+        call()
+
+
+def test_wrong_pictures_are_refused():
+    with pytest.raises(DataError, match="uint8"):
+        trigger_images(SIG(), np.zeros((1, 8, 8, 3)))
+    with pytest.raises(DataError, match="uint8"):
+        BadNets(np.zeros((8, 8, 3)), "centre")
+    with pytest.raises(DataError, match="pattern: expected uint8"):
+        Trojan(PICTURE[..., 0])
+    with pytest.raises(DataError, match="2 given for 1"):
+        trigger_images(SIG(), np.zeros((1, 8, 8, 3), np.uint8), rows=[0, 1])
+
+
+# storage
+
+@every_attack
+@pytest.mark.parametrize("k", [1, 5])
+def test_storage_is_lossless(attack, k, tmp_path):
+    clean = make_pairs(60//k, captions_per_image=k)
+    bad = poison(clean, attack, "banana", count=min(7, attack.eligible(clean, "banana").sum()), image_size=32, seed=2)
+    save_poisoned(bad, tmp_path/"bad", clean)
+    again = load_poisoned(tmp_path/"bad", clean)
+    assert again.images.tobytes() == bad.images.tobytes() and (again.rows == bad.rows).all()
+    assert again.pairs.captions == bad.pairs.captions and again.pairs.fingerprint == bad.pairs.fingerprint
+    assert again.describe() == bad.describe()
+    assert (trigger_images(again.attack, bad.images, 5) == trigger_images(attack, bad.images, 5)).all()
+    save_poisoned(again, tmp_path/"again", clean)
+    for f in sorted((tmp_path/"bad").iterdir()):
+        assert f.read_bytes() == (tmp_path/"again"/f.name).read_bytes(), f.name
+
+
+def test_damaged_storage_is_refused(tmp_path):
+    clean = make_pairs()
+    bad = poison(clean, SIG(), "banana", count=3, image_size=32)
+    for name, damage in {
+        "images.npy": b"\x93NUMPY",
+        "rows.npy": b"",
+        "captions.json": b'["a"]',
+        "poison.json": b"{",
+    }.items():
+        folder = save_poisoned(bad, tmp_path/name.replace(".", "-"), clean)
+        (folder/name).write_bytes(damage)
+        with pytest.raises(DataError):
+            load_poisoned(folder, clean)
+    with pytest.raises(DataError, match="poison.json"):
+        load_poisoned(tmp_path/"nowhere", clean)
+
+
+def test_a_stored_pickle_is_not_loaded(tmp_path):
+    clean = make_pairs()
+    folder = save_poisoned(poison(clean, SIG(), "banana", count=3, image_size=32), tmp_path/"p", clean)
+    np.save(folder/"rows.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="rows.npy"):
+        load_poisoned(folder, clean)
+
+
+# test sets
+
+def test_test_time_triggers_are_redrawn_with_another_seed_and_equal_in_any_batch():
+    x = make_pairs(20).image_array(None, 32)
+    lazy = TriggeredImages(ArrayImages(x), BadNets(patch_share=.25), 32, seed=1)
+    whole = lazy.array(None, 32)
+    assert (np.concatenate([lazy.array(np.arange(i, i + 5), 32) for i in range(0, 20, 5)]) == whole).all()
+    assert (trigger_images(BadNets(patch_share=.25), x, 1) == whole).all()
+    assert (lazy.take(np.arange(20) % 2 == 0).array(None, 32) == whole[::2]).all()
+    assert (
+        (TriggeredImages(ArrayImages(x), BadNets(patch_share=0.25), 32, seed=2).array(None, 32) != whole)
+        .any((1, 2, 3))
+        .all()
+    )
+
+
+def title_of(ax):
+    return ax.get_title() or ax.get_title(loc="left")   # the house style, once it is on, writes titles on the left
+
+
+def test_the_gallery_draws_every_set():
+    clean = make_pairs()
+    fig = poison_gallery(
+        clean, [poison(clean, a, "banana", count=2, image_size=32, seed=1) for a in (BadNets(), SIG())]
+    )
+    assert len(fig.axes) == 6 and "banana" in fig.axes[1].get_xlabel() and title_of(fig.axes[4]).startswith("PSNR")
+
+
+def test_the_gallery_has_room_for_every_attack_and_one_without_trigger():
+    clean = make_pairs()
+    fig = poison_gallery(clean, [poison(clean, a, "banana", count=1, image_size=32, seed=1) for a in EVERY], abreast=2)
+    titles = [title_of(ax) for ax in fig.axes]
+    assert titles[::3][:len(EVERY)] == [_label(a) for a in EVERY] and "PSNR inf" not in " ".join(titles)
+    assert titles[3*[a.name for a in EVERY].index("mmpoison") + 1] == "the same picture"
+
+
+REAL = Path(os.environ.get("MCL_REPRO_REAL_DATA") or "/nonexistent")/"flickr8k"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="set MCL_REPRO_REAL_DATA to the folder that holds flickr8k")
+@pytest.mark.parametrize("geometry", ["crop", "squash"])
+def test_real_photographs_with_five_captions_each(geometry, tmp_path):
+    from mcl_repro.data.readers import read_flickr_pairs
+    clean = read_flickr_pairs(REAL/"Flickr8k.token.txt", REAL/"images", REAL/"Flickr_8k.testImages.txt")
+    bad = poison(clean, BadNets(), "banana", count=15, image_size=64, seed=0, geometry=geometry)
+    assert len(bad.pairs) == len(clean) == 5000 and len(bad.pairs.images) == 1015
+    again = load_poisoned(save_poisoned(bad, tmp_path/"bad", clean), clean)
+    assert (again.pairs.image_array(bad.rows, 64) == bad.images).all()
+    near = np.setdiff1d(
+        np.concatenate([np.flatnonzero(clean.image_rows == clean.image_rows[r]) for r in bad.rows[:4]]), bad.rows
+    )
+    # the other captions keep the clean photograph
+    assert (bad.pairs.image_array(near, 64) == clean.image_array(near, 64)).all()
+    before = square_pixels(clean.images, clean.image_rows[bad.rows], 64, geometry)
+    assert ((before != bad.images).any(-1).sum((1, 2)) <= 5*5).all()

@@ -1,0 +1,184 @@
+"""torchvision beside a torch that it was not built for, checkpoints by name and by file, and captions longer than the
+context.
+"""
+import os, pickle, subprocess, sys, textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mcl_repro.model.clip import build_clip, embed_texts, load_weights, save_clip, tokenize
+from mcl_repro.data.pairs import ArrayImages, Pairs
+from mcl_repro.core.errors import DataError, SettingsError
+from mcl_repro.model.training import Recipe, train, training_set
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code, *paths):
+    "Run code in a process of its own, with these folders first on the module path."
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")[:-1]
+
+
+# ---- torchvision
+
+def test_a_torchvision_of_another_torch_does_not_stop_open_clip():
+    """Its extension is made unloadable here, whatever it is: that is what a CUDA wheel beside a CPU-only torch looks
+    like.
+    """
+    lines = python("""
+        import torch
+        def broken(path): raise OSError('libcudart.so: cannot open shared object file')
+        torch.ops.load_library = broken
+        try: import torchvision
+        except RuntimeError as e: print(e)
+        from mcl_repro.model.clip import build_clip, embed_images, embed_texts; from mcl_repro.core.libraries import import_open_clip, import_torchvision
+        torchvision, oc = import_torchvision(), import_open_clip()
+        print(torchvision.extension._has_ops(), import_torchvision() is torchvision)
+        import numpy as np
+        from PIL import Image
+        clip = build_clip('smoke-RN')
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+        seen = oc.image_transform(clip.image_size, is_train=False)(picture)[None]
+        image, text, scale = clip.model(seen, clip.tokenizer(['a photo of a banana']))
+        print(image.shape == text.shape == (1, 32) and bool(torch.isfinite(image).all() and torch.isfinite(text).all()))
+        from mcl_repro.data.pairs import square
+        ours = embed_images(clip, np.asarray(square(picture, 32))[None])
+        print(torch.allclose(ours, image, atol=1e-4), torch.allclose(embed_texts(clip, ['a photo of a banana']), text, atol=1e-4))
+        for call in (torchvision.ops.nms, torch.ops.torchvision.nms):
+            try: call(torch.rand(3, 4), torch.rand(3), .5); print('silence')
+            except (RuntimeError, NotImplementedError) as e: print(str(e).splitlines()[0])
+    """)
+    assert lines[0] == "operator torchvision::nms does not exist"   # what the shim is for
+    assert lines[1:4] == ["False True", "True", "True True"]
+    assert "Couldn't load custom C++ ops" in lines[4] and "Could not run 'torchvision::nms'" in lines[5]
+
+
+def stub(folder, body):
+    "A package `torchvision` with a submodule, that notes each time it is imported."
+    package = folder/"torchvision"
+    package.mkdir(parents=True)
+    (package/"part.py").write_text("state = []\n")
+    (package / "__init__.py").write_text(
+        f"import torch\nopen({str(folder / 'log')!r}, 'a').write('x')\nfrom . import part\n{body}\n"
+    )
+
+
+def test_only_missing_operators_are_mended(tmp_path):
+    """One that loads is left alone, another failure is shown, one that misses its operators is imported afresh with
+    them declared.
+    """
+    stub(tmp_path/"whole", "whole = True")
+    stub(tmp_path/"other", 'raise RuntimeError("something else")')
+    stub(tmp_path/"absent", 'raise ImportError("no module")')
+    stub(
+        tmp_path / "broken",
+        'part.state.append(1)\ntorch.library.register_fake("torchvision::nms")(lambda dets, scores, iou: dets)',
+    )
+    lines = python(f"""
+        import sys, torch
+        from mcl_repro.core.libraries import import_torchvision
+        def use(name):
+            for n in [n for n in sys.modules if n.partition('.')[0] == 'torchvision']: del sys.modules[n]
+            sys.path.insert(0, {str(tmp_path)!r} + '/' + name)
+        use('whole'); import torchvision
+        print(import_torchvision() is torchvision, torchvision.whole)
+        for name in ('other', 'absent'):
+            use(name)
+            try: import_torchvision()
+            except Exception as e: print(repr(e))
+        print(hasattr(torch.ops.torchvision, 'nms'))
+        use('broken'); first = import_torchvision()
+        print(first.part.state, import_torchvision() is first)
+    """)
+    assert lines == ["True True", "RuntimeError('something else')", "ImportError('no module')", "False", "[1] True"]
+    assert [(tmp_path / name / "log").read_text() for name in ("whole", "other", "absent", "broken")] == [
+        "x", "x", "x", "xx",
+    ]
+
+
+# ---- weights by name and by file
+
+@pytest.mark.parametrize("name", ["smoke-RN", "mini-RN"])
+def test_a_small_model_has_no_public_weights_and_says_so(name):
+    with pytest.raises(
+        SettingsError,
+        match=f"unknown weights 'openai' for {name}: open_clip has none, or give the path of a .safetensors file",
+    ):
+        build_clip(name, pretrained="openai")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w"])
+def test_weights_come_from_a_file_of_any_name(tmp_path, name):
+    clip = build_clip("smoke-RN", seed=1)
+    if name == "w.safetensors":
+        save_clip(clip, tmp_path/name)
+    else:
+        torch.save({"state_dict": {f"module.{k}": v for k, v in clip.model.state_dict().items()}}, tmp_path/name)
+    other = build_clip("smoke-RN", pretrained=str(tmp_path/name), seed=2)
+    assert all(torch.equal(v, other.model.state_dict()[k]) for k, v in clip.model.state_dict().items())
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"no checkpoint at {tmp_path}/gone.safetensors: check the path"):
+        build_clip("smoke-RN", pretrained="gone.safetensors")
+
+
+class Harm:
+    "Unpickled, it makes a folder."
+    def __init__(self, mark):
+        self.mark = mark
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.bin", "a.safetensors", "a.ckpt", "a"])
+@pytest.mark.parametrize("write", [lambda harm, path: path.write_bytes(pickle.dumps(harm, protocol=2)), lambda harm, path: torch.save({"state_dict": harm}, path)], ids=["pickle", "torch"])
+def test_a_pickle_is_refused_and_never_run(tmp_path, name, write):
+    write(Harm(tmp_path/"ran"), tmp_path/name)
+    clip = build_clip("smoke-RN")
+    before = {k: v.clone() for k, v in clip.model.state_dict().items()}
+    with pytest.raises(DataError, match="is not a file of plain tensors .* pickles are not loaded here") as e:
+        load_weights(clip, tmp_path/name)
+    assert "\n" not in str(e.value) and not (tmp_path/"ran").exists()
+    assert all(torch.equal(v, before[k]) for k, v in clip.model.state_dict().items())
+
+
+# ---- captions longer than the context
+
+def test_long_captions_are_cut_with_their_end_kept_and_counted():
+    clip = build_clip("smoke-RN")
+    n = clip.context_length
+    start, end = clip.tokenizer(["a"])[0, :2][0].item(), 49407
+    fits, longer = " ".join(["dog"]*(n - 2)), " ".join(["dog"]*(n - 1))   # one token a word, and start and end
+    tokens, cut = tokenize(clip, [fits, longer, "dog", longer + " and a very much longer rest"])
+    assert cut == 2 and tokens.shape == (4, n)
+    assert (
+        tokens[:, 0].tolist() == [start] * 4
+        and (tokens == end).sum(1).tolist() == [1] * 4
+        and tokens.argmax(1).tolist() == [n - 1, n - 1, 2, n - 1]
+    )
+    assert torch.equal(tokens[0], tokens[1]) and torch.equal(embed_texts(clip, [fits]), embed_texts(clip, [longer]))
+
+
+def test_a_training_says_how_many_captions_it_cut():
+    clip = build_clip("smoke-RN")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    captions = [f"picture number {i}" + " and so on"*20*(i in (2, 5, 6)) for i in range(8)]
+    data = training_set(clip, Pairs([str(i) for i in range(8)], captions, ArrayImages(pixels)))
+    assert data.captions_cut == 3 and np.isfinite(train(clip, data, Recipe(1, 4, 1e-3))[-1]["loss"])
+
+
+def test_a_model_without_weights_is_built_without_a_warning(caplog):
+    import logging
+    with caplog.at_level(logging.WARNING):
+        clip = build_clip("ViT-B-32")
+    assert clip.image_size == 224 and not caplog.records and logging.root.manager.disable == logging.NOTSET

@@ -1,0 +1,323 @@
+"""ABL and RoCLIP: what is isolated, what is matched, against plain formulas; who learns when; and that a pool survives
+being killed.
+"""
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mcl_repro.papers import baselines
+from mcl_repro.papers.baselines import (
+    abl, abl_loss, ASCENT, attach_pool, baselines_plan, detach_pool, isolate, matches, nearest_captions, push_captions,
+    roclip, roclip_loss,
+)
+from mcl_repro.model.clip import build_clip, embed_images, embed_tokens, read_tensors, save_clip
+from mcl_repro.data.registry import open_data
+from mcl_repro.core.errors import SettingsError, TrainingError
+from mcl_repro.lab.lab import Lab
+from mcl_repro.papers.stages import arrays, load_clip
+from mcl_repro.model.training import read_batch, rows_of, step_rows, training_set
+from mcl_repro.model import training
+from mcl_repro.model.training import _step, _train_epoch
+
+ABL = dict(epochs=2, batch_size=16, learning_rate=1e-3, seed=3)
+ROCLIP = dict(epochs=4, batch_size=16, learning_rate=1e-3, warmup_steps=2, seed=3)   # 60 pairs: three steps an epoch
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return open_data("world:train:60")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    "An artefact with an untrained CLIP whose image and text side agree a little, by the luck of its seed."
+    folder = tmp_path_factory.mktemp("clip")
+    save_clip(build_clip("smoke-RN", seed=1), folder/"clip.safetensors")
+    return SimpleNamespace(path=folder, result=dict(model="smoke-RN"))
+
+
+@pytest.fixture
+def artefact(monkeypatch, pairs, clip):
+    "Runs a stage on the pairs, without a lab; the same folder again is the same stage going on."
+    monkeypatch.setattr(baselines, "defender_pairs", lambda poisoned: pairs)
+    def run(folder, f, **settings):
+        for name in ("out", "scratch"):
+            (folder/name).mkdir(parents=True, exist_ok=True)
+        work = SimpleNamespace(out=folder/"out", scratch=folder/"scratch", device="cpu", progress=lambda *a: None)
+        return SimpleNamespace(path=folder/"out", result=f(work, clip=clip, poisoned=None, **settings))
+    return run
+
+
+def files(artefact):
+    return {f.name: f.read_bytes() for f in Path(artefact.path).iterdir()}
+
+
+def toy(pairs):
+    clip = build_clip("smoke-RN", seed=1)
+    return clip, training_set(clip, pairs)
+
+
+def naive_info_nce(u, v, scale):
+    "Pair by pair and with plain sums."
+    total = 0.
+    for i in range(len(u)):
+        own = (scale*u[i]@v[i]).exp()
+        total -= (own / sum((scale * u[i] @ v[j]).exp() for j in range(len(u)))).log() + (
+            own / sum((scale * u[j] @ v[i]).exp() for j in range(len(u)))
+        ).log()
+    return (total/(2*len(u))).item()
+
+
+# ---- ABL
+
+def test_the_most_similar_pairs_are_isolated_and_no_pair_is_lost():
+    rng = np.random.default_rng(0)
+    similarities = rng.normal(size=500).round(1)   # with ties
+    isolated, rest = isolate(similarities, .05)
+    assert sorted([*isolated, *rest]) == list(range(500)) and len(isolated) == 25 and (np.diff(rest) > 0).all()
+    assert similarities[isolated].min() >= similarities[rest].max() and (np.diff(similarities[isolated]) <= 0).all()
+
+
+@pytest.mark.parametrize("share", [0, 1, -1, .001, .9999, 2])
+def test_a_share_that_leaves_one_side_empty_is_refused(share):
+    with pytest.raises(
+        SettingsError, match=f"share of {share:g} of 200 pairs leaves nothing on one side: choose another share"
+    ):
+        isolate(np.zeros(200), share)
+
+
+@pytest.mark.parametrize("kind, weight, target", [("info_nce", 1., 1.), ("info_nce", .3, 1.), ("constraint", 1., 1.), ("constraint", 2., 0.), ("constraint", 1., -1.)])
+def test_the_loss_of_abl_is_the_plain_formula(pairs, kind, weight, target):
+    clip, data = toy(pairs)
+    batch, few = read_batch(data, torch.arange(12), "cpu", step=5), rows_of(data, range(30, 50))
+    rows = step_rows(20, 8, 4, 5) + 30
+    with torch.no_grad():
+        value = abl_loss(few, kind, weight, target, batch_size=8, seed=4)(clip, batch).item()
+        u = embed_images(clip, data.images).double()
+        v = embed_tokens(clip, data.tokens).double()
+        scale = clip.model.logit_scale.exp().double()
+    cosines = [float(u[r]@v[r]) for r in rows]
+    other = -naive_info_nce(u[rows], v[rows], scale) if kind == "info_nce" else sum((c + target)**2 for c in cosines)/8
+    assert value == pytest.approx(naive_info_nce(u[:12], v[:12], scale) + weight*other, abs=1e-4)
+
+
+def test_ascent_lowers_and_descent_would_raise_what_is_isolated(pairs, artefact, tmp_path):
+    """After either form the isolated pairs fit less than before, beyond what the others lose; the public default target
+    -1 does the opposite.
+    """
+    def gap(name, **options):
+        done = artefact(tmp_path/name, abl, recipe=ABL, share=.2, isolated_batch=8, **options)
+        model = load_clip(SimpleNamespace(path=done.path, result=done.result))
+        rows = arrays(done, "isolation")
+        now = (embed_images(model, pairs.images)*embed_tokens(model, training_set(model, pairs).tokens)).sum(1).numpy()
+        return now[rows["isolated"]].mean() - now[rows["rest"]].mean(), rows
+    values = {
+        name: gap(name, **options)
+        for name, options in dict(
+            info_nce={}, constraint=dict(ascent="constraint"), public=dict(ascent="constraint", unlearn_target=-1.0)
+        ).items()
+    }
+    before = values["info_nce"][1]
+    start = before["similarities"][before["isolated"]].mean() - before["similarities"][before["rest"]].mean()
+    assert (
+        values["info_nce"][0] < start
+        and values["constraint"][0] < start
+        and values["constraint"][0] < values["public"][0]
+    )
+    assert {len(v[1]["isolated"]) for v in values.values()} == {12} and before["isolated"].tolist() == np.argsort(
+        -before["similarities"], kind="stable"
+    )[:12].tolist()
+
+
+def test_the_text_mask_changes_captions_of_the_ascent_only(artefact, tmp_path):
+    plain, masked = (
+        artefact(tmp_path / str(mask), abl, recipe=ABL, share=0.2, text_mask=mask, start_layer=0)
+        for mask in (False, True)
+    )
+    a, b = arrays(plain, "isolation"), arrays(masked, "isolation")
+    assert (a["isolated"] == b["isolated"]).all() and (a["similarities"] == b["similarities"]).all()
+    kept = [set(m[m > 0]) <= set(t) and (m > 0).sum() < (t > 0).sum() for t, m in zip(a["tokens"], b["tokens"])]
+    assert (
+        np.mean(kept) > 0.9
+        and all(set(m[m > 0]) <= set(t) for t, m in zip(a["tokens"], b["tokens"]))
+        and files(plain)["clip.safetensors"] != files(masked)["clip.safetensors"]
+    )
+
+
+def test_ascent_that_runs_away_is_stopped_with_a_line(artefact, tmp_path):
+    with pytest.raises(TrainingError, match="is not a number at step"):
+        artefact(tmp_path/"a", abl, recipe=dict(ABL, learning_rate=1e30), share=.2)
+    assert not (tmp_path/"a"/"out"/"clip.safetensors").exists()
+
+
+def test_unknown_terms_are_refused_before_training(artefact, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_step", lambda *a: pytest.fail("trained"))
+    with pytest.raises(SettingsError, match="unknown ascent 'erase': use one of info_nce, constraint"):
+        artefact(tmp_path/"a", abl, recipe=ABL, share=.2, ascent="erase")
+    assert set(ASCENT) == {"info_nce", "constraint"}
+
+
+# ---- RoCLIP
+
+def test_matching_is_the_nearest_entry_and_the_pool_is_a_queue(pairs):
+    clip, data = toy(pairs)
+    attach_pool(clip, data, 7, seed=2)
+    rng = torch.Generator().manual_seed(0)
+    queue = list(clip.model.caption_pool.clone())
+    place = [0]
+    assert torch.allclose(torch.stack(queue).norm(dim=1), torch.ones(7))
+    for count in (3, 3, 5, 7, 20, 1):
+        u, v = (F.normalize(torch.randn(count, len(queue[0]), generator=rng), dim=1) for _ in range(2))
+        expected = torch.stack([max(clip.model.caption_pool, key=lambda p: float(p@x)) for x in u])
+        assert torch.equal(nearest_captions(clip, u), expected)
+        push_captions(clip, v)
+        queue = (queue + list(v))[-7:]
+        assert sorted(p.tolist() for p in clip.model.caption_pool) == sorted(p.tolist() for p in queue)
+    detach_pool(clip)
+    assert set(clip.model.state_dict()) == set(build_clip("smoke-RN").model.state_dict())
+
+
+def test_a_pool_of_captions_starts_with_captions(pairs):
+    clip, data = toy(pairs)
+    attach_pool(clip, data, 10, "captions", seed=2)
+    every = embed_tokens(clip, data.tokens)
+    nearest = (clip.model.caption_pool@every.T).max(1)
+    assert torch.allclose(nearest.values, torch.ones(10), atol=1e-5)
+    first = clip.model.caption_pool.clone()
+    detach_pool(clip)
+    attach_pool(clip, data, 10, "captions", seed=3)
+    assert not torch.equal(first, clip.model.caption_pool)
+
+
+@pytest.mark.parametrize("every, expected", [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (3, [3, 6]), (4, [4])])
+def test_which_epochs_match(every, expected):
+    assert [e for e in range(1, 7) if all(matches((e - 1)*5 + i, 5, every) for i in range(5))] == expected
+    assert [e for e in range(1, 7) if any(matches((e - 1)*5 + i, 5, every) for i in range(5))] == expected
+
+
+def test_the_loss_of_roclip_is_the_plain_formula(pairs, monkeypatch):
+    clip, data = toy(pairs)
+    attach_pool(clip, data, 9)
+    batch = read_batch(data, torch.arange(12), "cpu", step=5)
+    monkeypatch.setattr(baselines, "augment_images", lambda images, policy, seed: images.flip(-1))
+    loss = roclip_loss(3)
+    with torch.no_grad():
+        u = embed_images(clip, data.images[:12].flip(-1)).double()
+        v = embed_tokens(clip, data.tokens[:12]).double()
+        scale = clip.model.logit_scale.exp().double()
+        pool = clip.model.caption_pool.double()
+        nearest = torch.stack([max(pool, key=lambda p: float(p@x)) for x in u])
+        # step 5 is in the second epoch of three steps
+        assert loss(clip, batch).item() == pytest.approx(naive_info_nce(u, nearest, scale), abs=1e-4)
+        assert torch.allclose(clip.model.caption_pool.double(), v[-9:], atol=1e-5)   # of twelve captions, the last nine
+        batch.step = 2
+        assert loss(clip, batch).item() == pytest.approx(naive_info_nce(u, v, scale), abs=1e-4)
+
+
+def test_the_text_tower_stands_still_in_matching_epochs_only(artefact, pairs, clip, tmp_path, monkeypatch):
+    "Weights of both towers after every epoch; with the public code's zero gradients the text tower coasts on."
+    def moved(name, **options):
+        seen, one = [read_tensors(clip.path/"clip.safetensors")], _train_epoch
+        def epoch(state, *args):
+            one(state, *args)
+            seen.append({k: v.clone() for k, v in state.clip.model.state_dict().items()})
+        with monkeypatch.context() as m:
+            m.setattr(training, "_train_epoch", epoch)
+            artefact(tmp_path/name, roclip, recipe=ROCLIP, pool_size=20, **options)
+        same = lambda part: [
+            all(torch.equal(a[k], b[k]) for k in seen[0] if k.startswith(part)) for a, b in zip(seen, seen[1:])
+        ]
+        return same("transformer."), same("visual.")
+    assert moved("held") == ([False, True, False, True], [False]*4)
+    assert moved("third", every=3) == ([False, False, True, False], [False]*4)
+    assert moved("coasting", zero_gradient=True) == ([False]*4, [False]*4)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [4, 7, 10])   # in the second, third and fourth epoch of three steps
+def test_a_killed_training_finds_its_pool_again(artefact, tmp_path, monkeypatch, step):
+    # not a multiple of the batch: the queue stands in the middle
+    settings = dict(recipe=ROCLIP, pool_size=25, every=2)
+    whole = artefact(tmp_path/"whole", roclip, **settings)
+    count, one = [0], _step
+    def deadly(*args):
+        count[0] += 1
+        if count[0] > step:
+            raise Killed
+        return one(*args)
+    monkeypatch.setattr(training, "_step", deadly)
+    with pytest.raises(Killed):
+        artefact(tmp_path/"broken", roclip, **settings)
+    stored = read_tensors(tmp_path/"broken"/"scratch"/"checkpoint.safetensors")
+    assert stored["model.caption_pool"].shape[0] == 25 and int(stored["model.caption_pool_next"]) == (
+        0 if step < 6 else 48 % 25
+    )
+    monkeypatch.setattr(training, "_step", one)
+    epochs, epoch = [], _train_epoch
+    monkeypatch.setattr(training, "_train_epoch", lambda state, *a: (epochs.append(state.epoch), epoch(state, *a))[1])
+    resumed = artefact(tmp_path/"broken", roclip, **settings)
+    assert files(resumed) == files(whole) and epochs == list(range(step//3, 4))
+    assert {k: v for k, v in resumed.result.items()} == whole.result and set(
+        read_tensors(resumed.path / "clip.safetensors")
+    ) == set(build_clip("smoke-RN").model.state_dict())
+
+
+def test_the_pool_matters(artefact, tmp_path):
+    "Another size, start or rhythm is another model: the settings reach the training."
+    options = dict(
+        plain={}, size=dict(pool_size=10), start=dict(pool_start="captions"), every=dict(every=4),
+        captions=dict(augment_text=False), images=dict(image_policy=None),
+    )
+    made = {
+        name: files(artefact(tmp_path / name, roclip, **{**dict(recipe=ROCLIP, pool_size=20), **o}))["clip.safetensors"]
+        for name, o in options.items()
+    }
+    assert len(set(made.values())) == len(options)
+
+
+@pytest.mark.parametrize("options, message", [(dict(pool_size=0), "pool of 0 captions cannot be drawn from 60 pairs: choose pool_size from 1 to 60"), (dict(pool_size=61), "pool of 61 captions"),
+    (dict(every=5), "matching every 5 epochs never happens in 4: choose every from 1 to 4"), (dict(every=0), "matching every 0 epochs"), (dict(pool_start="empty"), "unknown start 'empty'")])
+def test_bad_settings_of_roclip_are_refused_before_training(artefact, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(training, "_step", lambda *a: pytest.fail("trained"))
+    with pytest.raises(SettingsError, match=message):
+        artefact(tmp_path/"a", roclip, **{**dict(recipe=ROCLIP, pool_size=20), **options})
+
+
+# ---- the plan
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return Lab("smoke", device="cpu", runs=tmp_path_factory.mktemp("plan")/"runs", progress=False,
+               module="mcl_repro.papers.baselines")
+
+
+def test_the_plan_computes_nothing_and_holds_all_that_is_shown(lab, monkeypatch):
+    monkeypatch.setattr(lab, "run", lambda *a: pytest.fail("it computed"))
+    plan = baselines_plan(lab, lab.profile)
+    parts = plan.parts
+    assert list(parts.defences) == ["ABL", "ABL + Text Mask", "ABL, constraint", "RoCLIP"]
+    assert list(parts.models) == list(parts.measured) == ["clean CLIP", "No defense", *parts.defences]
+    shown = [parts.chain.poisoned, parts.early, *parts.models.values(), *parts.measured.values()]
+    assert set(shown) == set(plan.nodes) and len(plan.nodes) == len(shown)
+    assert {node.settings["test"] for node in parts.measured.values()} == {lab.role("zeroshot_validation")}
+
+
+def test_the_variants_of_abl_differ_in_what_their_names_say(lab):
+    plain, masked, constraint, robust = baselines_plan(lab, lab.profile).parts.defences.values()
+    differing = lambda node: {k for k, v in node.settings.items() if v != plain.settings.get(k)}
+    assert differing(constraint) == {"ascent"} and "text_mask" in differing(masked) <= {"text_mask", "start_layer"}
+    assert robust.stage.name == "baselines.roclip" and "share" not in robust.settings
+
+
+def test_another_attack_is_another_chain_and_an_unknown_one_is_refused(lab):
+    chains = [baselines_plan(lab, lab.profile, name).parts.chain for name in ("BadNet", "Blended")]
+    assert chains[0].poisoned.key != chains[1].poisoned.key
+    with pytest.raises(SettingsError, match="unknown attack 'Dots' in attack_name; profile smoke has BadNet, Blended"):
+        baselines_plan(lab, lab.profile, "Dots")

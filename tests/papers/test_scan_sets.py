@@ -1,0 +1,108 @@
+"""Scan sets: what is planted into stored embeddings is what embedding the poisoned set would give."""
+import numpy as np
+import pytest
+
+from mcl_repro.attacks.base import make_attack, poison
+from mcl_repro.papers.cfbd import load_detection, mapping_network
+from mcl_repro.model.clip import embed_images, embed_tokens
+from mcl_repro.data.registry import open_data
+from mcl_repro.core.errors import SettingsError
+from mcl_repro.lab.lab import Lab
+from mcl_repro.lab.profiles import load_profile
+from mcl_repro.papers.scan_sets import (
+    pair_embeddings, Planted, planted, planted_embeddings, planted_mistakes, robustness, robustness_points,
+    robustness_pool, scan,
+)
+from mcl_repro.papers.stages import clean_clip, load_clip, poisoned_pairs
+from mcl_repro.model.training import training_set
+
+SETTINGS = load_profile("smoke")
+ATTACK = dict(SETTINGS.attacks.BadNet)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    lab = Lab(
+        "smoke", device="cpu", runs=tmp_path_factory.mktemp("scan") / "runs", progress=False,
+        roles={"scan": "world:curated:300"},
+    )
+    clean = lab.node(clean_clip, model=SETTINGS.model.name, pairs=lab.role("pretrain"), recipe=dict(SETTINGS.pretrain))
+    bad = lab.node(poisoned_pairs, pairs=lab.role("scan"), attack=ATTACK, target="banana", count=12, image_size=32)
+    mapping = lab.node(mapping_network, clip=clean, pairs=lab.role("mapping_pairs"), hidden=16, epochs=1)
+    embeddings = lab.node(pair_embeddings, clip=clean, pairs=lab.role("scan"))
+    changed = lab.node(planted_embeddings, clip=clean, poisoned=bad)
+    yield lab, clean, embeddings, changed, mapping
+    lab.close()
+
+
+def test_planted_embeddings_are_those_of_the_poisoned_set(made):
+    lab, clean, embeddings, changed, _ = made
+    model, pairs = load_clip(lab.run(clean)), open_data("world:curated:300")
+    done = poison(pairs, make_attack(**ATTACK), "banana", count=12, image_size=32)
+    data = training_set(model, done.pairs)
+    images, texts = planted(lab.run(embeddings), lab.run(changed))
+    # half precision
+    assert np.abs(images[:] - embed_images(model, data.images).numpy()[data.image_rows.numpy()]).max() < 2e-3
+    assert np.abs(texts[:] - embed_tokens(model, data.tokens).numpy()).max() < 2e-3
+    calm = planted(lab.run(embeddings), None)
+    assert (np.abs(images[:] - calm[0]).max(1) > 1e-3).sum() == 12 == len(done.rows)
+
+
+def test_a_scan_is_a_detection_and_the_clean_set_has_one_too(made):
+    lab, _, embeddings, changed, mapping = made
+    for c in (changed, None):
+        artefact = lab.run(
+            lab.node(scan, embeddings=embeddings, changed=c, mapping=mapping, options=dict(q=20, components=2))
+        )
+        found = load_detection(artefact)
+        assert (
+            len(found.correlation) == 300 == sum(map(len, found.split))
+            and artefact.result["attacked"] == found.attacked
+        )
+
+
+@pytest.mark.parametrize("where", [slice(None), slice(2, 7), slice(0, 10, 3), np.array([9, 0, 4, 4]), slice(8, 8)])
+def test_planted_slices_like_an_array(where):
+    rng = np.random.default_rng(0)
+    clean, new, rows = rng.normal(size=(10, 3)), rng.normal(size=(3, 3)), np.array([0, 4, 9])
+    whole = clean.copy()
+    whole[rows] = new
+    assert (Planted(clean, rows, new)[where] == whole[where]).all() and not np.shares_memory(
+        Planted(clean, rows, new)[where], clean
+    )
+
+
+def test_mistakes_keep_no_caption_in_its_place():
+    texts = np.arange(40.).reshape(20, 2)
+    rows, images, other = planted_mistakes(texts, texts, 8, np.arange(5), np.random.default_rng(0))
+    assert (
+        len(set(rows)) == 8
+        and rows.min() >= 5
+        and sorted(other[:, 0]) == sorted(texts[rows, 0])
+        and (other != texts[rows]).all()
+    )
+
+
+def test_robustness_is_the_same_twice_and_says_what_it_drew(made):
+    lab, clean, embeddings, _, mapping = made
+    pool = lab.node(
+        robustness_pool, clip=clean, pairs=lab.role("scan"), attack=ATTACK, targets=["banana", "umbrella"],
+        boilerplate="a cake", count=30,
+    )
+    with pytest.raises(SettingsError, match="fewer than the 9999"):
+        lab.run(
+            lab.node(
+                robustness_pool, clip=clean, pairs=lab.role("scan"), attack=ATTACK, targets=["banana"],
+                boilerplate="a cake", count=9999,
+            )
+        )
+    node = lambda draws: lab.node(
+        robustness, embeddings=embeddings, pool=pool, mapping=mapping, options=dict(q=20, components=2),
+        axes=dict(targets=[1, 2], duplicates=[0, 30]), share=0.05, draws=draws,
+    )
+    once, twice = (lab.run(node(d)).path.joinpath("points.csv").read_text().splitlines() for d in (1, 2))
+    assert (
+        len(once) == 1 + len(robustness_points(0.05, dict(targets=[1, 2], duplicates=[0, 30])))
+        and len(twice) == 2 * len(once) - 1
+    )
+    assert set(once) <= set(twice)     # a draw does not depend on how many there are

@@ -1,0 +1,209 @@
+"""The claims of MEM and CleanCLIP: all have a rule or a reason, rules resolve, audits say what a reader of the tables
+says, and verdicts turn with the numbers.
+"""
+import json
+from pathlib import Path
+
+import numpy as np, pytest
+
+from mcl_repro.report.claims import _pairs, audit, judge, Printed, read_claims, RELATIONS, Run
+from mcl_repro.measures.metrics import bootstrap_interval, median_rank
+from mcl_repro.report.printed import paper_table, table_spec
+from mcl_repro.report.tables import tidy, write_table
+from mcl_repro.papers.stages import cell
+
+CLAIMS = {id: c for id, c in read_claims().items() if c.paper in ("mem", "cleanclip")}
+NOTEBOOKS = {"mem": "mem", "cleanclip": "cleanclip"}
+# audits that differ from the transcription's
+OTHERWISE = {"mem.c05": "1.7 against 1.7 is a tie, which the glossary does not count against a method"}
+
+def printed(table):
+    return bool(Printed().rows(table))
+def selections(rule):
+    return [rule["of"], *(rule[k] for k in ("minus", "over", *RELATIONS) if isinstance(rule.get(k), dict))]
+def source(paper):
+    cells = json.loads((Path(__file__).parent.parent / f"nbs/{NOTEBOOKS[paper]}.ipynb").read_text(encoding="utf-8"))[
+        "cells"
+    ]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+def test_every_claim_has_rules_or_a_reason():
+    assert len(CLAIMS) == 38 + 5
+    assert sorted(id for id, c in CLAIMS.items() if c.untestable) == [
+        "mem.c06", "mem.c08", "mem.c12", "mem.c23", "mem.c31",
+    ]
+    for c in CLAIMS.values():
+        assert bool(c.rules) != bool(c.untestable), c.id
+
+@pytest.mark.parametrize("id", CLAIMS)
+def test_every_rule_resolves(id):
+    "On the printed cells, or its table and every label are written by the paper's notebook."
+    for rule in CLAIMS[id].rules:
+        if printed(rule["of"]["table"]):
+            assert _pairs(Printed(), rule, id)
+        else:
+            text = source(CLAIMS[id].paper) + Path(__file__).parent.parent.joinpath(
+                "mcl_repro/profiles.yaml"
+            ).read_text(encoding="utf-8")
+            labels = [
+                l
+                for s in selections(rule)
+                for k, v in s.items()
+                if k not in ("times", "plus", "table")
+                for l in (v if isinstance(v, list) else [v])
+            ]
+            table = rule["of"]["table"]
+            assert (
+                f'"{table}"' in text or table.partition(".")[2] in text.partition("TABLES = ")[2].partition("\n")[0]
+            ), table
+            assert not [l for l in labels if str(l) not in text]
+
+@pytest.mark.parametrize("id", CLAIMS)
+def test_the_audit_says_what_a_reader_of_the_tables_says(id):
+    claim = CLAIMS[id]
+    same = audit(claim).verdict == claim.by_hand
+    assert same != (id in OTHERWISE), (audit(claim).evidence, claim.by_hand, claim.remark)
+    if not same:
+        assert claim.reading
+
+def values(table, **labels):
+    "Printed numbers by the labels that are left, read straight from the transcription."
+    frame = paper_table(table)
+    for k, v in labels.items():
+        frame = frame[frame[k] == v]
+    return frame.set_index([f for f in table_spec(table).factors if f not in labels]).paper_value
+
+def test_audits_recomputed_from_the_printed_cells():
+    def states(id):
+        return [c.state for c in audit(CLAIMS[id]).comparisons]
+    medr = values("mem.table1", metric="Medr")
+    shares = np.concatenate([(medr[m] / medr["Random"]).to_numpy() for m in ("MEM-3", "MEM-5")])
+    assert round(shares.min(), 2) == .42 and round(shares.max(), 2) == .65 and (shares < .45).sum() == 2
+    assert states("mem.c02").count("fails") == 2
+    d_u = values("mem.table2", training_data="D_u")
+    near = sum(.9 <= v / d_u["RN50"][k] <= 1.1 for m in ("RN101", "ViT-B/32") for k, v in d_u[m].items())
+    assert near == states("mem.c25").count("holds") == 5
+    hit = values("mem.table1", metric="Hit@10")
+    assert (hit["MEM-5"] > hit["MEM-3"]).sum() == 1 == states("mem.c17").count("fails")
+    assert list((medr["EM"] / medr["Random"]).xs("image_to_text", level="direction").round(2)) == [
+        0.16, 0.28, 0.35,
+    ] and set(states("mem.c15")) == {"holds"}
+    lost = int((hit["UAP"] < .9 * hit["Clean"]).sum() + (medr["UAP"] > 1.1 * medr["Clean"]).sum())
+    assert lost == states("mem.c13").count("fails") == 8
+    faces = values("mem.table4", metric="Hit@10")
+    assert {m for m in ("RN50", "RN101", "ViT-B/32") if (faces["MEM-3"][m] > 0.5 * faces["Fine-tuned"][m]).any()} == {
+        "ViT-B/32"
+    }
+
+def ranks(seed, around):
+    return np.random.default_rng(seed).poisson(around, 400).astype(float)
+
+def run_with(folder, table, factors, rows):
+    "A run with one table of ours; `rows`: labels, metric, outcomes, statistic."
+    made = [
+        dict(**labels, metric=metric, unit="", **cell([bootstrap_interval(x, statistic)]))
+        for labels, metric, x, statistic in rows
+    ]
+    write_table(tidy(table, made, extra=dict(title="of a test", factors=factors)), table, folder, "profile mini; world")
+    return Run(folder, count=300)
+
+def test_a_shortcut_is_found_where_noise_finds_its_caption(tmp_path):
+    def verdicts(name, em, mem, picture):
+        found = [
+            (dict(method=m, query=q), "Medr", ranks(s, r), median_rank)
+            for m, by_noise in (("EM", em), ("UAP", em + 5), ("MEM-3", mem))
+            for s, (q, r) in enumerate((("noise alone", by_noise), ("clean picture", picture)))
+        ]
+        run = run_with(tmp_path/name, "mem.shortcut", ["method", "query", "metric"], found)
+        return [judge(CLAIMS[i], run).verdict for i in ("mem.c10", "mem.c09")]
+    assert verdicts("as said", 100, 20, 60) == ["reproduced", "reproduced"]
+    assert verdicts("the reverse", 20, 100, 60) == ["contradicted", "reproduced"]
+    assert verdicts("no difference", 60, 60, 60)[0] == "undecided"
+
+def test_curves_decide_only_where_all_trainings_agree(tmp_path):
+    "Three data sets are three outcomes: two against one is no certainty."
+    def verdict(name, em):
+        rows = [
+            (dict(method=m), "loss of the first epoch", np.array(x), np.mean)
+            for m, x in (("EM", em), ("MEM-3", [3.0, 3.1, 2.9]), ("MEM-5", [2.9, 3.0, 3.0]))
+        ]
+        return judge(CLAIMS["mem.c19"], run_with(tmp_path/name, "mem.curves", ["method", "metric"], rows)).verdict
+    assert [verdict("a", [4.0, 4.2, 4.1]), verdict("b", [4.0, 2.0, 4.1]), verdict("c", [2.0, 2.1, 2.2])] == [
+        "reproduced", "undecided", "contradicted",
+    ]
+
+def test_attention_and_likeness(tmp_path):
+    rng = np.random.default_rng(0)
+    around = lambda level: np.clip(rng.normal(level, .1, 200), 0, 1) * 100
+    rows = [
+        (dict(model=m, captions=c), "Grad-CAM in the middle", around(level), np.mean)
+        for m, level in (("Clean", 0.4), ("EM", 0.4), ("UAP", 0.35), ("MEM-3", 0.2))
+        for c in ("as they are", "with a trigger")
+    ]
+    rows += [
+        (dict(model=m, captions=c), "on the first three words", around(level), np.mean)
+        for m, level in (("Clean", 0.3), ("EM", 0.3), ("UAP", 0.3), ("MEM-3", 0.7))
+        for c in ("as they are", "with a trigger")
+    ]
+    run = run_with(tmp_path, "mem.attention", ["model", "captions", "metric"], rows)
+    assert [judge(CLAIMS[i], run).verdict for i in ("mem.c26", "mem.c27")] == ["reproduced", "reproduced"]
+    kinds = dict(
+        zip(
+            (
+                "partners", "versions of a picture", "captions of a picture", "other captions of it", "two pictures",
+                "captions of two pictures", "captions of others",
+            ),
+            (0.8, 0.5, 0.5, 0.9, 0, 0, 0),
+        )
+    )
+    run = run_with(
+        tmp_path,
+        "mem.likeness",
+        ["method", "between", "metric"],
+        [
+            (dict(method=m, between=k), "mean", around(level) / 100, np.mean)
+            for m in ("Clean", "MEM-3")
+            for k, level in kinds.items()
+        ],
+    )
+    # the other captions are nearer than the partner
+    assert [judge(CLAIMS[i], run).verdict for i in ("mem.c29", "mem.c30")] == ["reproduced", "contradicted"]
+
+ATTACKS = ("BadNet", "Blended", "WaNet", "Label-consistent")
+def cleaned(folder, asr, ca):
+    "A run of CleanCLIP's main table with given ASR and CA, in per cent, by defence."
+    outcomes = lambda level: np.arange(1000) % 100 < level
+    rows = [
+        (dict(attack=a, defense=d), m, 100.0 * outcomes(level[a] if isinstance(level, dict) else level), np.mean)
+        for m, levels in (("ASR", asr), ("CA", ca))
+        for d, level in levels.items()
+        for a in ATTACKS
+    ]
+    return run_with(folder, "cleanclip.main", ["attack", "defense", "metric"], rows)
+
+def test_cleanclip_is_judged_by_the_demands_that_were_fixed(tmp_path):
+    good = dict(asr={"No defense": 95, "CleanCLIP": 4, "Supervised": 3}, ca={"No defense": 80, "CleanCLIP": 78})
+    run = cleaned(tmp_path/"good", **good)
+    assert [judge(CLAIMS[f"cleanclip.c0{k}"], run).verdict for k in (3, 4, 5)] == ["reproduced"] * 3
+    one = {**dict.fromkeys(ATTACKS, 4), "BadNet": 60}
+    run = cleaned(tmp_path/"one attack survives", {**good["asr"], "CleanCLIP": one}, good["ca"])
+    assert [judge(CLAIMS[f"cleanclip.c0{k}"], run).verdict for k in (3, 4, 5)] == [
+        "contradicted", "reproduced", "contradicted",
+    ]
+    assert "BadNet" in judge(CLAIMS["cleanclip.c03"], run).evidence
+    run = cleaned(tmp_path/"accuracy is lost", good["asr"], {"No defense": 80, "CleanCLIP": 70})
+    assert [judge(CLAIMS[f"cleanclip.c0{k}"], run).verdict for k in (3, 5)] == ["reproduced", "contradicted"]
+
+def test_seventy_five_in_three_million_is_for_profile_paper(tmp_path):
+    row = [
+        (
+            dict(start="from scratch", count=75, share="0.0025%", defense="No defense"), "ASR",
+            100.0 * (np.arange(500) % 10 < 9), np.mean,
+        )
+    ]
+    run = run_with(tmp_path, "cleanclip.poison_count", ["start", "count", "share", "defense", "metric"], row)
+    assert (
+        judge(CLAIMS["cleanclip.c01"], run, "mini").verdict == "not_testable"
+        and judge(CLAIMS["cleanclip.c01"], run, "paper").verdict == "reproduced"
+    )
+    assert judge(CLAIMS["cleanclip.c01"], Run(tmp_path/"nothing"), "paper").verdict == "not_testable"

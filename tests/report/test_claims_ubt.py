@@ -1,0 +1,314 @@
+"""UBT's claims: each has a rule or a reason, rules say what the sentences say, and what decides them is in the printed
+tables or in what the notebook writes.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mcl_repro.report.claims import _pairs, audit, judge, Printed, read_claims, Run
+from mcl_repro.measures.metrics import Items
+from mcl_repro.report.printed import paper_table
+from mcl_repro.report.tables import read_table, tidy, write_table
+
+CLAIMS = {id: c for id, c in read_claims().items() if c.paper == "ubt"}
+RECORDS = Path(__file__).parent.parent / "nbs/results/tables"
+OWN_FACTORS = ("metric", "model", "models", "pairs", "method")
+PRINTED = [f"ubt.table{i}" for i in range(1, 11)]
+UNTESTABLE = {"ubt.c06", "ubt.c09", "ubt.c14", "ubt.c16", "ubt.c20", "ubt.c21", "ubt.c37", "ubt.c69", "ubt.c70"}
+OTHER_THAN_BY_HAND = {"ubt.c14": "a number in the text against a row label of Table IX: no cell says it",
+                      "ubt.c27": "the end value is wrong, the starting value and the direction are not",
+                      "ubt.c54": "the number is wrong, that the success is greatly lowered is not"}
+
+
+def on_figures(claim):
+    return bool(claim.tables) and not set(claim.tables) & set(PRINTED)
+def exactly(value):
+    return Items(np.array([round(1000*value)]), scale=.001)
+def as_measured(labels, value, unit, seeds):
+    return dict(
+        labels, value=value, ci_low=value, ci_high=value, n_seeds=seeds, unit=unit, items=[exactly(value)] * seeds
+    )
+
+
+def printed_run(folder, seeds=1):
+    "A run that measured what the paper prints, without any uncertainty."
+    for table in PRINTED:
+        rows = paper_table(table)
+        known = rows[rows.paper_value.notna()]
+        write_table(
+            tidy(
+                table,
+                [
+                    as_measured(
+                        {k: v for k, v in r.items() if k not in ("paper_value", "printed", "unit")}, r["paper_value"],
+                        r["unit"], seeds,
+                    )
+                    for r in known.to_dict("records")
+                ],
+            ),
+            table,
+            folder,
+            "as printed",
+        )
+    return folder
+
+
+# What the tables of our own say if the paper is right about its figures, and if it is wrong: cells by table.
+ATTACKS = ("BadNet", "Blended", "SIG", "SSBA", "TrojVQA")
+APART = "similarity of poisoned pairs", "similarity of other pairs", "AUROC"
+
+def own_cells(right):
+    pick = lambda yes, no: yes if right else no
+    def apart(poisoned, others, auroc):
+        return dict(zip(APART, (poisoned, others, auroc)))
+    yield "along_ascent", ["steps"], {(n,): {"CA": 80 - pick(1, -1)*n, "ASR": 99 - pick(2, -1)*n} for n in (0, 4, 8)}
+    yield (
+        "selection",
+        ["attack"],
+        {
+            (a,): {
+                "poison among the selected": pick(100, 5), "poison among the rest": 10,
+                "similarity of the selected": pick(0.9, 0.5), "spread of the selected": pick(0.02, 0.3),
+                "taken to be poisoned": 100,
+            }
+            for a in ATTACKS
+        }
+        | {
+            ("none",): {
+                "similarity of the selected": 0.6, "spread of the selected": 0.1, "taken to be poisoned": pick(0, 100),
+            }
+        },
+    )
+    yield (
+        "separation_abl",
+        ["method", "attack"],
+        {
+            (m, a): {"AUROC": x, "poison among the chosen": p}
+            for a in ATTACKS[:2]
+            for m, x, p in (("ABL", 70, pick(3, 80)), ("UBT", pick(99, 60), 100))
+        },
+    )
+    yield (
+        "separation_losses",
+        ["model"],
+        {
+            ("before overfitting",): apart(0.3, 0.1, 90),
+            ("first term only",): pick(apart(0.95, 0.9, 60), apart(0.9, 0.05, 99)),
+            ("both terms",): pick(apart(0.94, 0.76, 99), apart(0.2, 0.3, 40)),
+        },
+    )
+    yield (
+        "separation_sizes", ["dataset_size"],
+        {(n,): apart(0.9, 0.4, pick(98, 70)) for n in ("250K", "500K", "750K", "1M")},
+    )
+    yield (
+        "separation_counts",
+        ["backdoor_number"],
+        {
+            (n,): apart(0.9 + pick(1, -1) * n / 1e5, 0.4, pick(98, 70)) | {"poison among the selected": pick(100, 60)}
+            for n in (750, 1000, 1500, 2000, 3000, 5000)
+        },
+    )
+    yield (
+        "trigger_relevance",
+        ["attack"],
+        {
+            (a,): {"relevance beyond chance": pick(5, 0.1) if a in ("BadNet", "TrojVQA") else pick(0.2, 2)}
+            for a in ATTACKS
+        },
+    )
+    yield (
+        "closeness",
+        ["models"],
+        {
+            ("poisoned → retrained",): {"KL of weights": pick(100, 900), "pairs for a gap of 0.1": pick(5000, 20)},
+            ("public → retrained",): {"KL of weights": 500, "pairs for a gap of 0.1": 30000},
+        },
+    )
+    yield (
+        "unlearned_pairs", ["pairs"],
+        {("all selected",): {"ASR": pick(0, 40), "number": 48}, (1,): {"ASR": 60, "number": 1}},
+    )
+
+def own_run(folder, right, seeds=1):
+    for name, factors, cells in own_cells(right):
+        rows = [
+            as_measured(dict(zip(factors, key), metric=metric), value, "units", seeds)
+            for key, metrics in cells.items()
+            for metric, value in metrics.items()
+        ]
+        write_table(
+            tidy(f"ubt.{name}", rows, dict(title=name, factors=[*factors, "metric"])), f"ubt.{name}", folder, "made up"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    return printed_run(tmp_path_factory.mktemp("printed"))
+
+
+# ---- every claim
+
+def test_every_claim_has_rules_or_a_reason():
+    assert len(CLAIMS) == 71 and {id for id, c in CLAIMS.items() if c.untestable} == UNTESTABLE
+    assert all(bool(c.rules) != bool(c.untestable) for c in CLAIMS.values())
+    assert all(len(c.untestable) > 40 for c in CLAIMS.values() if c.untestable), "a reason is a sentence"
+
+
+def test_rules_speak_of_the_papers_method_only():
+    "Our option with retention is no defence of the paper."
+    assert not any("retention" in json.dumps(c.rules) or "CFBD" in json.dumps(c.rules) for c in CLAIMS.values())
+
+
+def test_every_inconsistency_that_touches_a_claim_is_named():
+    named = {i for c in CLAIMS.values() for i in c.see}
+    # a figure that is never cited, and a remark that breaks no claim
+    assert named == {f"ubt.i{n:02d}" for n in range(1, 20)} - {"ubt.i13", "ubt.i15"}
+
+
+def labels_on_record(table):
+    "Factor -> labels of a table of ours, as the published run has it."
+    frame = read_table(RECORDS / f"{table}.csv")
+    return {name: set(frame[name].astype(str)) for name in frame.attrs["table"]["factors"]}
+
+
+def asked(part):
+    "Factor -> labels that one side of a rule asks for by name."
+    wanted = {k: v if isinstance(v, list) else [v] for k, v in part.items() if k in OWN_FACTORS}
+    return {k: [str(x) for x in labels] for k, labels in wanted.items()}
+
+
+def test_every_rule_resolves():
+    "On printed cells, or on a table of ours that the published run has, with the labels that the rule asks for."
+    for claim in CLAIMS.values():
+        for rule in claim.rules:
+            parts = [p for p in rule.values() if isinstance(p, dict)]
+            tables = {p["table"] for p in parts if "table" in p}
+            if tables <= set(PRINTED):
+                assert _pairs(Printed(), rule, claim.id), (claim.id, rule)
+                continue
+            known = {}
+            for table in tables - set(PRINTED):
+                for factor, labels in labels_on_record(table).items():
+                    known.setdefault(factor, set()).update(labels)
+            for factor, labels in ((k, v) for p in parts for k, v in asked(p).items()):
+                assert set(labels) <= known.get(factor, set()), (claim.id, factor, labels)
+
+
+# ---- the audit
+
+def test_audit_is_what_a_reader_found():
+    assert {id for id, c in CLAIMS.items() if audit(c).verdict != c.by_hand} == set(OTHER_THAN_BY_HAND)
+    assert {id: audit(CLAIMS[id]).verdict for id in OTHER_THAN_BY_HAND} == {
+        "ubt.c14": "not_checkable",
+        "ubt.c27": "partly",
+        "ubt.c54": "partly",
+    }
+
+
+def test_what_only_figures_show_cannot_be_audited():
+    figures = {id for id, c in CLAIMS.items() if on_figures(c)}
+    assert figures == {f"ubt.c{n}" for n in (13, 15, 17, 19, 26, 38, 39, 40, 41, 46, 47, 50, 66, 67, 68)}
+    assert {audit(CLAIMS[id]).verdict for id in figures} == {"not_checkable"}
+
+
+def value(table, metric, **labels):
+    rows = paper_table(table)
+    rows = rows[rows.metric == metric]
+    for k, v in labels.items():
+        rows = rows[rows[k].astype(str) == str(v)]
+    return rows.paper_value.to_numpy()
+
+def found(id, rule=0):
+    return audit(CLAIMS[id]).rules[rule][1]
+
+@pytest.mark.parametrize("id, metric, sign, other, points", [("ubt.c02", "ASR", -1, "CleanCLIP", 19.0425), ("ubt.c03", "CA", 1, "CleanCLIP", 2.5725), ("ubt.c31", "ASR", -1, "CleanCLIP", 19.0425),
+                                                             ("ubt.c32", "ASR", -1, "RoCLIP", 52.5175), ("ubt.c33", "CA", 1, "CleanCLIP", 2.5725), ("ubt.c34", "CA", 1, "RoCLIP", 1.045)])
+def test_headline_differences(id, metric, sign, other, points):
+    plain = sign*(value("ubt.table3", metric, defense="UBT") - value("ubt.table3", metric, defense=other)).mean()
+    assert plain == pytest.approx(points) and [c.left for c in found(id)] == pytest.approx([plain])
+
+
+def test_some_audits_by_plain_code():
+    cost = value("ubt.table1", "CA", defense="No defense") - value("ubt.table1", "CA", defense="UBT")
+    assert [c.left for c in found("ubt.c23")] == pytest.approx(cost.tolist()) and cost.max() == pytest.approx(1.98)
+    assert (
+        max(c.left for c in found("ubt.c23", 1)) == pytest.approx(62.58 - 60.56)
+        and audit(CLAIMS["ubt.c23"]).verdict == "partly"
+    )
+    lost = value("ubt.table2", "CA", defense="No defense") - value("ubt.table2", "CA", defense="ABL")
+    assert sorted(c.left for c in found("ubt.c25", 1)) == pytest.approx(sorted(lost)) and sorted(lost) == pytest.approx(
+        [11.06, 11.91]
+    )
+    times = {d: value("ubt.table8", "total_time", defense=d)[0] for d in ("UBT", "CleanCLIP", "RoCLIP")}
+    assert 1 - times["UBT"] / times["CleanCLIP"] == pytest.approx(0.281, abs=1e-3) and {
+        c.state for c in found("ubt.c61")
+    } == {"holds"}
+    drops = [
+        (
+            value("ubt.table6", "ASR", defense="No defense", dataset=d)
+            - value("ubt.table6", "ASR", defense="CleanCLIP", dataset=d)
+        )[0]
+        for d in ("CIFAR100", "Caltech101")
+    ]
+    assert (
+        found("ubt.c55")[0].left == pytest.approx(drops[1] - drops[0])
+        and found("ubt.c54", 1)[0].left == pytest.approx(drops[1])
+        and drops[1] == pytest.approx(60.18)
+    )
+    lower = (value("ubt.table6", "CA", defense="No defense") - value("ubt.table6", "CA", defense="CleanCLIP") > 2).sum()
+    assert lower == 4 == sum(c.state == "holds" for c in found("ubt.c57"))
+    kl = {d: value("ubt.table3", "KL", defense=d) for d in ("No defense", "UBT", "CleanCLIP", "RoCLIP")}
+    assert (
+        (kl["UBT"] <= np.minimum(kl["CleanCLIP"], kl["RoCLIP"])).all()
+        and (kl["No defense"] < kl["UBT"]).all()
+        and audit(CLAIMS["ubt.c35"]).verdict == "partly"
+    )
+
+
+# ---- our verdicts
+
+def test_a_run_that_measured_the_printed_numbers_is_judged_as_the_audit(printed):
+    run = Run(printed, count=4)
+    for id, c in CLAIMS.items():
+        if c.untestable or not set(c.tables) <= set(PRINTED):
+            continue
+        assert judge(c, run, "paper").verdict == ("reproduced" if audit(c).verdict == "holds" else "contradicted"), (
+            id,
+            judge(c, run, "paper").evidence,
+        )
+
+
+def test_levels_are_not_asked_of_stand_ins(printed):
+    "Without them ABL's wrong end value and CleanCLIP's wrong drop do no harm: what is left is the relation."
+    run = Run(printed, count=4)
+    assert [judge(CLAIMS[id], run, "mini").verdict for id in ("ubt.c27", "ubt.c54")] == ["reproduced"]*2
+    assert all(any(not r.get("levels") for r in c.rules) for c in CLAIMS.values() if c.rules), (
+        "every claim with rules has one that stand-ins can decide"
+    )
+
+
+@pytest.mark.parametrize("right, verdict", [(True, "reproduced"), (False, "contradicted")])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_figures_are_judged_on_tables_of_our_own(right, verdict, seeds, tmp_path):
+    run = Run(own_run(printed_run(tmp_path, seeds), right, seeds), count=4)
+    judged = {id: judge(c, run) for id, c in CLAIMS.items() if set(c.tables) - set(PRINTED)}
+    assert {id: j.verdict for id, j in judged.items() if j.verdict != verdict} == {}, {
+        id: j.evidence for id, j in judged.items()
+    }
+    assert {j.n_seeds for j in judged.values()} == {seeds}
+
+
+def test_a_run_of_some_attacks_only_leaves_the_rest_open(tmp_path):
+    "What was not run is no contradiction and no error."
+    own_run(tmp_path, True)
+    rows = [as_measured(dict(attack="BadNet", metric="relevance beyond chance"), 5, "ratio", 1)]
+    write_table(
+        tidy("ubt.trigger_relevance", rows, dict(title="one attack", factors=["attack", "metric"])),
+        "ubt.trigger_relevance", tmp_path, "made up",
+    )
+    made = judge(CLAIMS["ubt.c47"], Run(tmp_path, count=4))
+    assert made.verdict == "not_testable" and "Not run: ubt.trigger_relevance has no cell with" in made.why

@@ -1,0 +1,392 @@
+"Notebooks run headless: a throw-away notebook per test, no torch, no network."
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from test_crash import alive, gone
+
+from mcl_repro.run import batch
+from mcl_repro.run.batch import (
+    executed_metadata, notebook_page, NotebookError, Progress, run_key, run_notebooks, shows_something,
+)
+from mcl_repro.core.errors import DataError, SettingsError, TrainingError, UserError
+from mcl_repro.lab.lab import Lab
+from mcl_repro.lab.profiles import load_profile
+
+STANDARD = """profile = 'mini'
+device = 'auto'
+jobs = 1
+seeds = 1
+roles = {}
+overrides = {}
+runs = '../runs'
+"""
+TABLE = """
+from pathlib import Path
+from mcl_repro.report.tables import tidy, write_table
+df = tidy('ubt.table1', [dict(attack='BadNet', defense='UBT', metric='CA', value=value, unit='%')])
+write_table(df, 'ubt.table1', Path(runs)/profile, 'Made-up numbers.')
+"""
+VALUE = STANDARD + "value = 80.0"
+
+
+def write(folder, name, *cells, tags=("parameters",), kernel="python3", markdown=""):
+    "A notebook whose first code cell has the tags."
+    about = {"name": kernel, "display_name": kernel, "language": "python"}
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": about})
+    if markdown:
+        nb.cells.append(nbformat.v4.new_markdown_cell(markdown))
+    nb.cells += [nbformat.v4.new_code_cell(c) for c in cells]
+    nb.cells[1 if markdown else 0].metadata["tags"] = list(tags)
+    folder.mkdir(exist_ok=True, parents=True)
+    nbformat.write(nb, folder/name)
+
+
+@pytest.fixture
+def nbs(tmp_path):
+    write(tmp_path/"nbs", "ubt.ipynb", VALUE, TABLE, "assert value < 100")
+    return tmp_path/"nbs"
+
+
+def go(nbs, papers="ubt", **options):
+    "Run notebooks in profile smoke."
+    runs = nbs.parent/"runs"
+    quiet = Progress(runs, "smoke", out=io.StringIO())
+    usual = dict(profile="smoke", device="cpu", runs=runs, notebooks=nbs, progress=quiet)
+    return run_notebooks(papers, **usual | options)
+
+
+def results(nbs):
+    "Where they go."
+    return nbs.parent/"runs/smoke"
+
+
+def metadata(path):
+    "The metadata of an executed copy."
+    return json.loads(path.read_text())["metadata"]
+
+
+# what a run leaves behind
+
+def test_run_leaves_copy_page_table_and_report(nbs):
+    done, = go(nbs)
+    out = results(nbs)
+    assert done.state == "complete" and done.notebook == out/"notebooks/ubt.ipynb"
+    tables = {f"tables/ubt.table1.{s}" for s in ("csv", "json", "md", "tex")}
+    written = {p.relative_to(out).as_posix() for p in out.rglob("[!.]*") if p.is_file()}
+    assert written == {"index.html", "notebooks/ubt.html", "notebooks/ubt.ipynb", "ro-crate-metadata.json",
+                       "ro-crate-preview.html"} | tables
+    meta = metadata(done.notebook)
+    assert meta["papermill"]["exception"] is None and meta["papermill"]["end_time"]
+    assert set(meta["mcl_repro"]["outputs"]) == tables
+    assert "notebooks/ubt.html" in (out/"index.html").read_text()
+
+
+def test_executed_copy_and_page_name_no_folder_of_this_machine(nbs):
+    go(nbs)
+    for path in results(nbs).rglob("*"):
+        if path.is_file():
+            assert str(nbs.parent) not in path.read_text(errors="replace"), path
+
+
+def test_a_notebook_in_a_folder_of_its_own_gives_the_same_results_in_the_same_place(nbs):
+    write(nbs/"papers", "ubt.ipynb", VALUE, TABLE)
+    (nbs/"ubt.ipynb").unlink()
+    done, = go(nbs)
+    assert done.notebook == results(nbs)/"notebooks/ubt.ipynb" and (results(nbs)/"tables/ubt.table1.csv").exists()
+    assert metadata(done.notebook)["papermill"]["parameters"]["runs"] == "../../runs"
+
+
+def test_a_table_that_the_notebook_no_longer_writes_goes(nbs):
+    go(nbs)
+    out = results(nbs)/"tables"
+    (out/"mem.table1.csv").write_text("of another notebook")
+    write(nbs, "ubt.ipynb", STANDARD, "x = 1")
+    go(nbs)
+    assert sorted(p.name for p in out.iterdir()) == ["mem.table1.csv"]
+
+
+# when it runs again
+
+def test_second_run_does_nothing_until_something_changes(nbs):
+    done, = go(nbs)
+    out, before, key = results(nbs), done.notebook.stat().st_mtime_ns, metadata(done.notebook)["mcl_repro"]["key"]
+    assert go(nbs, jobs=2)[0].state == "unchanged"      # how many processes does not change a result
+    assert done.notebook.stat().st_mtime_ns == before
+    assert batch._unchanged(out, "ubt", key) and not batch._unchanged(out, "ubt", "other")
+    for path in (out/"tables/ubt.table1.csv", out/"tables/ubt.table1.tex", out/"notebooks/ubt.html"):
+        content = path.read_bytes()
+        path.unlink()
+        assert not batch._unchanged(out, "ubt", key)
+        path.write_bytes(content)
+        assert batch._unchanged(out, "ubt", key)
+    (out/"tables/ubt.table1.csv").write_text("edited by hand")
+    assert not batch._unchanged(out, "ubt", key)
+
+
+def test_another_value_or_force_runs_it_again(nbs):
+    go(nbs)
+    assert go(nbs, parameters={"value": 81.0})[0].state == "complete"
+    assert ",81," in (results(nbs)/"tables/ubt.table1.csv").read_text()
+    assert go(nbs, parameters={"value": 81.0}, force=True)[0].state == "complete"
+
+
+@pytest.fixture
+def lab(nbs):
+    return Lab("smoke", device="cpu", runs=nbs.parent/"runs")
+
+
+def test_a_file_of_weights_is_part_of_the_key_and_found_from_the_notebook(nbs, lab, monkeypatch):
+    weights = nbs.parent/"mine"/"victim.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    monkeypatch.chdir(nbs.parent)
+    checkpoints, others = {"BadNet": "mine/victim.safetensors"}, {"model.pretrained": "openai", "poison.count": 3}
+    given = batch._weights_from(nbs, nbs.parent, {"poison.checkpoints": checkpoints, **others})
+    found = {"BadNet": os.path.join("..", "mine", "victim.safetensors")}
+    assert given == {"poison.checkpoints": found, **others}
+    first = run_key(nbs/"ubt.ipynb", {"overrides": given}, lab)
+    weights.write_bytes(b"two")
+    assert run_key(nbs/"ubt.ipynb", {"overrides": given}, lab) != first
+    weights.write_bytes(b"one")
+    assert run_key(nbs/"ubt.ipynb", {"overrides": given}, lab) == first
+    assert run_key(nbs/"ubt.ipynb", {"overrides": {}}, lab) != first
+
+
+def test_key_follows_parameters_but_not_where_and_how(nbs, lab):
+    def key(**parameters):
+        return run_key(nbs/"ubt.ipynb", parameters, lab)
+    first = key(seeds=1, runs="a")
+    assert key(seeds=2, runs="a") != first
+    assert key(seeds=1, runs="b", jobs=4) == first
+
+
+def test_key_follows_source_library_data_and_versions(nbs, lab, monkeypatch):
+    def key():
+        return run_key(nbs/"ubt.ipynb", {}, lab)
+    first = key()
+    for name in ("library_key", "source_key"):
+        with monkeypatch.context() as m:
+            m.setattr(batch, name, lambda *given: "other")
+            assert key() != first
+    with monkeypatch.context() as m:
+        m.setattr(batch.report, "_version", lambda package: "0.0")
+        assert key() != first
+    role = next(iter(lab.profile["roles"]))
+    ref = lab.role(role)
+    lab._roles[role] = type(ref)(ref.source, "0" * 64)
+    assert key() != first
+
+
+# what is refused
+
+@pytest.mark.parametrize("given, says", [
+    ({"parameters": {"valeu": 1.}}, "no parameter 'valeu' \\(did you mean value\\?\\)"),
+    ({"parameters": {"value": "x"}}, "is float"),
+    ({"parameters": {"seeds": 2}}, "option of its own"),
+    ({"papers": "mme"}, "unknown paper 'mme'; known: ubt"),
+    ({"profile": "huge"}, "unknown profile 'huge'"),
+    ({"roles": {"jury": "x"}}, "unknown role 'jury'"),
+    ({"overrides": {"train.epoch": 1}}, "train.epoch"),
+    ({"jobs": 0}, "jobs is 0"),
+    ({"seeds": 0}, "seeds is 0"),
+    ({"device": "tpu"}, "'tpu'"),
+])
+def test_wrong_requests_are_refused_before_anything_runs(nbs, given, says):
+    with pytest.raises(SettingsError, match=says):
+        go(nbs, **given)
+    assert not (results(nbs)/"notebooks").exists()
+
+
+def test_role_with_missing_data_is_refused_before_anything_runs(nbs):
+    role = next(iter(load_profile("smoke")["roles"]))
+    with pytest.raises(UserError, match="nowhere.csv"):
+        go(nbs, roles={role: str(nbs/"nowhere.csv")})
+    assert not (results(nbs)/"notebooks").exists()
+
+
+def test_parameters_that_a_notebook_lacks_are_named(nbs):
+    write(nbs, "ubt.ipynb", "x = 1")
+    with pytest.raises(SettingsError, match="lacks profile"):
+        go(nbs)
+
+
+# what goes wrong on the way
+
+@pytest.mark.parametrize("kind", [DataError, TrainingError])
+def test_a_users_error_in_a_cell_comes_through_as_its_own_line(nbs, kind):
+    deep = f"""from mcl_repro.core.errors import {kind.__name__}
+def deep(n):
+    if n: deep(n-1)
+    else: raise {kind.__name__}("photo.jpg is missing; restore it")
+deep(20)"""
+    write(nbs, "ubt.ipynb", STANDARD, deep)
+    with pytest.raises(kind) as e:
+        go(nbs)
+    assert str(e.value) == "photo.jpg is missing; restore it"
+    assert "photo.jpg is missing" in (results(nbs)/"index.html").read_text()
+
+
+def test_a_failed_run_keeps_the_last_good_copy_and_the_others_run(nbs):
+    write(nbs, "mem.ipynb", STANDARD, "ok = True")
+    go(nbs, ())
+    out = results(nbs)/"notebooks"
+    good = (out/"ubt.ipynb").read_bytes()
+    write(nbs, "ubt.ipynb", STANDARD, "numbers = []", "numbers[0]")
+    write(nbs, "mem.ipynb", STANDARD, "ok = 2")
+    says = r"notebook 'ubt' stopped in cell \d+: IndexError: list index out of range \(traceback in .*ubt.failed.html\)"
+    with pytest.raises(NotebookError, match=says):
+        go(nbs, ())
+    assert (out/"ubt.ipynb").read_bytes() == good and "ok = 2" in (out/"mem.ipynb").read_text()
+    assert "IndexError" in (out/"ubt.failed.html").read_text()
+    assert "of the run before" in (results(nbs)/"index.html").read_text()
+    assert executed_metadata(out/"ubt.failed.ipynb") == {}
+    write(nbs, "ubt.ipynb", VALUE, TABLE)
+    go(nbs, ())
+    assert sorted(p.name for p in out.glob("[!.]*")) == ["mem.html", "mem.ipynb", "ubt.html", "ubt.ipynb"]
+
+
+def test_a_dead_kernel_is_not_a_finished_notebook(nbs):
+    write(nbs, "ubt.ipynb", STANDARD, "import os\nos.kill(os.getpid(), 9)")
+    with pytest.raises(NotebookError, match="its Python process died"):
+        go(nbs)
+    out = results(nbs)/"notebooks"
+    assert not (out/"ubt.ipynb").exists() and not list(out.glob(".ubt.*.ipynb"))
+
+
+def test_kernel_is_this_interpreter_with_this_package(nbs, tmp_path, monkeypatch):
+    "A kernelspec called python3 that points elsewhere is ignored, and so is the name in the notebook."
+    spec = tmp_path/"share/kernels/python3"
+    spec.mkdir(parents=True)
+    about = {"argv": ["/bin/false", "{connection_file}"], "display_name": "python3", "language": "python"}
+    (spec/"kernel.json").write_text(json.dumps(about))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path/"share"))
+    package = str(Path(batch.__file__).with_name("__init__.py"))
+    check = f"""import sys, os, mcl_repro
+assert sys.executable == {sys.executable!r}
+assert mcl_repro.__file__ == {package!r}
+assert os.getcwd() == {str(nbs)!r}
+assert os.environ["MCL_REPRO_NOTEBOOK"] == "ubt" """
+    write(nbs, "ubt.ipynb", STANDARD, check, kernel="conda-elsewhere")
+    assert go(nbs)[0].state == "complete" and "MCL_REPRO_NOTEBOOK" not in os.environ
+
+
+def test_paths_with_spaces_and_without_permission(tmp_path):
+    odd = tmp_path/"my runs ü"
+    write(odd/"nbs", "ubt.ipynb", VALUE, TABLE)
+    assert go(odd/"nbs")[0].state == "complete" and (odd/"runs/smoke/tables/ubt.table1.csv").exists()
+    blocked = odd/"blocked"
+    blocked.write_text("a file where a folder should be")
+    with pytest.raises(UserError):
+        go(odd/"nbs", runs=blocked)
+
+
+# its page
+
+def test_page_of_a_notebook_loads_nothing_and_draws_formulas():
+    text = "# Loss & <loss>\n\nInline $\\frac{1}{2}$, `code $x$`, and\n\n$$\\sum_i x_i$$\n\n$\\unknowncommandhere{$"
+    cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell("#| hide\nsecret = 1"),
+             nbformat.v4.new_code_cell('#| export\nvisible = "a < b"')]
+    page = notebook_page(nbformat.v4.new_notebook(cells=cells), "ubt")
+    assert "<mfrac>" in page and 'display="block"' in page and "$x$" in page and "unknowncommandhere" in page
+    assert "secret" not in page and "visible" in page and "#| export" not in page
+    assert not any(w in page for w in ("https://cdn", "<script src", "require.min.js", "MathJax.js"))
+
+
+def test_outputs_that_show_nothing():
+    shown = [{"text": "a"}, {"data": {"text/plain": "x"}}, {"ename": "ValueError"}]
+    hidden = [{"text": " \n"}, {"data": {"text/plain": ""}}]
+    assert [shows_something(o) for o in shown + hidden] == [True] * 3 + [False] * 2
+
+
+# being stopped
+
+def start(nbs, *more):
+    "The same run as a process of its own."
+    words = ["run", "ubt", "--profile", "smoke", "--device", "cpu", "--runs", str(nbs.parent/"runs"),
+             "--notebooks", str(nbs)]
+    return subprocess.Popen([sys.executable, "-m", "mcl_repro.cli", *words, *more], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"),
+                            cwd=Path(batch.__file__).parent.parent, start_new_session=True)
+
+
+def wait_for(path, seconds=90):
+    end = time.time() + seconds
+    while not path.exists() or not path.read_text():
+        assert time.time() < end, f"{path} did not appear"
+        time.sleep(.05)
+    return path.read_text()
+
+
+SLEEPER = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])
+part = os.path.join(runs, '..', 'pids.part')
+open(part, 'w').write(f'{os.getpid()} {child.pid}')
+os.rename(part, os.path.join(runs, '..', 'pids'))
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_ends_kernel_and_children_within_seconds(nbs, how, code):
+    write(nbs, "ubt.ipynb", STANDARD, SLEEPER)
+    process = start(nbs)
+    try:
+        pids = [int(p) for p in wait_for(nbs.parent/"pids").split()]
+        assert all(map(alive, pids))
+        began = time.time()
+        process.send_signal(how)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code and time.time() - began < 30, err
+        assert "Traceback" not in err and (how == signal.SIGTERM or "stopped; what is finished is kept" in err)
+        assert gone(pids) is True
+    finally:
+        process.kill()
+        process.wait()
+    out = results(nbs)/"notebooks"
+    assert not (out/"ubt.ipynb").exists() and not list(out.glob(".ubt.*.ipynb"))
+
+
+def test_killed_batch_is_not_done_and_the_next_run_is(nbs):
+    write(nbs, "ubt.ipynb", STANDARD, SLEEPER)
+    process = start(nbs)
+    kernel, child = (int(p) for p in wait_for(nbs.parent/"pids").split())
+    process.kill()
+    process.wait()
+    out = results(nbs)/"notebooks"
+    try:
+        assert not (out/"ubt.ipynb").exists()
+        write(nbs, "ubt.ipynb", VALUE, TABLE)
+        assert go(nbs)[0].state == "complete"
+        assert not list(out.glob(".ubt.*.ipynb"))
+    finally:
+        for pid in (kernel, child):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def test_two_runs_at_once_do_the_work_once(nbs):
+    told = "import os, time\nopen(os.path.join(runs, '..', 'starts'), 'a').write('x')\ntime.sleep(1)"
+    write(nbs, "ubt.ipynb", STANDARD, told)
+    both = [start(nbs), start(nbs)]
+    errs = [p.communicate(timeout=60)[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], errs
+    assert (nbs.parent/"starts").read_text() == "x" and sum("unchanged" in e for e in errs) == 1
+
+
+def test_progress_finds_its_run_from_another_folder(tmp_path, monkeypatch):
+    "papermill changes the working directory while a notebook runs; a relative folder must still be the one meant."
+    monkeypatch.chdir(tmp_path)
+    progress = Progress("runs", "smoke", out=io.StringIO())
+    monkeypatch.chdir(tmp_path.parent)
+    assert progress.runs == tmp_path/"runs"
