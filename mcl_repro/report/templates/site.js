@@ -3,12 +3,12 @@ if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined
 
 function reveal() {
   const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  const folded = target && target.closest("details");
-  if (folded && !folded.open) { folded.open = true; target.scrollIntoView({block: "center"}); }
+  const folded = target && target.matches(".cell") && target.querySelector("details");
+  if (folded && !folded.open) { folded.open = true; target.scrollIntoView({block: "start"}); }
 }
 
 function foldAll() {
-  const folded = document.querySelectorAll("details.exported"), place = document.querySelector("p.origin");
+  const folded = document.querySelectorAll(".cell details"), place = document.querySelector("p.origin");
   if (!folded.length || !place) return;
   const button = place.appendChild(document.createElement("button"));
   const name = () => { button.textContent = [...folded].every(d => d.open) ? "fold all code" : "unfold all code"; };
