@@ -9,9 +9,9 @@ __all__ = ['RECORDS_LIMIT', 'PICTURE', 'Executed', 'read_run', 'published', 'pub
 # %% ../../nbs/dev/publishing.ipynb #ff15078e
 from ..lab.store import read_record
 from ..report.page import VERDICTS
-from ..report.printed import near_hint, printed_entries
+from ..report.printed import printed_entries
 from ..report.provenance import package_versions, without_home
-from ..report.tables import read_table, sha256_of, show_table, write_atomically
+from ..report.tables import read_table, show_table
 from ..run.notebooks import hash_of
 
 # %% ../../nbs/dev/publishing.ipynb #23ea5b9d
@@ -27,6 +27,8 @@ from ..run import batch
 from ..run.batch import run_key
 from ..run.notebooks import find_notebooks, notebook_parameters, notebooks_folder, STANDARD
 from ..core.errors import SettingsError, StoreError, UserError
+from ..core.words import near
+from ..core.files import sha256_of, write_atomically
 from ..lab.lab import Lab
 from mcl_repro.dev.outputs import (
     FIGURE_LIMIT, fill_notebook, NOTEBOOKS_LIMIT, plain_html, read_notebook, slim_text, STEPS,
@@ -248,7 +250,7 @@ def published_table(
     published(folder)
     path = _results(folder)/"tables"/f"{table_id}.csv"
     if not path.exists():
-        raise SettingsError(near_hint(table_id, sorted(p.stem for p in path.parent.glob("*.csv")), "table"))
+        raise SettingsError(near(table_id, sorted(p.stem for p in path.parent.glob("*.csv")), "table"))
     return read_table(path)
 
 def published_claims(

@@ -32,6 +32,8 @@ import mcl_repro
 from ..core import errors
 from ..report.archive import update_crate
 from ..core.errors import SettingsError, StoreError, UserError
+from ..core.files import package_version, sha256_of, write_atomically
+from ..core.words import duration
 from ..lab.engine import is_address, visible_gpus
 from ..lab.lab import Lab
 from ..lab.status import read_status
@@ -40,8 +42,8 @@ from mcl_repro.run.notebooks import (
     source_key, STANDARD,
 )
 from ..report.page import write_report
-from ..report.provenance import package_version, without_home
-from ..report.tables import duration_text, page_templates, sha256_of, write_atomically
+from ..report.provenance import without_home
+from ..report.tables import page_templates
 
 # %% ../../nbs/run/batch.ipynb #0f91ff52
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
@@ -262,7 +264,7 @@ class Progress:
 
     def line(self) -> str:
         "Where the notebook is, the stages of its plan so far, what is at work, and the time that they still need."
-        parts = [f"{self.name}: {self.cell}", duration_text(time.time() - self.began)]
+        parts = [f"{self.name}: {self.cell}", duration(time.time() - self.began)]
         with suppress(UserError, OSError, ValueError, KeyError, TypeError):
             parts += self._stages()
         return " · ".join(parts)
@@ -279,7 +281,7 @@ def _stages(self:Progress) -> list:
     left = sum(r["eta"] or 0 for r in waiting) / self.jobs
     if left >= 1:
         least = "at least" if any(r["eta"] is None for r in waiting) else "about"
-        parts.append(f"{least} {duration_text(left)} left")
+        parts.append(f"{least} {duration(left)} left")
     return parts + [r["note"] or r["stage"] for r in rows if r["state"] == "running"]
 
 @patch
@@ -555,7 +557,7 @@ def _command(name, standard, extra) -> str:
 def _told(run) -> str:
     "What became of a notebook, in words."
     if run.state == "complete":
-        return f"complete in {duration_text(run.seconds)}"
+        return f"complete in {duration(run.seconds)}"
     return "unchanged, nothing to do" if run.state == "unchanged" else f"failed: {run.error}"
 
 def _no_failure(done):

@@ -24,6 +24,7 @@ from ..data.pairs import LabelledImages
 from ..data.readers import read_json
 from ..data.registry import DataRef, open_data
 from ..core.errors import SettingsError, UserError
+from ..core.words import near
 from .inputs import as_clip, as_labelled, as_pairs, model_fingerprint
 from ..lab.identity import changed_since_import, code_digest, code_of
 from ..lab.nodes import stage
@@ -33,7 +34,6 @@ from .measuring import attack, made_attack, measure
 from mcl_repro.tools.repairing import (
     check_given, INPUTS, make_plan, Method, METHODS, profile_of, profile_pairs, repair, scaled,
 )
-from ..report.printed import near_hint
 from ..papers.plan import Extras, offer_extras
 from ..papers.stages import defender_pairs, load_clip
 from ..model.training import Recipe, train, training_set
@@ -93,7 +93,7 @@ def as_method(function # see above
     settings = {k: v for k, v in takes.items() if k not in _HANDED}
     if lacks := [k for k, v in settings.items() if v is inspect.Parameter.empty]:
         raise SettingsError(
-            f"{function.__name__}: {near_hint(lacks[0], _HANDED, 'input')}; as a setting it needs a default"
+            f"{function.__name__}: {near(lacks[0], _HANDED, 'input')}; as a setting it needs a default"
         )
     @functools.wraps(function)
     def run(clip, pairs, *, settings, **handed):
@@ -198,7 +198,7 @@ def check_repair(method, # a key of METHODS, a `Method` or a function
     ) -> dict: # its facts
     "Raise AssertionError, with the reason, unless a defence does what the library relies on."
     if isinstance(method, str) and method not in METHODS:
-        raise SettingsError(near_hint(method, METHODS, "method of repair"))
+        raise SettingsError(near(method, METHODS, "method of repair"))
     way = METHODS[method] if isinstance(method, str) else method if isinstance(method, Method) else as_method(method)
     given = dict(
         pairs=open_data(f"world:train:{count}"), reference=build_clip("smoke-RN", seed=1),
@@ -341,9 +341,9 @@ def _wanted_repairs(repairs, given):
     for printed, options in wanted.items():
         name = options.setdefault("method", printed)
         if name not in METHODS:
-            raise SettingsError(near_hint(name, METHODS, "method of repair"))
+            raise SettingsError(near(name, METHODS, "method of repair"))
         if odd := set(options) - {"method", "recipe", "settings"}:
-            raise SettingsError(f"{printed}: {near_hint(min(odd), ['method', 'recipe', 'settings'], 'option')}")
+            raise SettingsError(f"{printed}: {near(min(odd), ['method', 'recipe', 'settings'], 'option')}")
         if lacks := [k for k in _needs(METHODS[name]) if given.get(k) is None]:
             raise SettingsError(
                 f"{printed} needs {lacks[0]}: {INPUTS[lacks[0]]}; give "

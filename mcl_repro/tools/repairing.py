@@ -31,6 +31,8 @@ from ..model.clip import Clip, embed_images, embed_texts, mini_models, save_clip
 from ..data.pairs import LabelledImages, Pairs
 from ..data.readers import read_json
 from ..core.errors import DataError, SettingsError
+from ..core.words import near
+from ..core.files import write_atomically
 from mcl_repro.tools.inputs import (
     as_clip, as_labelled, as_pairs, check_tolerance, Cost, differing, input_row, model_fingerprint, model_title,
     no_problems, pair_remarks, readable_pairs,
@@ -40,8 +42,6 @@ from ..lab.lab import find_device
 from ..lab.profiles import load_profile
 from ..lab.store import write_record
 from ..measures.metrics import bootstrap_interval, correct, hits, paired_bootstrap, retrieval_ranks
-from ..report.printed import near_hint
-from ..report.tables import write_atomically
 from ..papers.stages import pair_similarities
 from mcl_repro.model.training import (
     Callback, contrastive_loss, free_memory, read_batch, Recipe, rows_of, StopWhen, train, training_set,
@@ -111,7 +111,7 @@ def _laid_over(known, given, what):
     "Settings with changes; SettingsError for a name that is not there."
     for k in given:
         if k not in known:
-            raise SettingsError(near_hint(k, known, what) if known else f"unknown {what} {k!r}; there is none")
+            raise SettingsError(near(k, known, what) if known else f"unknown {what} {k!r}; there is none")
     return {
         k: {**v, **given[k]} if k in given and isinstance(v, dict) and isinstance(given[k], dict) else given.get(k, v)
         for k, v in known.items()
@@ -432,7 +432,7 @@ def _ubt_defaults(profile, count, given):
     "A profile's `ubt` for so many pairs: the same share is selected."
     ubt, size, variant = profile["ubt"], profile_pairs(profile, "finetune"), given.get("variant", "retention")
     if variant not in VARIANTS:
-        raise SettingsError(near_hint(variant, VARIANTS, "variant of ubt"))
+        raise SettingsError(near(variant, VARIANTS, "variant of ubt"))
     own = dict(ubt[VARIANTS[variant]])
     recipe = dict(own.pop("recipe"))
     share = given.get("suspicious_share", ubt["suspicious_share"])
@@ -1064,7 +1064,7 @@ Sources: UBT (arXiv 2409.19526) with this project's retention, CleanCLIP (arXiv 
 `cleanclip`, `cfbd`.
 """
     if method not in METHODS:
-        raise SettingsError(near_hint(method, METHODS, "method of repair"))
+        raise SettingsError(near(method, METHODS, "method of repair"))
     way = METHODS[method]
     began = time.monotonic()
     given = dict(pairs=pairs, reference=reference, trusted=trusted, images=images)

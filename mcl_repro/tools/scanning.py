@@ -31,13 +31,13 @@ from mcl_repro.papers.cfbd import (
 from ..model.clip import check_clip, Clip, embed_images, embed_tokens, tokenize
 from ..data.pairs import FileImages, Pairs, square
 from ..core.errors import DataError, SettingsError, StoreError
+from ..core.words import near
 from mcl_repro.tools.inputs import (
     as_clip, as_pairs, check_tolerance, Cost, first_error, foreign_captions, input_row, model_fingerprint, no_problems,
     pair_remarks, Readable,
 )
 from ..lab.store import read_record, write_record
 from ..measures.metrics import detection_rates, placements
-from ..report.printed import near_hint
 from ..model.training import Recipe
 
 # %% ../../nbs/tools/scanning.ipynb #e115e7ba
@@ -618,7 +618,7 @@ def _check_method(method, trusted, mapping, sizes, options, count):
     )
     for k in options or {}:
         if k not in known:
-            raise SettingsError(near_hint(k, known, f"option of {method}"))
+            raise SettingsError(near(k, known, f"option of {method}"))
 
 # %% ../../nbs/tools/scanning.ipynb #b76cb858
 def _checked(model, pretrained, pairs, method, trusted, mapping, sizes, options, tolerance, device):
