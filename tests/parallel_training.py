@@ -13,7 +13,7 @@ from mcl_repro.papers.baselines import abl_loss, ASCENT, attach_pool, roclip_los
 from mcl_repro.model.clip import build_clip, embed_images
 from mcl_repro.papers.cleanclip import caption_views, cleanclip_loss
 from mcl_repro.data.registry import open_data
-from mcl_repro.model.devices import average_gradients, world
+from mcl_repro.model.devices import average_gradients, own_rank
 from mcl_repro.model.training import contrastive_loss, read_batch, Recipe, rows_of, train, training_set
 from mcl_repro.papers.ubt import FORGETTING, overfitting_loss, unlearning_loss
 
@@ -88,6 +88,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    save_file(everything(folder), str(folder/f"rank{world()[0]}.safetensors"))
+    save_file(everything(folder), str(folder/f"rank{own_rank()}.safetensors"))
     dist.barrier()
     dist.destroy_process_group()

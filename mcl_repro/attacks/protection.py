@@ -27,11 +27,11 @@ from ..core.seeds import seeded
 from ..model.training import training_set, TrainingSet
 
 # %% auto #0
-__all__ = ['CANDIDATES', 'PUBLISHED', 'HACKER_CHANGES', 'create_noise', 'open_noise', 'Protection', 'save_protection',
+__all__ = ['CANDIDATES', 'PAIR_FORMATS', 'HACKER_CHANGES', 'create_noise', 'open_noise', 'Protection', 'save_protection',
            'load_protection', 'add_noise', 'ProtectedImages', 'trigger_slots', 'has_room', 'with_triggers',
            'candidate_tokens', 'trigger_text', 'survives_as_text', 'protected_mask', 'protected_images',
-           'protected_training_set', 'publish', 'png_bytes', 'write_published', 'read_published', 'Likeness',
-           'check_published', 'change_images', 'ChangedImages', 'noise_left', 'crop_and_flip', 'drop_first_words',
+           'protected_training_set', 'published_pairs', 'png_bytes', 'write_published', 'read_published', 'Likeness',
+           'check_published_pairs', 'change_images', 'ChangedImages', 'noise_left', 'crop_and_flip', 'drop_first_words',
            'drop_triggers', 'drawable_text', 'protection_gallery']
 
 # %% ../../nbs/attacks/protection.ipynb #b843a8e2
@@ -513,7 +513,7 @@ def protected_training_set(clip: Clip, # gives tokenizer, image size and device
     return replace(data, tokens=with_triggers(data.tokens, triggers, pairs.ids, on))
 
 # %% ../../nbs/attacks/protection.ipynb #4c297afb
-def publish(pairs: Pairs, # clean
+def published_pairs(pairs: Pairs, # clean
             protection: Protection, # that knows their ids
             tokenizer, # that the triggers were made with
             protected=None # bool [n], which pairs are protected; default all
@@ -592,13 +592,13 @@ def _write_webdataset(pairs, folder, size, per_shard: int=1000):
     tar.close()
     return keys
 
-PUBLISHED = dict(csv=(_write_csv, lambda f: read_csv_pairs(f/"pairs.csv")),
+PAIR_FORMATS = dict(csv=(_write_csv, lambda f: read_csv_pairs(f/"pairs.csv")),
                  flickr=(_write_flickr, lambda f: read_flickr_pairs(f/"captions.token", f/"images")),
                  coco=(_write_coco, lambda f: read_coco_pairs(f/"captions_protected.json", f/"images")),
                  webdataset=(_write_webdataset, read_webdataset_pairs)) # format -> writer and reader
 
 # %% ../../nbs/attacks/protection.ipynb #9daa55f3
-def write_published(pairs: Pairs, # of `publish`
+def write_published(pairs: Pairs, # of `published_pairs`
                     folder: Path | str, # new, or empty
                     format: str="csv", # csv, flickr, coco or webdataset
                     size: int | None=None # side of the pictures, pixels; default: the noise's
@@ -609,11 +609,11 @@ def write_published(pairs: Pairs, # of `publish`
     """
     folder = Path(folder)
     size = size or getattr(pairs.images, "side", None)
-    if format not in PUBLISHED:
-        raise SettingsError(f"format to publish in: {format!r} is none of {', '.join(PUBLISHED)}")
+    if format not in PAIR_FORMATS:
+        raise SettingsError(f"format to publish in: {format!r} is none of {', '.join(PAIR_FORMATS)}")
     if size is None:
         raise SettingsError(
-            "size of published pictures: not known for pairs that `publish` did not make; give it in pixels"
+            "size of published pictures: not known for pairs that `published_pairs` did not make; give it in pixels"
         )
     if not len(pairs):
         raise DataError(f"{pairs.name}: no pairs to publish")
@@ -622,7 +622,7 @@ def write_published(pairs: Pairs, # of `publish`
         raise DataError(
             f"{folder}: {there.name} is there already, and old and new pairs must not mix; publish into an empty folder"
         )
-    about = dict(format=format, ids=pairs.ids, read_as=PUBLISHED[format][0](pairs, folder, size))
+    about = dict(format=format, ids=pairs.ids, read_as=PAIR_FORMATS[format][0](pairs, folder, size))
     (folder/"published.json").write_text(json.dumps(about), encoding="utf-8")
     return folder
 
@@ -633,7 +633,7 @@ def read_published(folder: Path | str # written by `write_published`
     if not (folder/"published.json").is_file():
         raise DataError(f"{folder}: nothing was published there, or not to the end; publish again, or check the path")
     about = read_json(folder/"published.json")
-    pairs, ids = PUBLISHED[about["format"]][1](folder), dict(zip(about["read_as"], about["ids"]))
+    pairs, ids = PAIR_FORMATS[about["format"]][1](folder), dict(zip(about["read_as"], about["ids"]))
     if strange := [i for i in pairs.ids if i not in ids]:
         raise DataError(f"{folder}: {strange[0]} is not among the pairs that were published there; publish again")
     return pairs.replace(ids=[ids[i] for i in pairs.ids], name=folder.name)
@@ -693,7 +693,7 @@ def _check_captions(published, clean, triggers, tokenizer) -> tuple:
     return tuple(float(x) for x in np.mean(right, 0))
 
 # %% ../../nbs/attacks/protection.ipynb #9f3cdcc6
-def check_published(published: Pairs, # as somebody reads them, in any order
+def check_published_pairs(published: Pairs, # as somebody reads them, in any order
                     clean: Pairs, # the pairs that were protected; of a share, `clean.select(mask)`
                     protection: Protection, # that was put on them
                     tokenizer, # that the triggers were made with

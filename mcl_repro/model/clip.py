@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import mcl_repro
-from .devices import gather_rows, own_share, tf32_as, towers_in, world
+from .devices import gather_rows, own_share, tf32_as, towers_in, world_size
 from ..core.errors import DataError, SettingsError
 from ..core.libraries import import_open_clip
 
@@ -336,7 +336,7 @@ def _in_batches(function, count, batch_size, device, read=None, precision="fp32"
 
     Several processes share the work.
     """
-    share = own_share(count) if count >= world()[1] else slice(0, count)
+    share = own_share(count) if count >= world_size() else slice(0, count)
     rows = [slice(i, min(i + batch_size, share.stop)) for i in range(share.start, share.stop, batch_size)]
     kind = torch.device(device).type
     with tf32_as(precision, kind), towers_in(precision, kind):

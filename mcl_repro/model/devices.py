@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'half_precision', 'towers_in', 'tf32_as', 'deterministic', 'wants_determinism', 'in_parts',
-           'part_by_part', 'world', 'together', 'own_share', 'gather_rows', 'average_gradients', 'has_batchnorm',
-           'check_splittable', 'synchronised']
+           'part_by_part', 'in_group', 'own_rank', 'world_size', 'together', 'own_share', 'gather_rows',
+           'average_gradients', 'has_batchnorm', 'check_splittable', 'synchronised']
 
 # %% ../../nbs/model/devices.ipynb #d84c1d4a
 import os
@@ -122,21 +122,27 @@ def part_by_part(function, *tensors):
     return torch.cat(parts)
 
 # %% ../../nbs/model/devices.ipynb #3201be7b
-def world() -> tuple: # rank, number of processes
-    "This process among those that compute together: (0, 1) where it is alone."
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+def in_group() -> bool:
+    "Whether this process computes together with others, or could: torch calls them a process group."
+    return dist.is_available() and dist.is_initialized()
+
+def own_rank() -> int:
+    "The number of this process among those that compute together; 0 where it is alone."
+    return dist.get_rank() if in_group() else 0
+
+def world_size() -> int:
+    "How many processes compute together; 1 where this one is alone."
+    return dist.get_world_size() if in_group() else 1
 
 def together():
     "Wait until all processes are here."
-    if world()[1] > 1:
+    if world_size() > 1:
         dist.barrier()
 
 def own_share(count: int, rank: int = None, size: int = None) -> slice:
     "The rows that a process computes of `count`: consecutive parts, as equal as possible."
     if rank is None:
-        rank, size = world()
+        rank, size = own_rank(), world_size()
     return slice(rank * count // size, (rank + 1) * count // size)
 
 # %% ../../nbs/model/devices.ipynb #8405b730
@@ -144,7 +150,7 @@ class _Gather(torch.autograd.Function):
     "Rows of all processes in order; backwards the own rows' gradient, times the number of processes."
     @staticmethod
     def forward(ctx, own, count):
-        rank, size = world()
+        size = world_size()
         ctx.share, ctx.size = own_share(count), size
         longest = -(-count // size)
         padded = own.new_zeros(longest, *own.shape[1:])
@@ -161,12 +167,12 @@ def gather_rows(own: torch.Tensor, # [own rows, ...], as `own_share` deals them
                 count: int # rows of all processes together
     ) -> torch.Tensor: # [count, ...]
     "The rows of all processes, with gradients; the tensor itself where a process is alone."
-    return own if world()[1] == 1 else _Gather.apply(own.contiguous(), count)
+    return own if world_size() == 1 else _Gather.apply(own.contiguous(), count)
 
 # %% ../../nbs/model/devices.ipynb #ee15a80e
 def average_gradients(parameters: list, bucket: int = 2**24):
     "Replace gradients by their mean over processes, in buckets of `bucket` numbers; nothing where a process is alone."
-    if world()[1] == 1:
+    if world_size() == 1:
         return
     waiting, held = [p.grad for p in parameters if p.grad is not None], []
     for i, g in enumerate(waiting):
@@ -175,7 +181,7 @@ def average_gradients(parameters: list, bucket: int = 2**24):
             continue
         flat = torch.cat([h.reshape(-1) for h in held])
         dist.all_reduce(flat)
-        for h, mean in zip(held, (flat / world()[1]).split([h.numel() for h in held])):
+        for h, mean in zip(held, (flat / world_size()).split([h.numel() for h in held])):
             h.copy_(mean.view(h.shape))
         held = []
 
@@ -194,9 +200,9 @@ def check_splittable(model, frozen: bool, device_type: str, micro_batch: int | N
             "through at once, so a split batch is another training; use frozen_batchnorm, a ViT, or a smaller "
             "batch_size"
         )
-    if world()[1] > 1 and device_type != "cuda":
+    if world_size() > 1 and device_type != "cuda":
         raise SettingsError(
-            f"{world()[1]} processes on CPUs: torch synchronises BatchNorm on GPUs only; use frozen_batchnorm, "
+            f"{world_size()} processes on CPUs: torch synchronises BatchNorm on GPUs only; use frozen_batchnorm, "
             "a ViT, or one process"
         )
 
@@ -204,6 +210,6 @@ def synchronised(model):
     "A model whose BatchNorm, if it has one, takes statistics over all processes; unchanged where a process is alone."
     return (
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if world()[1] > 1 and has_batchnorm(model) and next(model.parameters()).is_cuda
+        if world_size() > 1 and has_batchnorm(model) and next(model.parameters()).is_cuda
         else model
     )

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from .clip import Clip, encode_text, info_nce, text_length, to_pixels, tokenize
 from ..data.pairs import Images
 from mcl_repro.model.devices import (
-    average_gradients, check_splittable, gather_rows, half_precision, in_parts, own_share, part_by_part, PRECISIONS,
-    synchronised, tf32_as, together, towers_in, world,
+    average_gradients, check_splittable, gather_rows, half_precision, in_parts, own_rank, own_share, part_by_part,
+    PRECISIONS, synchronised, tf32_as, together, towers_in, world_size,
 )
 from ..core.errors import SettingsError, TrainingError, UserError
 from ..core.seeds import seeded
@@ -155,12 +155,12 @@ class _LazyBatches(torch.utils.data.Dataset):
     this process's share.
     """
     def __init__(self, data, batches):
-        self.data, self.batches, self.world = data, batches, world()
+        self.data, self.batches, self.place = data, batches, (own_rank(), world_size())
     def __len__(self):
         return len(self.batches)
     def __getitem__(self, i):
         rows = self.batches[i]
-        share = own_share(len(rows), *self.world)
+        share = own_share(len(rows), *self.place)
         try:
             return _lazy_images(self.data, self.data.image_rows[rows[share]]), self.data.tokens[rows]
         except UserError as error:
@@ -184,7 +184,7 @@ def iterate(data: TrainingSet, # the pairs
             yield read_batch(data, rows, device, first_step + i)
         return
     cuda = torch.device(device).type == "cuda"
-    workers = max((os.cpu_count() or 1) // world()[1] - 1, 1) if workers is None else workers
+    workers = max((os.cpu_count() or 1) // world_size() - 1, 1) if workers is None else workers
     loader = torch.utils.data.DataLoader(
         _LazyBatches(data, batches), batch_size=None, num_workers=workers, pin_memory=cuda,
         prefetch_factor=4 if workers else None, worker_init_fn=_one_decoding_thread,
@@ -224,8 +224,8 @@ def stream(data: TrainingSet, # of lazy pictures in tar shards, one caption each
             f"order streamed: {len(data):,} captions of {len(np.unique(image_rows)):,} pictures; a stream "
             "brings a picture once, use order shuffled"
         )
-    if world()[1] > 1:
-        raise SettingsError(f"order streamed reads in one process, not in {world()[1]}: use order shuffled")
+    if world_size() > 1:
+        raise SettingsError(f"order streamed reads in one process, not in {world_size()}: use order shuffled")
     for i, (images, found) in enumerate(
         stream_batches(
             data.images, recipe.batch_size, data.image_size, recipe.seed, epoch, workers, rows=np.sort(image_rows)
@@ -300,7 +300,7 @@ class TrainingState:
 # %% ../../nbs/model/training.ipynb #57ddbd9b
 def save_checkpoint(state: TrainingState, path: Path):
     "Write model, optimiser moments and history as one safetensors file, atomically."
-    if not world()[0]:
+    if not own_rank():
         _write_checkpoint(state, path)   # one of several processes writes, the others wait until it is there
     together()
 

@@ -42,7 +42,7 @@ from ..lab.store import write_record
 from ..measures.metrics import median_rank, retrieval_ranks
 from mcl_repro.attacks.protection import (
     candidate_tokens, ChangedImages, create_noise, crop_and_flip, drop_first_words, drop_triggers, HACKER_CHANGES,
-    load_protection, open_noise, protected_mask, protected_training_set, ProtectedImages, Protection, publish,
+    load_protection, open_noise, protected_mask, protected_training_set, ProtectedImages, Protection, published_pairs,
     save_protection, trigger_slots, with_triggers,
 )
 from ..attacks.semantic import MASKED, semantic_candidates, word_model
@@ -636,7 +636,7 @@ def _unlearnable_pairs_cost(s):
 # %% ../../nbs/papers/mem.ipynb #5dba93e4
 def _found_as_text(clip, pairs, protection, on, change, dropped_words):
     "What stands on the web, read as text."
-    seen = pairs if protection is None else publish(pairs, protection, clip.tokenizer, on)
+    seen = pairs if protection is None else published_pairs(pairs, protection, clip.tokenizer, on)
     if change:
         seen = seen.replace(images=ChangedImages(seen.images, change, clip.image_size))
     if dropped_words:

@@ -34,9 +34,9 @@ from ..lab.store import write_record
 from ..papers.mem import allowed_tokens, protect_pairs, Search
 from ..measures.metrics import bootstrap_interval, hits, median_rank, paired_bootstrap, retrieval_ranks
 from mcl_repro.attacks.protection import (
-    candidate_tokens, change_images, ChangedImages, check_published, HACKER_CHANGES, has_room, Likeness,
-    load_protection, protected_training_set, Protection, protection_gallery, publish, PUBLISHED, read_published,
-    survives_as_text, trigger_text, write_published,
+    candidate_tokens, change_images, ChangedImages, check_published_pairs, HACKER_CHANGES, has_room, Likeness,
+    load_protection, protected_training_set, Protection, protection_gallery, PAIR_FORMATS, published_pairs,
+    read_published, survives_as_text, trigger_text, write_published,
 )
 from ..core.seeds import seeded
 from ..model.training import contrastive_loss, epoch_batches, read_batch, Recipe, train, training_set
@@ -381,8 +381,8 @@ def _searched(clip: Clip, ready: Ready, numbers: Numbers, folder: Path, seed: in
 # %% ../../nbs/tools/protecting.ipynb #e9321ca4
 def _check_format(format, keep_size, captions, folder=None):
     "SettingsError or DataError for a format that cannot hold the pairs, or that is not the one of the folder."
-    if format not in PUBLISHED:
-        raise SettingsError(f"format: {format!r} is none of {', '.join(PUBLISHED)}")
+    if format not in PAIR_FORMATS:
+        raise SettingsError(f"format: {format!r} is none of {', '.join(PAIR_FORMATS)}")
     if keep_size and format != "csv":
         raise SettingsError(
             f"photos of their own size are published as csv, not as {format}; leave one of format and keep_size out"
@@ -401,7 +401,7 @@ def _check_format(format, keep_size, captions, folder=None):
 
 def _published(pairs: Pairs, protection: Protection, tokenizer, keep_size: bool) -> Pairs:
     "The pairs as the world will see them, made when asked for."
-    seen = publish(pairs, protection, tokenizer)
+    seen = published_pairs(pairs, protection, tokenizer)
     return (
         seen.replace(
             images=WholePhotos(pairs.images, pairs.image_rows, protection.noise[protection.rows_of(pairs.ids)])
@@ -434,7 +434,7 @@ class Protected:
     pairs: Pairs              # as they are published
     clean: Pairs              # the same pairs as they were
     protection: Protection    # noise and triggers, bound to the ids
-    check: dict               # of `check_published`: do the published pairs carry what belongs to them?
+    check: dict               # of `check_published_pairs`: do the published pairs carry what belongs to them?
     table: pd.DataFrame       # one row per pair, see `pair_table`
     left_out: pd.DataFrame    # id, problem
     card: Card
@@ -622,7 +622,7 @@ def _finish(
         protection = _in_memory(protection)
     seen, keep_size = _published(ready.pairs, protection, clip.tokenizer, about["keep_size"]), about["keep_size"]
     seen = _write_out(seen, place, about["format"], keep_size) if kept else _pictures_in_memory(seen, keep_size)
-    check = check_published(seen, ready.pairs, protection, clip.tokenizer)
+    check = check_published_pairs(seen, ready.pairs, protection, clip.tokenizer)
     table = pair_table(ready.pairs, seen, protection, clip.tokenizer, keep_size, measured, progress)
     card = _card(ready, protection, how, table, check, about, inputs)
     made = Protected(

@@ -497,8 +497,8 @@ def test_noise_alone(clip):
     pairs = make_pairs(6, 3, 32)
     made = P.Protection(pairs.ids, noises(18, 32), np.zeros((18, 0), int), method="uap")
     assert torch.equal(P.protected_training_set(clip, pairs, made).tokens, tokenize(clip, pairs.captions)[0])
-    assert P.publish(pairs, made, clip.tokenizer).captions == pairs.captions
-    told = P.check_published(P.publish(pairs, made, clip.tokenizer), pairs, made, clip.tokenizer)
+    assert P.published_pairs(pairs, made, clip.tokenizer).captions == pairs.captions
+    told = P.check_published_pairs(P.published_pairs(pairs, made, clip.tokenizer), pairs, made, clip.tokenizer)
     assert told["exact_pixels"] == told["exact_captions"] == told["exact_triggers"] == 1
 
 
@@ -546,10 +546,10 @@ def awkward(words):
         IDS[::-1], noises(12, 16), np.random.default_rng(0).choice(words, (12, 3)), method="random"
     )
 
-@pytest.mark.parametrize("format", list(P.PUBLISHED))
+@pytest.mark.parametrize("format", list(P.PAIR_FORMATS))
 def test_every_format_gives_back_what_was_published(format, awkward, tokenizer, tmp_path):
     pairs, made = awkward
-    published = P.publish(pairs, made, tokenizer)
+    published = P.published_pairs(pairs, made, tokenizer)
     back = P.read_published(P.write_published(published, tmp_path/"out", format))
     assert back.ids == pairs.ids and back.captions == published.captions
     assert (back.image_array(None, 16) == published.image_array(None, 16)).all()
@@ -558,7 +558,7 @@ def test_every_format_gives_back_what_was_published(format, awkward, tokenizer, 
         strangers.captions == published.captions
         and (strangers.image_array(None, 16) == published.image_array(None, 16)).all()
     )
-    told = P.check_published(back.select(np.random.default_rng(2).permutation(12)), pairs, made, tokenizer)
+    told = P.check_published_pairs(back.select(np.random.default_rng(2).permutation(12)), pairs, made, tokenizer)
     assert (
         told["pairs"], told["missing"], told["exact_pixels"], told["largest_deviation"], told["exact_captions"],
     ) == (12, 0, 1, 0, 1) and told["noise_kept"] == pytest.approx(1) == told["noise_cosine"]
@@ -566,8 +566,8 @@ def test_every_format_gives_back_what_was_published(format, awkward, tokenizer, 
 def test_formats_are_found_by_those_who_open_folders(awkward, tokenizer, tmp_path, monkeypatch):
     from mcl_repro.data.fetching import add_dataset
     monkeypatch.setenv("MCL_REPRO_DATA", str(tmp_path/"home"))
-    published = P.publish(*awkward, tokenizer)
-    for format in P.PUBLISHED:
+    published = P.published_pairs(*awkward, tokenizer)
+    for format in P.PAIR_FORMATS:
         P.write_published(published, tmp_path/format, format)
         entry = add_dataset(f"mine-{format}", tmp_path/format)
         (split,) = entry["splits"]
@@ -579,7 +579,7 @@ def test_formats_are_found_by_those_who_open_folders(awkward, tokenizer, tmp_pat
 def test_many_shards(tokenizer, tmp_path, monkeypatch):
     ids = [f"p{k}" for k in range(2050)]
     pairs = Pairs(ids, [f"caption {k}" for k in range(2050)], ArrayImages(pixels(1, 4)), np.zeros(2050, int))
-    published = P.publish(pairs, P.Protection(ids, noises(2050, 4), np.zeros((2050, 0), int)), tokenizer)
+    published = P.published_pairs(pairs, P.Protection(ids, noises(2050, 4), np.zeros((2050, 0), int)), tokenizer)
     P.write_published(published, tmp_path/"a", "webdataset")
     P.write_published(published, tmp_path/"b", "webdataset")
     assert sorted(f.name for f in (tmp_path / "a").iterdir()) == [
@@ -591,7 +591,7 @@ def test_many_shards(tokenizer, tmp_path, monkeypatch):
 
 def test_what_cannot_be_published(awkward, tokenizer, tmp_path):
     pairs, made = awkward
-    published = P.publish(pairs, made, tokenizer)
+    published = P.published_pairs(pairs, made, tokenizer)
     refused(
         "'jpeg' is none of csv, flickr, coco, webdataset", P.write_published, published, tmp_path / "a", "jpeg",
         error=SettingsError,
@@ -618,18 +618,18 @@ def test_a_share_is_published(tokenizer, words, tmp_path):
         [i for i, m in zip(pairs.ids, mask) if m], noises(mask.sum(), 16),
         np.random.default_rng(0).choice(words, (mask.sum(), 5)),
     )
-    back = P.read_published(P.write_published(P.publish(pairs, made, tokenizer, mask), tmp_path/"out"))
+    back = P.read_published(P.write_published(P.published_pairs(pairs, made, tokenizer, mask), tmp_path/"out"))
     assert [back.captions[k] for k in np.flatnonzero(~mask)] == [pairs.captions[k] for k in np.flatnonzero(~mask)]
     assert (back.image_array(~mask, 16) == pairs.image_array(~mask, 16)).all()
-    told = P.check_published(back, pairs.select(mask), made, tokenizer)
+    told = P.check_published_pairs(back, pairs.select(mask), made, tokenizer)
     assert told["pairs"] == mask.sum() and told["missing"] == 0 and told["exact_pixels"] == told["exact_captions"] == 1
 
 def test_the_check_finds_what_is_missing(tokenizer, words):
     pairs = make_pairs()
     made = P.Protection(pairs.ids, noises(18, 16), np.random.default_rng(0).choice(words, (18, 3)))
-    published = P.publish(pairs, made, tokenizer)
+    published = P.published_pairs(pairs, made, tokenizer)
     whole = published.image_array(None, 16)
-    check = lambda p: P.check_published(p, pairs, made, tokenizer)
+    check = lambda p: P.check_published_pairs(p, pairs, made, tokenizer)
     one = whole.copy()
     one[4, 3, 2, 1] ^= 1
     told = check(published.replace(images=ArrayImages(one)))
@@ -664,8 +664,8 @@ def test_the_check_finds_what_is_missing(tokenizer, words):
 def test_checking_in_pieces_is_checking_at_once(tokenizer, words):
     pairs = make_pairs()
     made = P.Protection(pairs.ids, noises(18, 16), np.random.default_rng(0).choice(words, (18, 3)))
-    published = P.publish(pairs, made, tokenizer)
-    whole, pieces = (P.check_published(published, pairs, made, tokenizer, block=b) for b in (256, 5))
+    published = P.published_pairs(pairs, made, tokenizer)
+    whole, pieces = (P.check_published_pairs(published, pairs, made, tokenizer, block=b) for b in (256, 5))
     for k in whole:
         assert k.endswith("jpeg") or whole[k] == pytest.approx(pieces[k])
 
@@ -767,7 +767,7 @@ def test_captions_lose_their_beginning(tokenizer, words):
     ) == ["a b"]
     pairs = make_pairs()
     made = P.Protection(pairs.ids, noises(18, 16), np.random.default_rng(0).choice(words, (18, 3)))
-    published = P.publish(pairs, made, tokenizer)
+    published = P.published_pairs(pairs, made, tokenizer)
     # words of the tokenizer are words of the text, but for 's and the like
     assert np.mean([a == b for a, b in zip(P.drop_first_words(published.captions, 3), pairs.captions)]) > .8
 

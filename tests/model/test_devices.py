@@ -167,7 +167,7 @@ def test_lazy_reading_in_processes_gives_the_same_batches():
     whole = _LazyBatches(lazy, rows.view(1, 20))
     parts = []
     for rank in range(3):
-        whole.world = rank, 3
+        whole.place = rank, 3
         parts.append(whole[0][0])
     assert [len(p) for p in parts] == [6, 7, 7]
     assert torch.equal(torch.cat(parts), read_batch(resident, rows, "cpu").images)
