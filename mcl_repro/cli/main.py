@@ -127,7 +127,7 @@ PAPERS = ("ubt", "mem", "cleanclip", "cfbd")
 
 def settings(args):
     "The printed settings of a paper, or of all, beside ours."
-    from mcl_repro.papers.settings import count_settings, settings_table
+    from mcl_repro.papers.printed_settings import count_settings, settings_table
     table = settings_table()
     shown = table[table.paper == (args.paper or table.paper)]
     names = ["paper", "section", "setting", "printed", "how", "ours", "where", "reason"]
