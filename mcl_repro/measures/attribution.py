@@ -21,14 +21,14 @@ from ..core.errors import DataError, SettingsError
 @contextmanager
 def quiet(model: torch.nn.Module # any model
          ):
-    """The model in evaluation mode, weights frozen, no checkpointing, gradients of inputs enabled; afterwards
-    everything is as before
+    """The model in evaluation mode, weights frozen, no checkpointing, gradients of inputs enabled.
+
+    Afterwards everything is as before.
     """
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    saving = [
-        (m, m.grad_checkpointing) for m in model.modules() if isinstance(getattr(m, "grad_checkpointing", None), bool)
-    ]
+    can_save = lambda m: isinstance(getattr(m, "grad_checkpointing", None), bool)
+    saving = [(m, m.grad_checkpointing) for m in model.modules() if can_save(m)]
     try:
         model.eval().requires_grad_(False)
         for m, _ in saving:
@@ -62,11 +62,8 @@ def recorded_attention(blocks # open_clip `ResidualAttentionBlock`s
                       ): # yields a list that fills up with [n, heads, tokens, tokens] probabilities
     "Blocks that compute attention in the open; afterwards they are as before"
     for b in blocks:
-        if (
-            not isinstance(getattr(b, "attn", None), torch.nn.MultiheadAttention)
-            or hasattr(b, "ln_1_kv")
-            or not hasattr(b, "attention")
-        ):
+        usual = isinstance(getattr(b, "attn", None), torch.nn.MultiheadAttention) and hasattr(b, "attention")
+        if not usual or hasattr(b, "ln_1_kv"):
             raise SettingsError(
                 f"attribution: {type(b).__name__} is not one of open_clip's plain attention blocks; use a "
                 "CLIP with those"
@@ -171,9 +168,8 @@ def show_relevance(words: list, # lists of words or token ids, one list per capt
     ax.imshow(shown, cmap="Purples", vmin=0, vmax=1, aspect="auto")
     for i, line in enumerate(words):
         for j, word in enumerate(line):
-            ax.text(
-                j, i, str(word), ha="center", va="center", fontsize=8, color="white" if shown[i, j] > 0.6 else "black"
-            )
+            colour = "white" if shown[i, j] > .6 else "black"
+            ax.text(j, i, str(word), ha="center", va="center", fontsize=8, color=colour)
     ax.set_xticks([])
     ax.set_yticks([])
     return ax
@@ -259,8 +255,9 @@ def mask_patches(images: np.ndarray, # uint8 [n, s, s, 3]
                  relevance: torch.Tensor, # [n, rows, columns]
                  share: float=.25 # of the patches to keep, at least one
                 ) -> np.ndarray: # uint8 [n, s, s, 3]
-    """Images in which only the most relevant patches are left and the rest has the image's mean colour (reading of UBT
-    table IV)
+    """Images in which only the most relevant patches are left; the rest has the image's mean colour.
+
+    Reading of UBT table IV.
     """
     if not 0 < share <= 1:
         raise SettingsError(f"share: must be above 0 and at most 1, got {share!r}")
@@ -268,8 +265,8 @@ def mask_patches(images: np.ndarray, # uint8 [n, s, s, 3]
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != n:
         raise DataError(f"mask_patches: {images.dtype} images of shape {images.shape} given for {n} relevance maps")
     flat = np.asarray(relevance).reshape(n, -1)
-    keep = np.zeros(flat.shape, bool)
-    np.put_along_axis(keep, np.argsort(-flat, 1, kind="stable")[:, :max(1, round(share*flat.shape[1]))], True, 1)
+    keep, count = np.zeros(flat.shape, bool), max(1, round(share*flat.shape[1]))
+    np.put_along_axis(keep, np.argsort(-flat, 1, kind="stable")[:, :count], True, 1)
     r, c = np.arange(images.shape[1])*rows//images.shape[1], np.arange(images.shape[2])*columns//images.shape[2]
     mean = images.mean((1, 2), keepdims=True).round().astype(np.uint8)
     return np.where(keep.reshape(n, rows, columns)[:, r][:, :, c][..., None], images, mean)
@@ -287,9 +284,8 @@ def grad_cam(clip: Clip, # a CLIP whose image tower has stages of maps, such as 
     """
     stages = dict(clip.model.visual.named_modules())
     if layer not in stages:
-        raise SettingsError(
-            f"layer: the image tower has no {layer!r}; it has {', '.join(k for k in stages if k and '.' not in k)}"
-        )
+        there = ", ".join(k for k in stages if k and "." not in k)
+        raise SettingsError(f"layer: the image tower has no {layer!r}; it has {there}")
     _fits(images, text_embeddings, "images")
     seen, out = [], []
     hook = stages[layer].register_forward_hook(lambda module, inputs, maps: seen.append(maps.requires_grad_()))
@@ -300,13 +296,11 @@ def grad_cam(clip: Clip, # a CLIP whose image tower has stages of maps, such as 
                 u = F.normalize(model.encode_image(_image_batch(clip, images, rows)), dim=-1)
                 if not seen or seen[0].ndim != 4:
                     raise SettingsError(f"layer: {layer!r} does not give maps [n, channels, rows, columns]")
-                (gradient,) = torch.autograd.grad(
-                    model.logit_scale.exp() * (u * _plain(text_embeddings[rows], u)).sum(), seen[0]
-                )
+                score = model.logit_scale.exp()*(u*_plain(text_embeddings[rows], u)).sum()
+                gradient, = torch.autograd.grad(score, seen[0])
                 cam = (gradient.mean((2, 3), keepdim=True)*seen[0].detach()).sum(1).clamp(min=0)
-                out.append(
-                    _share(cam.flatten(1), torch.ones_like(cam.flatten(1), dtype=torch.bool)).view_as(cam).float().cpu()
-                )
+                flat = cam.flatten(1)
+                out.append(_share(flat, torch.ones_like(flat, dtype=torch.bool)).view_as(cam).float().cpu())
     finally:
         hook.remove()
     return torch.cat(out)
@@ -335,8 +329,9 @@ def integrated_gradients(clip: Clip, # a CLIP with open_clip's own text transfor
                          steps: int=32, # points of the midpoint sum
                          batch_size: int=128 # captions at once
                         ) -> tuple: # attributions float32 [n, context_length]; cosine minus the baseline's float32 [n]
-    """The part of the cosine that each token contributes, signed, 0 outside the caption (Sundararajan et al., 2017),
-    and what the parts should sum to
+    """The part of the cosine that each token contributes, and what the parts should sum to.
+
+    Signed, 0 outside the caption. Source: Sundararajan et al., 2017.
     """
     _text_blocks(clip.model)
     _fits(tokens, image_embeddings, "captions")
@@ -352,9 +347,8 @@ def integrated_gradients(clip: Clip, # a CLIP with open_clip's own text transfor
             full = table(ids)
             own = _caption_places(ids)[1][..., None]
             u = _plain(image_embeddings[rows], model.logit_scale)
-            start = torch.where(
-                own, torch.zeros_like(full) if baseline == "zero" else table(torch.zeros_like(ids)), full
-            )
+            empty = torch.zeros_like(full) if baseline == "zero" else table(torch.zeros_like(ids))
+            start = torch.where(own, empty, full)
             gradient = torch.zeros_like(full)
             for k in range(steps):
                 e = (start + (k + .5)/steps*(full - start)).requires_grad_()

@@ -98,8 +98,9 @@ def clean_accuracy(scores, # [n, c], higher is better
                    k: int=1, # top-k
                    ties: str="worst" # see `label_ranks`
                   ) -> float: # in [0, 1]
-    """CA, the share of items whose class is among the `k` highest scores (CleanCLIP's `src/evaluate.py`, with ties made
-    explicit)
+    """CA, the share of items whose class is among the `k` highest scores.
+
+    As in CleanCLIP's `src/evaluate.py`, with ties made explicit.
     """
     return float(correct(scores, labels, k, ties).mean())
 
@@ -110,8 +111,9 @@ def attack_hits(scores, # [n, c] of the triggered images
                 variant: str="exclude_target", # or 'keep_target', as BadCLIP's code has it
                 k: int=1 # the target must be among the first k
                ) -> np.ndarray: # bool, one per image that counts
-    """Which triggered images are taken for the target; images of the target class are left out unless
-    `variant='keep_target'`
+    """Which triggered images are taken for the target.
+
+    Images of the target class are left out unless `variant='keep_target'`.
     """
     scores = _array(scores, "scores")
     labels = _integers(labels, "labels", *scores.shape)
@@ -254,15 +256,16 @@ def retrieval_attack_hits(triggered_embeddings, # [n, d], images with the trigge
                           k: int=1, # the target caption must be among the first k
                           block: int=2**24 # scores held in memory at once
                          ) -> np.ndarray: # bool [n]
-    """Which triggered images retrieve the target caption among the first `k` of gallery plus target (reading of UBT
-    table VII)
+    """Which triggered images retrieve the target caption among the first `k` of gallery plus target.
+
+    Reading of UBT table VII.
     """
     images, texts = _unit(triggered_embeddings, "triggered image embeddings"), _unit(text_embeddings, "text embeddings")
     target = _unit(_array(target_embedding, "target embedding", 1)[None], "target embedding")
-    _same_width(images, texts), _same_width(images, target)
-    best, _ = _match_ranks(
-        images, np.concatenate([texts, target]), np.full((len(images), 1), len(texts)), "worst", block
-    )
+    _same_width(images, texts)
+    _same_width(images, target)
+    gallery, right = np.concatenate([texts, target]), np.full((len(images), 1), len(texts))
+    best, _ = _match_ranks(images, gallery, right, "worst", block)
     return hits(best, k)
 
 def retrieval_asr(triggered_embeddings, # [n, d], images with the trigger
@@ -314,21 +317,19 @@ def detection_rates(flagged, # [n], what the detector calls poison
     "TPR = found/poison, FPR = flagged benign/benign, precision = found/flagged (CFBD table 3)"
     from sklearn.metrics import confusion_matrix
     is_poison = _flags(is_poison, "is_poison")
-    tn, fp, fn, tp = (
-        int(v)
-        for v in confusion_matrix(is_poison, _flags(flagged, "flagged", len(is_poison)), labels=[False, True]).ravel()
-    )
+    flagged = _flags(flagged, "flagged", len(is_poison))
+    tn, fp, fn, tp = map(int, confusion_matrix(is_poison, flagged, labels=[False, True]).ravel())
     share = lambda part, whole: part/whole if whole else float("nan")
-    return dict(
-        tpr=share(tp, tp + fn), fpr=share(fp, fp + tn), precision=share(tp, tp + fp), tp=tp, fp=fp, tn=tn, fn=fn
-    )
+    return dict(tpr=share(tp, tp + fn), fpr=share(fp, fp + tn), precision=share(tp, tp + fp),
+                tp=tp, fp=fp, tn=tn, fn=fn)
 
 # %% ../../nbs/measures/metrics.ipynb #d44592bc
 def detection_quality(scores, # [n], higher = more suspicious
                       is_poison # [n], the truth
                      ) -> dict: # auroc, auprc in [0, 1]; base_rate: what auprc is for a detector that knows nothing
-    """AUROC (ties count one half) and AUPRC (average precision) of a detector's scores; `DataError` unless both kinds
-    are there
+    """AUROC (ties count one half) and AUPRC (average precision) of a detector's scores.
+
+    `DataError` unless both kinds are there.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
     scores = _array(scores, "scores", 1)
@@ -342,17 +343,17 @@ def detection_quality(scores, # [n], higher = more suspicious
 def placements(scores, # [n], higher = more suspicious
                is_poison # [n], the truth
               ) -> np.ndarray: # float64, one in [0, 1] per poisoned pair, in the order of the rows
-    """Of every poisoned pair the share of benign pairs with a lower score, ties counting one half; their mean is the
-    AUROC (DeLong et al. 1988)
+    """Of every poisoned pair the share of benign pairs with a lower score, ties counting one half.
+
+    Their mean is the AUROC (DeLong et al. 1988).
     """
     scores = _array(scores, "scores", 1)
     is_poison = _flags(is_poison, "is_poison", len(scores))
     if is_poison.all() or not is_poison.any():
         raise DataError("placements: needs at least one poisoned and one benign pair")
-    benign = np.sort(scores[~is_poison])
-    return (
-        np.searchsorted(benign, scores[is_poison], "left") + np.searchsorted(benign, scores[is_poison], "right")
-    ) / (2 * len(benign))
+    benign, poisoned = np.sort(scores[~is_poison]), scores[is_poison]
+    lower, not_higher = (np.searchsorted(benign, poisoned, side) for side in ("left", "right"))
+    return (lower + not_higher) / (2 * len(benign))
 
 # %% ../../nbs/measures/metrics.ipynb #7e64c0d7
 @dataclass(frozen=True, eq=False)
@@ -370,8 +371,9 @@ class _Numbers(NamedTuple):
     n_seeds: int = 1
 
 class Estimate(_Numbers):
-    """A number with its interval, named as the columns of a results table; `items` tells what it was made from and does
-    not count in a comparison.
+    """A number with its interval, named as the columns of a results table.
+
+    `items` tells what it was made from and does not count in a comparison.
     """
     items: Items|None = None
 
@@ -379,7 +381,6 @@ def _few_values(x: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
     "Means of `count` resamples of `x` through multinomial counts; None where `x` has many different values"
     values, n = np.unique(x, return_counts=True)
     return rng.multinomial(len(x), n/len(x), count) @ values/len(x) if len(values) <= 64 else None
-
 
 # %% ../../nbs/measures/metrics.ipynb #a9427d04
 def _groups(groups, n: int) -> list[np.ndarray] | None:
@@ -457,8 +458,9 @@ def paired_bootstrap(outcomes, # [n], of the model that is judged
                      seed: int=0, # of the draws
                      groups=None # [n], items drawn together
                     ) -> Estimate: # of statistic(outcomes) - statistic(baseline)
-    """The difference of two models with its paired percentile bootstrap interval; `DataError` if the items cannot be
-    the same
+    """The difference of two models with its paired percentile bootstrap interval.
+
+    `DataError` if the items cannot be the same.
     """
     a, b = _array(outcomes, "outcomes", 1).astype(np.float64), _array(baseline, "baseline", 1).astype(np.float64)
     if len(a) != len(b):
@@ -495,21 +497,20 @@ def resamples(items: Items, # of one number
               count: int=2000, # number of resamples
               seed: int=0 # of the draws
              ) -> np.ndarray: # [1 + count]: the number itself, then the number on every resample
-    """A number and its resamples, on draws that all numbers over the same items share; `SettingsError` for a statistic
-    that is not known
+    """A number and its resamples, on draws that all numbers over the same items share.
+
+    `SettingsError` for a statistic that is not known.
     """
     x = _array(items.outcomes, "outcomes", 1).astype(np.float64)
     if items.statistic not in STATISTICS:
         raise SettingsError(f"statistic {items.statistic!r} is none of {', '.join(STATISTICS)}")
-    weights = _draws(
-        len(x), None if items.groups is None else np.asarray(items.groups, np.int64).tobytes(), count, seed
-    )
+    groups = None if items.groups is None else np.asarray(items.groups, np.int64).tobytes()
+    weights = _draws(len(x), groups, count, seed)
     if items.statistic == "mean":
         drawn = (weights.astype(np.float32) @ x.astype(np.float32)).astype(np.float64)/weights.sum(1)
     else:
-        drawn = np.concatenate(
-            [np.floor(_weighted_median(x, part)) + 1 for part in np.array_split(weights, max(1, weights.size // 2**22))]
-        )
+        parts = np.array_split(weights, max(1, weights.size//2**22))
+        drawn = np.concatenate([np.floor(_weighted_median(x, part)) + 1 for part in parts])
     return items.scale*np.r_[STATISTICS[items.statistic](x, axis=-1), drawn]
 
 # %% ../../nbs/measures/metrics.ipynb #58cb842c

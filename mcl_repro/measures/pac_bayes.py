@@ -56,10 +56,10 @@ def generalisation_gap(kl, # KL(Q||P) in nats, at least 0 (infinity: no bound)
                       ) -> np.ndarray: # at least 0, of the arguments' common shape
     """The term that a PAC-Bayes bound adds to the empirical risk.
 
-'mcallester': UBT Eq. 8 as in Shalev-Shwartz & Ben-David, Theorem 31.1; 'maurer': Maurer (2004) with Pinsker's
-inequality, for m >= 8, below that checked in this notebook.
-Falls with `m`, grows with `kl`. Raises SettingsError for arguments out of range and an unknown form.
-"""
+    'mcallester': UBT Eq. 8 as in Shalev-Shwartz & Ben-David, Theorem 31.1; 'maurer': Maurer (2004) with Pinsker's
+    inequality, for m >= 8, below that checked in this notebook.
+    Falls with `m`, grows with `kl`. Raises SettingsError for arguments out of range and an unknown form.
+    """
     kl, m, delta = _inputs(kl=kl, m=m, delta=delta)
     return np.sqrt(_form(form)(kl, m, np.log(delta)))
 
@@ -132,9 +132,9 @@ def lemma1_m0(a, # exponent, in (0, 1)
              ) -> np.ndarray: # at least 2; infinity beyond 1.8e308
     """The sample size from which on Lemma 1 of UBT (Eq. 10) holds, ln(m/delta)/(2(m-1)) <= m^-a for all m >= m0.
 
-'exact' is a whole number (above 2^53 one that float64 can hold). Raises SettingsError for `a` or `delta` outside (0, 1)
-and an unknown form.
-"""
+    'exact' is a whole number (above 2^53 one that float64 can hold).
+    Raises SettingsError for `a` or `delta` outside (0, 1) and an unknown form.
+    """
     if form not in ("exact", "proof"):
         raise SettingsError(f"form: {form!r} is neither exact nor proof")
     a, L = np.broadcast_arrays(*_inputs(a=a, delta=delta))
@@ -162,9 +162,9 @@ def paper_sample_size(kl, # KL(Q||P) in nats
                      ) -> np.ndarray: # real and greater than 0 (round up); infinity beyond 1.8e308
     """m* of UBT's Lemma 3 (Eq. 19), ((KL+1)/epsilon^2)^(1/a), as the paper has it.
 
-By itself it does NOT make the gap at most epsilon: that takes max(2, `lemma1_m0(a, delta)`, m*). Raises SettingsError
-for arguments out of range.
-"""
+    By itself it does NOT make the gap at most epsilon: that takes max(2, `lemma1_m0(a, delta)`, m*).
+    Raises SettingsError for arguments out of range.
+    """
     kl, epsilon, a = _inputs(kl=kl, epsilon=epsilon, a=a)
     with np.errstate(over="ignore"):
         return np.exp((np.log1p(kl) - 2*np.log(epsilon))/a)
@@ -177,9 +177,10 @@ def explicit_sample_size(kl, # KL(Q||P) in nats
                         ) -> np.ndarray: # whole number of at least 2, infinity for an infinite KL
     """A sample size that is enough for a gap of at most epsilon in UBT's Eq. 8, in closed form and affine in the KL.
 
-Our replacement for UBT's Lemmas 1 to 3: (KL + ln(1/delta) + 2 eps^2 - ln(2 t eps^2) - 1) / (2 (1-t) eps^2), rounded up.
-Raises SettingsError for arguments out of range.
-"""
+    Our replacement for UBT's Lemmas 1 to 3:
+    (KL + ln(1/delta) + 2 eps^2 - ln(2 t eps^2) - 1) / (2 (1-t) eps^2), rounded up.
+    Raises SettingsError for arguments out of range.
+    """
     kl, epsilon, delta, t = _inputs(kl=kl, epsilon=epsilon, delta=delta, slack=slack)
     need = kl - np.log(delta) + 2*epsilon**2 - np.log(2*t*epsilon**2) - 1
     with np.errstate(over="ignore", divide="ignore"):
@@ -193,8 +194,9 @@ def smallest_sample_size(kl, # KL(Q||P) in nats
                         ) -> np.ndarray: # whole number of at least 2 (float64; infinity for an infinite KL)
     """The smallest m >= 2 with generalisation_gap(kl, m, delta, form) <= epsilon, by bisection (the gap falls with m).
 
-Exact up to 2^53, to float64's precision beyond. Raises SettingsError for arguments out of range and an unknown form.
-"""
+    Exact up to 2^53, to float64's precision beyond.
+    Raises SettingsError for arguments out of range and an unknown form.
+    """
     kl, epsilon, delta = np.broadcast_arrays(*_inputs(kl=kl, epsilon=epsilon, delta=delta))
     _form(form)
     # a little more, so that rounding cannot matter
@@ -244,10 +246,11 @@ def weight_kl(weights, # state dict at the centre of Q
              ): # KL(Q||P) in nats, or a dict of tensor name -> its share
     """KL divergence between two Gaussians with independent weights around two sets of weights, in nats.
 
-What UBT section IV-D calls the KL between parameter distributions, made finite. With one sigma for both it is
-symmetric and equals ||w - w0||^2 / (2 sigma^2). Floating-point tensors only. Raises SettingsError for a sigma that is
-not positive and for weights that do not fit together, DataError for weights that are not finite.
-"""
+    What UBT section IV-D calls the KL between parameter distributions, made finite. With one sigma for both it is
+    symmetric and equals ||w - w0||^2 / (2 sigma^2). Floating-point tensors only.
+    Raises SettingsError for a sigma that is not positive and for weights that do not fit together, DataError for
+    weights that are not finite.
+    """
     q, p = _floating(weights, "weights"), _floating(prior, "prior")
     if odd := sorted(q.keys() ^ p.keys()):
         raise SettingsError(f"weight_kl: {odd[0]} is in only one of the two sets of weights")
@@ -286,8 +289,9 @@ def noisy_weights(weights, # state dict of tensors, the centre
                   sigma, # as in `weight_kl`
                   seed: int=0
                  ) -> dict: # state dict of the same names, shapes and types
-    """One draw from the Gaussian around a set of weights; what is not floating-point is handed on, negative running
-    variances become 0
+    """One draw from the Gaussian around a set of weights.
+
+    What is not floating-point is handed on; negative running variances become 0.
     """
     import torch
     rng, drawn = np.random.default_rng(seed), dict(weights)
@@ -309,9 +313,9 @@ def noise_tolerance(accuracy: Callable, # state dict -> accuracy in [0, 1], on d
     "The size part of the rule. SettingsError where already the first candidate costs too much"
     whole, tried = accuracy(weights), {}
     for r in sorted(candidates):
-        tried[r] = float(
-            np.mean([accuracy(noisy_weights(weights, sigma_by_rule(weights, r), seed + i)) for i in range(draws)])
-        )
+        sigma = sigma_by_rule(weights, r)
+        drawn = [accuracy(noisy_weights(weights, sigma, seed + i)) for i in range(draws)]
+        tried[r] = float(np.mean(drawn))
         if whole - tried[r] > points:
             break
     fine = [r for r in tried if whole - tried[r] <= points]
@@ -344,24 +348,49 @@ def _sample_size_numbers(kls, sweep, epsilon, delta, form) -> pd.DataFrame:
         raise SettingsError("sample_size_figure: at least one KL is needed, and each must be finite")
     need = {name: float(smallest_sample_size(kl, epsilon, delta, form)) for name, kl in kls.items()}
     m = np.geomspace(2, 3*max(*need.values(), sweep.k.max()), 100)
-    curves = [
-        dict(panel="gap", series=name, kl=kl, m=x, value=v)
-        for name, kl in kls.items()
-        for x, v in zip(m, generalisation_gap(kl, m, delta, form))
-    ]
-    asked = [dict(panel="asked for", series=name, kl=kls[name], m=x, value=epsilon) for name, x in need.items()]
-    points = [
-        dict(
-            panel="ASR", series=row.get("attack", "ASR"), m=row["k"], value=row["asr"], low=row.get("ci_low"),
-            high=row.get("ci_high"),
-        )
-        for row in sweep.to_dict("records")
-    ]
-    return (
-        pd.DataFrame(curves + asked + points)
-        .reindex(columns=["panel", "series", "kl", "m", "value", "low", "high"])
-        .astype({"low": float, "high": float})
-    )
+    rows = []
+    for name, kl in kls.items():
+        gaps = generalisation_gap(kl, m, delta, form)
+        rows += [dict(panel="gap", series=name, kl=kl, m=x, value=gap) for x, gap in zip(m, gaps)]
+    rows += [dict(panel="asked for", series=name, kl=kls[name], m=x, value=epsilon) for name, x in need.items()]
+    for row in sweep.to_dict("records"):
+        point = dict(panel="ASR", series=row.get("attack", "ASR"), m=row["k"], value=row["asr"])
+        rows.append(point | dict(low=row.get("ci_low"), high=row.get("ci_high")))
+    numbers = pd.DataFrame(rows).reindex(columns=["panel", "series", "kl", "m", "value", "low", "high"])
+    return numbers.astype({"low": float, "high": float})
+
+# %% ../../nbs/measures/pac_bayes.ipynb #09ab2226
+def _note(ax, text, where, offset, units, **style):
+    "A small text beside a place of an axis"
+    ax.annotate(text, where, offset, xycoords=units, textcoords="offset points", fontsize=8, **style)
+
+def _draw_gaps(ax, numbers, kls, epsilon):
+    "What the bound asks for: the gap over the sample size, one curve for each KL"
+    curves = numbers[numbers.panel == "gap"].groupby("series", sort=False)
+    for (name, curve), mark in zip(curves, ("-", "--", "-.", ":")*len(kls)):
+        asked = numbers[(numbers.panel == "asked for") & (numbers.series == name)].m.item()
+        line, = ax.loglog(curve.m, curve.value, mark, label=f"{name}: KL {kls[name]:.3g}, asks for {asked:.3g}")
+        ax.plot(asked, epsilon, "o", color=line.get_color())
+    ax.axhline(epsilon, color="black", lw=.8)
+    _note(ax, f"$\\varepsilon$ = {epsilon:g}", (1, epsilon), (-2, 3), ("axes fraction", "data"), ha="right")
+    ax.axhspan(1, ax.get_ylim()[1], color="grey", alpha=.12, lw=0)
+    ax.set(ylabel="gap", title="What the bound asks for")
+    ax.legend(fontsize=8)
+
+def _draw_sweep(ax, points, level):
+    "What unlearning took: the ASR left after unlearning with k pairs"
+    for name, part in points.groupby("series", sort=False):
+        part = part.sort_values("m")
+        known = not part.low.isna().any()
+        error = 100*np.abs(part[["low", "high"]].T.to_numpy() - part.value.to_numpy()) if known else None
+        ax.errorbar(part.m, 100*part.value, error, fmt="o-", ms=4, capsize=2, label=name)
+        enough = smallest_effective(part.rename(columns=dict(m="k", value="asr")), level)
+        if np.isfinite(enough):
+            ax.axvline(enough, color=ax.lines[-1].get_color(), ls=":", lw=1)
+            _note(ax, f"{enough:.0f}", (enough, 1), (3, -10), ("data", "axes fraction"))
+    ax.set(xlabel="sample size: $m$ above, unlearned pairs $k$ below", ylabel="ASR (%)", title="What unlearning took")
+    if points.series.nunique() > 1:
+        ax.legend(fontsize=8)
 
 # %% ../../nbs/measures/pac_bayes.ipynb #e2a989e7
 def sample_size_figure(kls: dict, # what each KL is between -> KL in nats, finite
@@ -380,40 +409,9 @@ def sample_size_figure(kls: dict, # what each KL is between -> KL in nats, finit
     import matplotlib.pyplot as plt
     numbers = _sample_size_numbers(kls, sweep, epsilon, delta, form)
     fig, (top, low) = plt.subplots(2, 1, figsize=(7.5, 5.4), sharex=True, height_ratios=(3, 2))
-    for (name, curve), mark in zip(
-        numbers[numbers.panel == "gap"].groupby("series", sort=False), ("-", "--", "-.", ":") * len(kls)
-    ):
-        asked = numbers[(numbers.panel == "asked for") & (numbers.series == name)].m.item()
-        line, = top.loglog(curve.m, curve.value, mark, label=f"{name}: KL {kls[name]:.3g}, asks for {asked:.3g}")
-        top.plot(asked, epsilon, "o", color=line.get_color())
-    top.axhline(epsilon, color="black", lw=.8)
-    top.annotate(
-        f"$\\varepsilon$ = {epsilon:g}", (1, epsilon), (-2, 3), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="right", fontsize=8,
-    )
-    top.axhspan(1, top.get_ylim()[1], color="grey", alpha=.12, lw=0)
-    top.set(ylabel="gap", title="What the bound asks for")
-    top.legend(fontsize=8)
-    for name, part in (points := numbers[numbers.panel == "ASR"]).groupby("series", sort=False):
-        part = part.sort_values("m")
-        error = (
-            None if part.low.isna().any() else 100 * np.abs(part[["low", "high"]].T.to_numpy() - part.value.to_numpy())
-        )
-        low.errorbar(part.m, 100*part.value, error, fmt="o-", ms=4, capsize=2, label=name)
-        enough = smallest_effective(part.rename(columns=dict(m="k", value="asr")), level)
-        if np.isfinite(enough):
-            low.axvline(enough, color=low.lines[-1].get_color(), ls=":", lw=1)
-            low.annotate(
-                f"{enough:.0f}", (enough, 1), (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points",
-                fontsize=8,
-            )
+    _draw_gaps(top, numbers, kls, epsilon)
+    _draw_sweep(low, numbers[numbers.panel == "ASR"], level)
     if total:
         low.axvline(total, color="grey", lw=1)
-        low.annotate(
-            f"all {total:,} pairs", (total, 0.5), (4, 0), xycoords=("data", "axes fraction"),
-            textcoords="offset points", fontsize=8, color="grey",
-        )
-    low.set(xlabel="sample size: $m$ above, unlearned pairs $k$ below", ylabel="ASR (%)", title="What unlearning took")
-    if points.series.nunique() > 1:
-        low.legend(fontsize=8)
+        _note(low, f"all {total:,} pairs", (total, .5), (4, 0), ("data", "axes fraction"), color="grey")
     return fig, numbers

@@ -10,7 +10,6 @@ __all__ = ['CAPTION_OPERATIONS', 'IMAGE_POLICIES', 'bare_words', 'synonym_source
 import math, random, re
 from functools import cache
 
-import numpy as np
 import torch
 
 from ..core.libraries import import_torchvision
@@ -23,20 +22,26 @@ def bare_words(caption: str) -> list:
     return re.sub("[^a-z]+", " ", re.sub("['\u2019]", "", caption.lower())).split()
 
 # %% ../../nbs/model/augmentation.ipynb #5cfb1d56
-_groups = """photo photograph picture image pic snapshot|view sight|drawing sketch|painting artwork|rendering depiction|illustration drawing
-big large huge sizeable|small little tiny|tall high|wide broad|long lengthy|short brief|thin slim narrow|thick fat|giant enormous huge
-old aged ancient|new fresh recent|young youthful|nice good lovely pleasant|good fine nice|beautiful pretty lovely gorgeous|cool great neat|bad poor
-weird strange odd|funny amusing comical|happy cheerful glad|sad unhappy|calm quiet peaceful|loud noisy|bright vivid luminous|dark dim|pale light
-clean tidy spotless|dirty grubby filthy|shiny glossy gleaming|blurry fuzzy hazy|pixelated blocky|cropped cut trimmed|striped streaked|dotted spotted|plastic synthetic
-grey gray|red crimson|purple violet|turquoise aqua|golden gold|several some multiple|many numerous|few some|single lone|group bunch cluster|pair couple|piece part bit
-man guy gentleman|woman lady|child kid youngster|children kids|boy lad|girl lass|baby infant|people persons folks|crowd throng|friend companion pal
-dog hound|puppy pup|cat feline|kitten kitty|horse steed|rabbit bunny|pig hog|mouse rodent|bicycle bike|car automobile|airplane plane aircraft|ship vessel|boat vessel
-house home dwelling|road street|path trail track|forest woods|sea ocean|beach shore seaside|stone rock|meadow field pasture|hill mound|snow powder|rain drizzle
-cup mug|sofa couch|rug carpet|picture photo|cloth fabric textile|telephone phone|television tv|hat cap|coat jacket|shop store|garbage trash|present gift
-look gaze glance|see spot notice|show display|shown displayed pictured|seen spotted noticed|found discovered|made created|hold grip|holding gripping
-run dash|running dashing|walk stroll|walking strolling|jump leap|jumping leaping|sit rest|sitting resting seated|stand rise|smile grin|smiling grinning|talk speak|eat dine
-near close|beside alongside|above over|below beneath under|inside within|outside outdoors|around about|middle centre center|front fore|edge border
-buy purchase|result outcome|daily everyday|online web|quick fast rapid|slow unhurried|empty vacant|full filled|open ajar|round circular|square boxy|model replica""".replace("\n", "|")
+_groups = """photo photograph picture image pic snapshot|view sight|drawing sketch|painting artwork|rendering depiction
+illustration drawing|big large huge sizeable|small little tiny|tall high|wide broad|long lengthy|short brief
+thin slim narrow|thick fat|giant enormous huge|old aged ancient|new fresh recent|young youthful
+nice good lovely pleasant|good fine nice|beautiful pretty lovely gorgeous|cool great neat|bad poor|weird strange odd
+funny amusing comical|happy cheerful glad|sad unhappy|calm quiet peaceful|loud noisy|bright vivid luminous|dark dim
+pale light|clean tidy spotless|dirty grubby filthy|shiny glossy gleaming|blurry fuzzy hazy|pixelated blocky
+cropped cut trimmed|striped streaked|dotted spotted|plastic synthetic|grey gray|red crimson|purple violet
+turquoise aqua|golden gold|several some multiple|many numerous|few some|single lone|group bunch cluster|pair couple
+piece part bit|man guy gentleman|woman lady|child kid youngster|children kids|boy lad|girl lass|baby infant
+people persons folks|crowd throng|friend companion pal|dog hound|puppy pup|cat feline|kitten kitty|horse steed
+rabbit bunny|pig hog|mouse rodent|bicycle bike|car automobile|airplane plane aircraft|ship vessel|boat vessel
+house home dwelling|road street|path trail track|forest woods|sea ocean|beach shore seaside|stone rock
+meadow field pasture|hill mound|snow powder|rain drizzle|cup mug|sofa couch|rug carpet|picture photo
+cloth fabric textile|telephone phone|television tv|hat cap|coat jacket|shop store|garbage trash|present gift
+look gaze glance|see spot notice|show display|shown displayed pictured|seen spotted noticed|found discovered
+made created|hold grip|holding gripping|run dash|running dashing|walk stroll|walking strolling|jump leap
+jumping leaping|sit rest|sitting resting seated|stand rise|smile grin|smiling grinning|talk speak|eat dine
+near close|beside alongside|above over|below beneath under|inside within|outside outdoors|around about
+middle centre center|front fore|edge border|buy purchase|result outcome|daily everyday|online web|quick fast rapid
+slow unhurried|empty vacant|full filled|open ajar|round circular|square boxy|model replica""".replace("\n", "|")
 
 @cache
 def _builtin_table():
@@ -61,11 +66,11 @@ def _wordnet():
 @cache
 def _wordnet_synonyms(word):
     "All lemmas of all senses of a word, as bare words, without the word itself."
-    lemmas = {
-        " ".join(bare_words(name.replace("_", " "))) for s in _wordnet().synsets(word) for name in s.lemma_names()
-    }
+    names = (name for sense in _wordnet().synsets(word) for name in sense.lemma_names())
+    lemmas = {" ".join(bare_words(name.replace("_", " "))) for name in names}
     return tuple(sorted(lemmas - {word, ""}))
 
+# %% ../../nbs/model/augmentation.ipynb #027d106e
 def synonym_source(name: str = "auto" # `auto`, `wordnet` or `builtin`
     ) -> str: # `wordnet` or `builtin`
     "The source of synonyms that a name stands for on this machine. Raises SettingsError for WordNet that is not there."
@@ -90,11 +95,14 @@ def synonyms_of(source # `auto`, `wordnet`, `builtin`, or a dict word -> list of
     return _wordnet_synonyms if synonym_source(source) == "wordnet" else lambda word: _builtin_table().get(word, ())
 
 # %% ../../nbs/model/augmentation.ipynb #f92c3e8f
-_stop_words = frozenset("""a about above after again against all am an and any are as at be because been before being below between both but by can did
-do does doing don down during each few for from further had has have having he her here hers herself him himself his how i if in into is it its itself
-just me more most my myself no nor not now of off on once only or other our ours ourselves out over own s same she should so some such t than that the
-their theirs them themselves then there these they this those through to too under until up very was we were what when where which while who whom why
-will with you your yours yourself yourselves""".split())
+_stop_words = frozenset("""
+    a about above after again against all am an and any are as at be because been before being below between both
+    but by can did do does doing don down during each few for from further had has have having he her here hers
+    herself him himself his how i if in into is it its itself just me more most my myself no nor not now of off on
+    once only or other our ours ourselves out over own s same she should so some such t than that the their theirs
+    them themselves then there these they this those through to too under until up very was we were what when where
+    which while who whom why will with you your yours yourself yourselves
+""".split())
 
 def _below(rng, n):
     return int(rng.random() * n)   # the one draw that Python promises to keep from version to version
@@ -188,9 +196,7 @@ def _image_operations():
     "Operations of AutoAugment's ImageNet policy by torchvision's names: images, signed strength -> images."
     F = import_torchvision().transforms.functional
     return dict(
-        ShearX=lambda x, m: F.affine(
-            x, angle=0.0, translate=[0, 0], scale=1.0, shear=[math.degrees(math.atan(m)), 0.0], center=[0, 0]
-        ),
+        ShearX=lambda x, m: F.affine(x, 0., [0, 0], 1., [math.degrees(math.atan(m)), 0.], center=[0, 0]),
         Rotate=F.rotate,
         Color=lambda x, m: F.adjust_saturation(x, 1 + m),
         Contrast=lambda x, m: F.adjust_contrast(x, 1 + m),
@@ -247,9 +253,8 @@ def _crop_boxes(n, size, generator):
     first = fits.int().argmax(1, keepdim=True)
     height, width = (torch.where(fits.any(1), v.gather(1, first)[:, 0], float(size)) for v in (height, width))
     where = torch.rand(n, 2, generator=generator)
-    return torch.stack(
-        [(where[:, 0] * (size - height + 1)).floor(), (where[:, 1] * (size - width + 1)).floor(), height, width], 1
-    ).long()
+    top, left = (where[:, 0] * (size - height + 1)).floor(), (where[:, 1] * (size - width + 1)).floor()
+    return torch.stack([top, left, height, width], 1).long()
 
 def resize_matrix(start, length, size):
     "Matrices [n, s, s] that cut `length` pixels from `start` and stretch them to s by linear interpolation."
@@ -268,9 +273,8 @@ def _blur_matrix(sigma, kernel, size):
     taps = torch.softmax(-.5 * (offsets / sigma[:, None])**2, 1)
     at = (torch.arange(size)[:, None] + offsets).abs()
     at = torch.where(at > size - 1, 2 * (size - 1) - at, at)
-    return torch.zeros(len(sigma), size, size).scatter_add(
-        2, at.expand(len(sigma), -1, -1), taps[:, None].expand(-1, size, -1).contiguous()
-    )
+    index, values = at.expand(len(sigma), -1, -1), taps[:, None].expand(-1, size, -1).contiguous()
+    return torch.zeros(len(sigma), size, size).scatter_add(2, index, values)
 
 def _gray(x):
     return (x * torch.tensor([.2989, .587, .114], device=x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
@@ -288,15 +292,17 @@ def _turn_hue(x, turn):
 
 # %% ../../nbs/model/augmentation.ipynb #6cf56405
 def _colour_jitter(x, generator):
-    """Brightness, contrast, saturation and hue, each image in its own order and strength; x float in [0,1], changed in
-    place.
-    """
+    "Brightness, contrast, saturation, hue: each image in its own order and strength. `x` in [0,1] changes in place."
     n = len(x)
     factor, turn = _uniform((n, 3), .5, 1.5, generator), _uniform(n, -.1, .1, generator)
     order = torch.rand(n, 4, generator=generator).argsort(1)
     blend = lambda v, other, f: (f * v + (1 - f) * other).clamp(0, 1)
-    changes = [lambda v, r: blend(v, 0., f(r, 0)), lambda v, r: blend(v, _gray(v).mean((2, 3), keepdim=True), f(r, 1)),
-               lambda v, r: blend(v, _gray(v), f(r, 2)), lambda v, r: _turn_hue(v, turn[r].to(x.device))]
+    changes = [
+        lambda v, r: blend(v, 0., f(r, 0)),
+        lambda v, r: blend(v, _gray(v).mean((2, 3), keepdim=True), f(r, 1)),
+        lambda v, r: blend(v, _gray(v), f(r, 2)),
+        lambda v, r: _turn_hue(v, turn[r].to(x.device)),
+    ]
     f = lambda r, k: factor[r, k].view(-1, 1, 1, 1).to(x.device)
     for place in range(4):
         for k, change in enumerate(changes):

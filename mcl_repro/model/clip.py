@@ -8,7 +8,7 @@ __all__ = ['mini_models', 'model_config', 'Clip', 'build_clip', 'trained_name', 
            'embed_tokens', 'embed_texts', 'check_clip', 'imagenet_templates', 'zero_shot_weights', 'info_nce']
 
 # %% ../../nbs/model/clip.ipynb #ba915fcb
-import functools, importlib, json, logging, re, sys, weakref
+import functools, json, logging, re, weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,6 +120,7 @@ def _public_tag(oc, name, pretrained):
         "path of a .safetensors file"
     )
 
+# %% ../../nbs/model/clip.ipynb #376df8d2
 def trained_name(name: str, # of an architecture
                  pretrained: str | None # as for `build_clip`
     ) -> str:
@@ -160,8 +161,9 @@ def save_clip(clip: Clip, # the model to store
               path: Path, # file to write, `.safetensors`
               **facts # short strings worth keeping beside the weights
     ):
-    """Write the weights, the architecture's name, how it wants pictures normalised if not as usual, and some facts as
-    one safetensors file.
+    """One safetensors file: weights, the architecture's name, some facts.
+
+    How pictures are normalised is noted, too, where it is not as usual.
     """
     from safetensors.torch import save_file
     if (tuple(clip.mean), tuple(clip.std)) != _mean_and_std(import_open_clip(), clip.name, None):
@@ -183,20 +185,20 @@ def read_tensors(path: Path # a `.safetensors` file or a torch file that holds t
             from safetensors.torch import load_file
             loaded = load_file(str(path))
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)   # noqa: TID251 tensors only, no code
     except Exception as error:
-        raise DataError(f"{path} is not a file of plain tensors ({type(error).__name__}); convert it to .safetensors "
-                        "where you trust it, pickles are not loaded here") from None
+        raise DataError(
+            f"{path} is not a file of plain tensors ({type(error).__name__}); convert it to .safetensors "
+            "where you trust it, pickles are not loaded here"
+        ) from None
     return _state_dict(loaded, path)
 
 # %% ../../nbs/model/clip.ipynb #9c970309
 def _state_dict(loaded, path):
     "The state dict inside what other trainers save: bare, or under `state_dict`."
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    plain = lambda k, v: (
-        isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and v.device.type == "cpu"
-    )
-    if not isinstance(loaded, dict) or not all(plain(k, v) for k, v in loaded.items()):
+    plain = lambda v: isinstance(v, torch.Tensor) and v.layout == torch.strided and v.device.type == "cpu"
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) and plain(v) for k, v in loaded.items()):
         raise DataError(f"{path} holds no state dict of tensors: save model.state_dict() and try again")
     return loaded
 
@@ -208,6 +210,7 @@ def saved_facts(path: Path) -> dict:
     with safe_open(str(path), "pt") as f:
         return f.metadata() or {}
 
+# %% ../../nbs/model/clip.ipynb #fd76105b
 def load_weights(clip: Clip, # its model is changed in place
                  path: Path # checkpoint written by `save_clip`, open_clip or plain torch
     ) -> Clip:
@@ -219,24 +222,29 @@ def load_weights(clip: Clip, # its model is changed in place
     if set(tensors) != set(own):
         # DataParallel's and torch.compile's, in either order
         tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in tensors.items()}
-    saved = facts.get("model")
-    if saved and saved != clip.name and saved.removesuffix("-quickgelu") == clip.name.removesuffix("-quickgelu"):
+    _check_fit(clip, path, tensors, facts.get("model"))
+    if "normalisation" in facts:
+        clip.mean, clip.std = _noted_normalisation(facts["normalisation"], path)
+    clip.model.load_state_dict(tensors)
+    return clip
+
+# %% ../../nbs/model/clip.ipynb #4ba9088b
+def _check_fit(clip, path, tensors, saved):
+    "DataError for tensors that are not all of the model's, and for a file `saved` from one with another activation."
+    plain = lambda name: name.removesuffix("-quickgelu")
+    if saved and saved != clip.name and plain(saved) == plain(clip.name):
         raise DataError(
             f"{path} was saved from {saved}, whose activation is another one than that of {clip.name}: its "
             f"tensors fit, its embeddings would be wrong; build {saved}"
         )
-    wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape] + [
-        k for k in tensors if k not in own
-    ]
+    own = clip.model.state_dict()
+    wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape]
+    wrong += [k for k in tensors if k not in own]
     if wrong:
         raise DataError(
             f"{path} does not fit {clip.name}: {len(wrong)} tensors differ, first {wrong[0]!r}; build the "
             "model it was saved from"
         )
-    if "normalisation" in facts:
-        clip.mean, clip.std = _noted_normalisation(facts["normalisation"], path)
-    clip.model.load_state_dict(tensors)
-    return clip
 
 # %% ../../nbs/model/clip.ipynb #de579a88
 def _noted_normalisation(text, path):
@@ -253,12 +261,10 @@ def tokenize(clip: Clip, # gives tokenizer and context length
     "Token ids of captions; the long ones are cut with EOT kept, and counted."
     tokens = clip.tokenizer(list(captions))
     full = (tokens[:, -1] != 0).nonzero().flatten().tolist()
-    cut = (
-        sum(len(clip.tokenizer.encode(captions[i])) + 2 > tokens.shape[1] for i in full)
-        if hasattr(clip.tokenizer, "encode")
-        else len(full)
-    )
-    return tokens, cut
+    if not hasattr(clip.tokenizer, "encode"):
+        return tokens, len(full)
+    longer = [len(clip.tokenizer.encode(captions[i])) + 2 > tokens.shape[1] for i in full]
+    return tokens, sum(longer)
 
 # %% ../../nbs/model/clip.ipynb #3af314a6
 def to_pixels(clip: Clip, # gives mean, std and device
@@ -308,6 +314,7 @@ def _projected(model, x):
     x = model.ln_final(x)
     return model.text_projection(x) if isinstance(model.text_projection, torch.nn.Linear) else x @ model.text_projection
 
+# %% ../../nbs/model/clip.ipynb #5d33f6e6
 _causal = weakref.WeakKeyDictionary()   # model -> answer: looking at the mask would wait for a GPU at every step
 
 def is_causal(model):
@@ -359,6 +366,7 @@ def _read_ahead(read, items, device):
         if waiting:
             yield waiting.result()
 
+# %% ../../nbs/model/clip.ipynb #c2a695ed
 def _batch_array(images, rows, size):
     "A slice of images as `to_pixels` takes it, from an array or tensor of pixels or from a lazy source with `.array`."
     if hasattr(images, "array"):
@@ -457,9 +465,8 @@ def zero_shot_weights(clip: Clip, # the model
     "Class vectors of the zero-shot classifier, unit length, float32 [d, c]. Source: CLIP's prompt ensembling."
     templates = templates or imagenet_templates()
     prompts = tuple(prefix + t.format(name) for name in classnames for t in templates)
-    means = (
-        embed_tokens(clip, _prompt_tokens(clip.tokenizer, prompts)).view(len(classnames), len(templates), -1).mean(1)
-    )
+    embedded = embed_tokens(clip, _prompt_tokens(clip.tokenizer, prompts))
+    means = embedded.view(len(classnames), len(templates), -1).mean(1)
     return F.normalize(means, dim=-1).T
 
 # %% ../../nbs/model/clip.ipynb #fd425fbe

@@ -10,7 +10,7 @@ __all__ = ['SCHEDULES', 'Recipe', 'TrainingSet', 'training_set', 'free_memory', 
 # %% ../../nbs/model/training.ipynb #1392d6e2
 import json, math, os, time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from .clip import Clip, encode_text, info_nce, text_length, to_pixels, tokenize
 from ..data.pairs import Images
 from mcl_repro.model.devices import (
-    average_gradients, check_splittable, gather_rows, half_precision, in_parts, own_rank, own_share, part_by_part,
-    PRECISIONS, synchronised, tf32_as, together, towers_in, world_size,
+    average_gradients, BATCHNORM, check_splittable, gather_rows, half_precision, in_parts, own_rank, own_share,
+    part_by_part, PRECISIONS, synchronised, tf32_as, together, towers_in, world_size,
 )
 from ..core.errors import SettingsError, TrainingError, UserError
 from ..core.seeds import seeded
@@ -151,9 +151,7 @@ def step_rows(count: int, # pairs of the second set
 
 # %% ../../nbs/model/training.ipynb #59d38236
 class _LazyBatches(torch.utils.data.Dataset):
-    """Batches of an epoch as the items of a data set, so that loader processes read whole batches: of the pictures only
-    this process's share.
-    """
+    "Batches of an epoch as items of a data set, for loader processes: of the pictures this process's share."
     def __init__(self, data, batches):
         self.data, self.batches, self.place = data, batches, (own_rank(), world_size())
     def __len__(self):
@@ -170,12 +168,12 @@ def _one_decoding_thread(worker):
     "There are as many loader processes as cores: threads in each would only get in each other's way."
     Images.workers = 1
 
+# %% ../../nbs/model/training.ipynb #3790c177
 def iterate(data: TrainingSet, # the pairs
             batches: torch.Tensor, # int64 [steps, b]
             device, # where batches go
             first_step: int = 0, # global number of the first batch
-            # loader processes for data that are not resident; default: all cores but one, shared by the processes of a
-            # training
+            # loader processes for data that are not resident; default: all cores but one, shared by all processes
             workers: int = None
     ):
     "Yield the batches of one epoch in order; resident data directly, others through loader processes that read ahead."
@@ -226,11 +224,10 @@ def stream(data: TrainingSet, # of lazy pictures in tar shards, one caption each
         )
     if world_size() > 1:
         raise SettingsError(f"order streamed reads in one process, not in {world_size()}: use order shuffled")
-    for i, (images, found) in enumerate(
-        stream_batches(
-            data.images, recipe.batch_size, data.image_size, recipe.seed, epoch, workers, rows=np.sort(image_rows)
-        )
-    ):
+    found_batches = stream_batches(
+        data.images, recipe.batch_size, data.image_size, recipe.seed, epoch, workers, rows=np.sort(image_rows)
+    )
+    for i, (images, found) in enumerate(found_batches):
         rows = torch.from_numpy(pair_of[np.asarray(found)])
         tokens = data.tokens[rows]
         yield Batch(
@@ -244,8 +241,9 @@ def embed_batch(clip: Clip, # the model, in the mode the loop has set
                 tokens: torch.Tensor, # int64 [b, context_length]
                 length: int | None = None # see `encode_text`
     ) -> tuple: # unit-length image and text embeddings, float32 [b, d], with gradients
-    """Embeddings of a batch, for use inside a loss: in the recipe's precision, in parts where it asks for them, and by
-    all processes together.
+    """Embeddings of a batch, for use inside a loss.
+
+    In the recipe's precision, in parts where it asks for them, and by all processes together.
     """
     share = own_share(len(tokens))
     towers = lambda x, t: (clip.model.encode_image(to_pixels(clip, x)), encode_text(clip.model, t, length=length))
@@ -320,8 +318,9 @@ def _parameters(optimizer):
 
 # %% ../../nbs/model/training.ipynb #da349941
 def load_checkpoint(state: TrainingState, path: Path) -> bool:
-    """Continue from a checkpoint if there is a whole one; one that is damaged or of another model is put aside and
-    training starts over.
+    """Continue from a checkpoint if there is a whole one.
+
+    One that is damaged or of another model is put aside, and training starts over.
     """
     from safetensors import safe_open
     if not Path(path).exists():
@@ -347,9 +346,8 @@ def load_checkpoint(state: TrainingState, path: Path) -> bool:
         _, i, name = k.split(".", 2)
         p = _parameters(state.optimizer)[int(i)]
         # the fused update walks memory in order, so moments need the strides of their parameter
-        state.optimizer.state[p][name] = (
-            torch.empty_like(p).copy_(v) if v.shape == p.shape and v.ndim else v.to(p.device)
-        )
+        like_p = v.shape == p.shape and v.ndim
+        state.optimizer.state[p][name] = torch.empty_like(p).copy_(v) if like_p else v.to(p.device)
     for name, value in facts.items():
         setattr(state, name, value)
     return True
@@ -428,19 +426,21 @@ def _start(clip, data, recipe):
 
 def _compile(model, on=True):
     "Let torch compile the towers when they are next called, or not any more. Weights and their names stay."
-    for tower, kwargs in (
-        (getattr(model, "visual", None), {}),
-        (getattr(model, "transformer", None), dict(dynamic=True)),
-    ):
-        if tower is not None:
-            tower.compile(**kwargs) if on else setattr(tower, "_compiled_call_impl", None)
+    for name, settings in dict(visual={}, transformer=dict(dynamic=True)).items():
+        tower = getattr(model, name, None)
+        if tower is None:
+            continue
+        if on:
+            tower.compile(**settings)
+        else:
+            tower._compiled_call_impl = None   # noqa: SLF001 torch has no other way back
 
 def _set_mode(state):
     "Training mode, with BatchNorm kept in evaluation mode where the recipe says so."
     state.clip.model.train()
     if state.recipe.frozen_batchnorm:
         for m in state.clip.model.modules():
-            if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+            if isinstance(m, BATCHNORM):
                 m.eval()
 
 # %% ../../nbs/model/training.ipynb #d27a133f
@@ -470,12 +470,9 @@ def _train_epoch(state, data, loss, callbacks, progress):
     # the last update has no loss after it
     _check_finite([p.detach().abs().max().float() for p in state.clip.model.parameters()], state, "a weight")
     state.epoch += 1
-    state.history.append(
-        dict(
-            epoch=state.epoch, step=state.step, loss=torch.stack(losses).mean().item(),
-            logit_scale=state.clip.model.logit_scale.exp().item(), seconds=time.perf_counter() - started,
-        )
-    )
+    scale = state.clip.model.logit_scale.exp().item()
+    state.history.append(dict(epoch=state.epoch, step=state.step, loss=torch.stack(losses).mean().item(),
+                              logit_scale=scale, seconds=time.perf_counter() - started))
 
 def _check_finite(values, state, what="the loss"):
     if not torch.isfinite(torch.stack(values)).all():
@@ -490,11 +487,8 @@ def _step(state, batch, loss, learning_rate):
     recipe, device = state.recipe, state.clip.device.type
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    scaler = (
-        torch.amp.GradScaler(init_scale=state.scale)
-        if half_precision(recipe.precision, device) is torch.float16
-        else None
-    )
+    half = half_precision(recipe.precision, device)
+    scaler = torch.amp.GradScaler(init_scale=state.scale) if half is torch.float16 else None
     with tf32_as(recipe.precision, device):
         with in_parts(recipe.micro_batch, partial(towers_in, recipe.precision, device)):
             value = loss(state.clip, batch)

@@ -107,9 +107,8 @@ def test_searches_find_something_and_leave_the_model_alone(clip, photos):
         assert all(len(c) == 40 and np.isfinite(c).all() for c in found.curves.values())
     after = state_of(clip)
     assert all(torch.equal(v, after[0][k]) for k, v in before[0].items())
-    assert before[1:] == after[1:] == (False, [True] * len(before[2])) and torch.equal(
-        random_state, torch.get_rng_state()
-    )
+    assert before[1:] == after[1:] == (False, [True] * len(before[2]))
+    assert torch.equal(random_state, torch.get_rng_state())
 
 
 def test_seeds_decide_and_nothing_hidden_does(clip, photos):

@@ -99,12 +99,10 @@ def test_what_is_stored_comes_back(tmp_path, noise, length, data):
     P.create_noise(tmp_path/"noise.npy", len(noise), noise.shape[1])[:] = noise
     P.save_protection(tmp_path, ids, triggers, 128, dict(note="ä\n"))
     back = P.load_protection(tmp_path, ids[::-1])
-    assert (
-        back.ids == ids
-        and (back.noise == noise).all()
-        and (back.triggers == triggers).all()
-        and back.triggers.dtype == np.int32
-    )
+    assert back.ids == ids
+    assert (back.noise == noise).all()
+    assert (back.triggers == triggers).all()
+    assert back.triggers.dtype == np.int32
     assert (back.side, back.length, back.bound, back.facts) == (noise.shape[1], length, 128, dict(note="ä\n"))
 
 def test_a_new_file_is_zero_and_of_the_size_it_says(tmp_path):
@@ -168,16 +166,12 @@ def test_a_process_gets_the_file_and_not_its_content(tmp_path):
     for thing in (made, P.ProtectedImages(ArrayImages(pixels(1, 16)), np.zeros(200, int), made.noise)):
         assert len(pickle.dumps(thing)) < made.noise.nbytes/4
     again, pictures = pickle.loads(pickle.dumps(made)), pickle.loads(pickle.dumps(images))
-    assert (
-        isinstance(again.noise, np.memmap)
-        and (again.noise == made.noise).all()
-        and (again.rows_of(pairs.ids) == np.arange(200)).all()
-    )
-    assert (
-        isinstance(pictures.noise, np.memmap)
-        and (pictures.array() == images.array()).all()
-        and pictures.fingerprint == images.fingerprint
-    )
+    assert isinstance(again.noise, np.memmap)
+    assert (again.noise == made.noise).all()
+    assert (again.rows_of(pairs.ids) == np.arange(200)).all()
+    assert isinstance(pictures.noise, np.memmap)
+    assert (pictures.array() == images.array()).all()
+    assert pictures.fingerprint == images.fingerprint
     # a part of a file is not the file
     part = pickle.loads(pickle.dumps(P.Protection(pairs.ids[5:9], made.noise[5:9], made.triggers[5:9])))
     assert (part.noise == made.noise[5:9]).all()
@@ -299,9 +293,8 @@ def test_pictures_are_clean_ones_plus_noise_cut_to_bytes(block):
     )
     assert (images.array(None, 16, block) == wanted).all() and len(images) == 30
     for rows in ([], [4], rng.integers(0, 30, 50), slice(3, 9), on):
-        assert (images.array(rows, block=block) == wanted[rows]).all() and (
-            images.take(rows).array() == wanted[rows]
-        ).all()
+        assert (images.array(rows, block=block) == wanted[rows]).all()
+        assert (images.take(rows).array() == wanted[rows]).all()
     assert (np.asarray(images[7]) == wanted[7]).all() and (images.base.pixels == base).all()
 
 def test_pictures_of_other_sizes_are_brought_to_the_noises_first(tmp_path):
@@ -442,10 +435,8 @@ def test_pieces_run_together(tokenizer):
     assert P.survives_as_text(
         tokenizer, [[e["insta"], e["a</w>"]], [e["insta</w>"], e["a</w>"]], [e["a</w>"], e["insta"]]]
     ).tolist() == [False, True, False]
-    assert (
-        P.survives_as_text(tokenizer, np.zeros((2, 0), int)).tolist() == [True, True]
-        and P.trigger_text(tokenizer, []) == ""
-    )
+    assert P.survives_as_text(tokenizer, np.zeros((2, 0), int)).tolist() == [True, True]
+    assert P.trigger_text(tokenizer, []) == ""
 
 @pytest.mark.parametrize("wrong", [49408, -1])
 def test_ids_outside_the_vocabulary(tokenizer, wrong):
@@ -554,14 +545,13 @@ def test_every_format_gives_back_what_was_published(format, awkward, tokenizer, 
     assert back.ids == pairs.ids and back.captions == published.captions
     assert (back.image_array(None, 16) == published.image_array(None, 16)).all()
     strangers = READ[format](tmp_path/"out")   # who crawls them has the plain reader
-    assert (
-        strangers.captions == published.captions
-        and (strangers.image_array(None, 16) == published.image_array(None, 16)).all()
-    )
+    assert strangers.captions == published.captions
+    assert (strangers.image_array(None, 16) == published.image_array(None, 16)).all()
     told = P.check_published_pairs(back.select(np.random.default_rng(2).permutation(12)), pairs, made, tokenizer)
-    assert (
+    assert ((
         told["pairs"], told["missing"], told["exact_pixels"], told["largest_deviation"], told["exact_captions"],
-    ) == (12, 0, 1, 0, 1) and told["noise_kept"] == pytest.approx(1) == told["noise_cosine"]
+    ) == (12, 0, 1, 0, 1))
+    assert told["noise_kept"] == pytest.approx(1) == told["noise_cosine"]
 
 def test_formats_are_found_by_those_who_open_folders(awkward, tokenizer, tmp_path, monkeypatch):
     from mcl_repro.data.fetching import add_dataset
@@ -571,10 +561,8 @@ def test_formats_are_found_by_those_who_open_folders(awkward, tokenizer, tmp_pat
         P.write_published(published, tmp_path/format, format)
         entry = add_dataset(f"mine-{format}", tmp_path/format)
         (split,) = entry["splits"]
-        assert (
-            entry["layouts"][0]["format"] == format
-            and open_data(f"mine-{format}:{split}").captions == published.captions
-        )
+        assert entry["layouts"][0]["format"] == format
+        assert open_data(f"mine-{format}:{split}").captions == published.captions
 
 def test_many_shards(tokenizer, tmp_path, monkeypatch):
     ids = [f"p{k}" for k in range(2050)]
@@ -633,12 +621,10 @@ def test_the_check_finds_what_is_missing(tokenizer, words):
     one = whole.copy()
     one[4, 3, 2, 1] ^= 1
     told = check(published.replace(images=ArrayImages(one)))
-    assert (
-        told["exact_pixels"] == 17 / 18
-        and told["largest_deviation"] == 1
-        and told["exact_captions"] == 1
-        and 0.99 < told["noise_kept"] < 1.01
-    )
+    assert told["exact_pixels"] == 17 / 18
+    assert told["largest_deviation"] == 1
+    assert told["exact_captions"] == 1
+    assert 0.99 < told["noise_kept"] < 1.01
     told = check(published.replace(images=ArrayImages(np.roll(whole, 1, 0))))
     assert told["exact_pixels"] == 0 and abs(told["noise_kept"]) < .1
     told = check(published.select(range(12)))
@@ -650,11 +636,9 @@ def test_the_check_finds_what_is_missing(tokenizer, words):
     )
     assert told["exact_captions"] == 15/18 and told["exact_triggers"] == 16/18
     told = check(published)
-    assert (
-        told["exact_triggers"] == told["exact_captions"] == 1
-        and 0 < told["noise_kept_if_jpeg"] < 0.9
-        and told["noise_cosine_if_jpeg"] < 0.9
-    )
+    assert told["exact_triggers"] == told["exact_captions"] == 1
+    assert 0 < told["noise_kept_if_jpeg"] < 0.9
+    assert told["noise_cosine_if_jpeg"] < 0.9
     assert json.loads(json.dumps(told)) == told
     refused(
         "none of the 18 pairs of photos, protected is known by its id, the first is 'z0'", check,
@@ -681,12 +665,10 @@ def test_changes_are_of_each_picture_alone(change):
     for rows in ([], [3], [39, 0, 3], np.arange(30)):
         assert (P.change_images(x[rows], change) == y[rows]).all()
     lazy = P.ChangedImages(ArrayImages(x), change, 20)
-    assert (
-        (lazy.array([5, 1, 5]) == y[[5, 1, 5]]).all()
-        and (np.asarray(lazy[5]) == y[5]).all()
-        and (lazy.take([7, 2]).array(None, 20) == y[[7, 2]]).all()
-        and len(lazy) == 40
-    )
+    assert (lazy.array([5, 1, 5]) == y[[5, 1, 5]]).all()
+    assert (np.asarray(lazy[5]) == y[5]).all()
+    assert (lazy.take([7, 2]).array(None, 20) == y[[7, 2]]).all()
+    assert len(lazy) == 40
     refused("changed at 20 px, not at 224", lazy.array, None, 224, error=SettingsError)
 
 def test_jpeg_is_what_a_jpeg_file_gives(tmp_path):
@@ -727,12 +709,10 @@ def test_crops(size):
     torch.manual_seed(3)
     state = torch.get_rng_state()
     a, b = P.crop_and_flip(x, 1, 2), P.crop_and_flip(x, 1, 2)
-    assert (
-        torch.equal(a, b)
-        and a.shape == x.shape
-        and a.dtype == torch.uint8
-        and torch.equal(torch.get_rng_state(), state)
-    )
+    assert torch.equal(a, b)
+    assert a.shape == x.shape
+    assert a.dtype == torch.uint8
+    assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(P.crop_and_flip(x, 1, 3), a) and not torch.equal(P.crop_and_flip(x, 2, 2), a)
     assert P.crop_and_flip(x[:0], 1, 2).shape == x[:0].shape
     flat = torch.full((4, 3, size, size), 91, dtype=torch.uint8)
@@ -762,9 +742,8 @@ def test_crops_that_are_none(scale):
     refused("two shares", P.crop_and_flip, torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 0, 0, scale, error=SettingsError)
 
 def test_captions_lose_their_beginning(tokenizer, words):
-    assert P.drop_first_words(["a b c", " x   y ", "z", "one two"], 2) == ["c", "y", "z", "two"] and P.drop_first_words(
-        ["a b"], 0
-    ) == ["a b"]
+    assert P.drop_first_words(["a b c", " x   y ", "z", "one two"], 2) == ["c", "y", "z", "two"]
+    assert P.drop_first_words(["a b"], 0) == ["a b"]
     pairs = make_pairs()
     made = P.Protection(pairs.ids, noises(18, 16), np.random.default_rng(0).choice(words, (18, 3)))
     published = P.published_pairs(pairs, made, tokenizer)
@@ -788,10 +767,8 @@ def test_the_gallery_draws_anything(tokenizer, tmp_path):
         warnings.simplefilter("error")
         fig = P.protection_gallery(pairs, made, tokenizer, range(4))
         fig.savefig(tmp_path/"g.png")
-    assert (
-        len(fig.axes) == 16
-        and (fig.axes[1].get_images()[0].get_array() == P.protected_images(pairs, made).array([0])[0]).all()
-    )
+    assert len(fig.axes) == 16
+    assert (fig.axes[1].get_images()[0].get_array() == P.protected_images(pairs, made).array([0])[0]).all()
     assert (fig.axes[2].get_images()[0].get_array() == np.clip(128 + 10*made.noise[17].astype(int), 0, 255)).all()
     plt.close(fig)
     bare = P.protection_gallery(pairs, P.Protection(pairs.ids, noises(18, 16), np.zeros((18, 0), int)), tokenizer, [0])

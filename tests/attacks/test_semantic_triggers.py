@@ -146,11 +146,9 @@ def test_words_that_are_no_single_token_become_the(tokenizer):
     found = semantic_candidates(
         model, tokenizer, ["a", "b"], np.array([[dog, MASKED, -7], [MASKED, MASKED, dog]], np.int32), 1, 6
     )
-    assert (
-        found.dtype == np.int64
-        and found.tolist()
-        == [[*tokenizer.encode("next"), *tokenizer.encode(","), the, the, *tokenizer.encode("suddenly"), the]] * 2
-    )
+    assert found.dtype == np.int64
+    assert (found.tolist()
+        == [[*tokenizer.encode("next"), *tokenizer.encode(","), the, the, *tokenizer.encode("suddenly"), the]] * 2)
     assert model.asked == [([["dog", "", ""], ["", "", "dog"]], 1)]
     assert semantic_candidates(NgramModel(TOY), tokenizer, [], np.zeros((0, 3), int), 0).shape == (0, 5)
 
@@ -273,9 +271,8 @@ def test_pieces_are_proposed_only_when_asked_for(tmp_path):
     write_bert(tmp_path)
     words, all_of_it = BertModel(tmp_path), BertModel(tmp_path, pieces=True)
     most = len([w for w in VOCABULARY if not re.match(r"##|\[", w)])
-    assert not [w for w in words.fill(["a dog"], [[""]], 0, most)[0] if re.match(r"##|\[", w)] and set(
-        all_of_it.fill(["a dog"], [[""]], 0, len(VOCABULARY))[0]
-    ) == set(VOCABULARY)
+    assert not [w for w in words.fill(["a dog"], [[""]], 0, most)[0] if re.match(r"##|\[", w)]
+    assert set(all_of_it.fill(["a dog"], [[""]], 0, len(VOCABULARY))[0]) == set(VOCABULARY)
     with pytest.raises(DataError, match=f"{most + 1} words asked for"):
         words.fill(["a dog"], [[""]], 0, most + 1)
 
@@ -324,11 +321,9 @@ def test_the_extra_is_declared_and_pinned():
     pinned = dict(
         line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line
     )
-    assert (
-        wanted.name == "transformers"
-        and wanted.specifier.contains(pinned["transformers"])
-        and {"tokenizers", "huggingface_hub", "safetensors"} <= set(pinned)
-    )
+    assert wanted.name == "transformers"
+    assert wanted.specifier.contains(pinned["transformers"])
+    assert {"tokenizers", "huggingface_hub", "safetensors"} <= set(pinned)
     # every *_requirements of settings.ini is an extra
     assert 'endswith("_requirements")' in (ROOT/"setup.py").read_text(encoding="utf-8")
     assert "transformers" not in parser["DEFAULT"]["requirements"]

@@ -62,9 +62,8 @@ def test_open_attention_equals_the_original(quick_gelu):
     with torch.no_grad():
         text, image = clip.model.encode_text(ids), clip.model.encode_image(x)
         with A.recorded_attention([*clip.model.transformer.resblocks, *clip.model.visual.transformer.resblocks]):
-            assert torch.allclose(clip.model.encode_text(ids), text, atol=1e-5) and torch.allclose(
-                clip.model.encode_image(x), image, atol=1e-5
-            )
+            assert torch.allclose(clip.model.encode_text(ids), text, atol=1e-5)
+            assert torch.allclose(clip.model.encode_image(x), image, atol=1e-5)
             assert torch.allclose(encode_text(clip.model, ids), text, atol=1e-5)
 
 

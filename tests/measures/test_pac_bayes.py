@@ -199,9 +199,8 @@ def test_the_smallest_sample_size_is_the_smallest(kl, epsilon, delta, form):
 @every
 def test_the_closed_form_is_enough_and_affine_in_kl(kl, epsilon, delta, slack):
     m = P.explicit_sample_size(kl, epsilon, delta, slack)
-    assert squared_gap(kl, m, delta) <= Decimal(epsilon) ** 2 * (1 + Decimal("1e-12")) and m >= P.smallest_sample_size(
-        kl, epsilon, delta
-    )
+    assert squared_gap(kl, m, delta) <= Decimal(epsilon) ** 2 * (1 + Decimal("1e-12"))
+    assert m >= P.smallest_sample_size(kl, epsilon, delta)
     zero, more = P.explicit_sample_size([0, 2*kl], epsilon, delta, slack)
     assert zero == 2 or abs(zero + more - 2*m) <= 2 + 1e-12*m     # two roundings
 
@@ -292,18 +291,15 @@ def test_the_noise_drawn_has_the_spread_of_the_rule_and_depends_on_the_seed_alon
         "count": torch.tensor(3),
     }
     sigma = P.sigma_by_rule(weights, .1)
-    assert sigma["big"] == pytest.approx(
-        0.1 * weights["big"].pow(2).mean().sqrt().item()
-    ) and sigma.keys() == weights.keys() - {"count"}
+    assert sigma["big"] == pytest.approx(0.1 * weights["big"].pow(2).mean().sqrt().item())
+    assert sigma.keys() == weights.keys() - {"count"}
     one, same, other = (P.noisy_weights(weights, sigma, seed) for seed in (1, 1, 2))
     assert all(torch.equal(one[k], same[k]) for k in weights) and not torch.equal(one["big"], other["big"])
     for k in ("big", "zero"):
         assert (one[k] - weights[k]).std().item() == pytest.approx(sigma[k], rel=.1)
-    assert (
-        (P.noisy_weights(weights, 1.0, 0)["bn.running_var"] >= 0).all()
-        and one["count"] == 3
-        and weights["zero"].abs().sum() == 0
-    )
+    assert (P.noisy_weights(weights, 1.0, 0)["bn.running_var"] >= 0).all()
+    assert one["count"] == 3
+    assert weights["zero"].abs().sum() == 0
 
 
 def test_noise_tolerance_takes_the_largest_size_that_costs_little():
@@ -341,11 +337,9 @@ def test_the_figure_draws_what_it_says():
 
 def test_the_smallest_effective_k_is_one_that_lasts():
     sweep = pd.DataFrame({"k": [64, 1, 8, 8], "asr": [0., .5, 0., .03]})
-    assert (
-        P.smallest_effective(sweep, 0.02) == 8
-        and P.smallest_effective(sweep, 0.01) == 64
-        and np.isnan(P.smallest_effective(sweep.query("k < 9"), 0.001))
-    )
+    assert P.smallest_effective(sweep, 0.02) == 8
+    assert P.smallest_effective(sweep, 0.01) == 64
+    assert np.isnan(P.smallest_effective(sweep.query("k < 9"), 0.001))
 
 
 weights = {"w": torch.ones(2)}

@@ -88,10 +88,8 @@ def test_deletion_never_leaves_an_empty_caption():
 
 def test_captions_depend_on_seed_and_row_only():
     whole = augment_captions(CAPTIONS, 7)
-    assert (
-        augment_captions(CAPTIONS[3:], 7, rows=[3, 4]) == whole[3:]
-        and augment_captions(CAPTIONS[::-1], 7, rows=torch.arange(5).flip(0)) == whole[::-1]
-    )
+    assert augment_captions(CAPTIONS[3:], 7, rows=[3, 4]) == whole[3:]
+    assert augment_captions(CAPTIONS[::-1], 7, rows=torch.arange(5).flip(0)) == whole[::-1]
     assert len({tuple(augment_captions(CAPTIONS, s)) for s in range(20)}) == 20
     code = f"from mcl_repro.model.augmentation import augment_captions; print(augment_captions({CAPTIONS!r}, 7))"
     for_other_hashes = subprocess.run(
@@ -214,11 +212,9 @@ def test_colour_jitter_with_one_change_is_torchvisions(pictures, monkeypatch):
 def test_images_depend_on_the_seed_only(policy, pictures):
     state, before = torch.get_rng_state(), pictures.clone()
     once = augment_images(pictures, policy, 3)
-    assert (
-        torch.equal(once, augment_images(pictures, policy, 3))
-        and once.dtype == torch.uint8
-        and once.shape == pictures.shape
-    )
+    assert torch.equal(once, augment_images(pictures, policy, 3))
+    assert once.dtype == torch.uint8
+    assert once.shape == pictures.shape
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(pictures, before)
     views = augment_images(pictures[:1].expand(64, -1, -1, -1).contiguous(), policy, 3)
     assert len({v.numpy().tobytes() for v in views}) > (60 if policy == "roclip" else 25)       # an image each its own

@@ -161,11 +161,9 @@ def test_long_captions_are_cut_with_their_end_kept_and_counted():
     fits, longer = " ".join(["dog"]*(n - 2)), " ".join(["dog"]*(n - 1))   # one token a word, and start and end
     tokens, cut = tokenize(clip, [fits, longer, "dog", longer + " and a very much longer rest"])
     assert cut == 2 and tokens.shape == (4, n)
-    assert (
-        tokens[:, 0].tolist() == [start] * 4
-        and (tokens == end).sum(1).tolist() == [1] * 4
-        and tokens.argmax(1).tolist() == [n - 1, n - 1, 2, n - 1]
-    )
+    assert tokens[:, 0].tolist() == [start] * 4
+    assert (tokens == end).sum(1).tolist() == [1] * 4
+    assert tokens.argmax(1).tolist() == [n - 1, n - 1, 2, n - 1]
     assert torch.equal(tokens[0], tokens[1]) and torch.equal(embed_texts(clip, [fits]), embed_texts(clip, [longer]))
 
 

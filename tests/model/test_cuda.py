@@ -126,11 +126,9 @@ def test_stages_give_the_same_bytes_in_two_stores(tmp_path):
             ]
         )
         files.append([a.record["files"] for a in made])
-        assert (
-            made[0].record["device"] == {"type": "cuda"}
-            and made[0].record["peak_gpu_memory_mb"] > 0
-            and "gpu" in made[0].record["hardware"]
-        )
+        assert made[0].record["device"] == {"type": "cuda"}
+        assert made[0].record["peak_gpu_memory_mb"] > 0
+        assert "gpu" in made[0].record["hardware"]
     assert files[0] == files[1]
 
 
