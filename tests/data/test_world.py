@@ -2,13 +2,13 @@
 should.
 """
 import hashlib, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from mcl_repro.data import world
 from mcl_repro.core.errors import DataError
+from mcl_repro.data import world
+from mcl_repro.data.things import KINDS, kinds_of, parts, rasterise
 from mcl_repro.data.world import caption_sets, captions, classnames, content_hash, fingerprint, render, scenes, SPLITS
 
 LABELLED = [name for name, split in SPLITS.items() if split.kind == "labelled"]
@@ -96,7 +96,7 @@ def test_threads_draw_the_same():
 def test_import_is_light():
     out = run(
         "import sys, mcl_repro.data.world as w; print([m for m in ('torch', 'matplotlib', 'PIL', 'fontTools') "
-        "if m in sys.modules], w._things.cache_info().currsize)"
+        "if m in sys.modules], w.thing_textures.cache_info().currsize)"
     )
     assert out == "[] 0"
 
@@ -137,19 +137,19 @@ def test_drawing_changes_nothing():
 
 def test_every_kind_can_be_seen():
     "All symbols are in the font, all drawings parse, and each covers a fair part of its texture."
-    _, first, count, _, pieces = world._parts()
-    for i, kind in enumerate(world._KINDS):
+    _, first, count, _, pieces = parts()
+    for i, kind in enumerate(KINDS):
         if kind.source in ("tile", "person"):
             continue
-        area = np.max([world._rasterise(p)[..., 0] for p in first[i] + np.arange(count[i])], 0)
+        area = np.max([rasterise(p)[..., 0] for p in first[i] + np.arange(count[i])], 0)
         assert area.mean() > 0.06 * 255, kind.name
         assert (area[[0, -1]] == 0).all() and (area[:, [0, -1]] == 0).all(), kind.name
     for name, part in pieces.items():
-        assert world._rasterise(part)[..., 0].any(), name
+        assert rasterise(part)[..., 0].any(), name
 
 def test_main_things_differ_in_shape():
-    first = world._parts()[1]
-    shapes = np.stack([world._rasterise(first[i])[::6, ::6, :2].ravel() / 255 for i in range(40)])
+    first = parts()[1]
+    shapes = np.stack([rasterise(first[i])[::6, ::6, :2].ravel() / 255 for i in range(40)])
     shapes -= shapes.mean(1, keepdims=True)
     shapes /= np.linalg.norm(shapes, axis=1, keepdims=True)
     assert (shapes @ shapes.T - 2 * np.eye(40)).max() < 0.9
@@ -188,7 +188,7 @@ def test_labelled_splits_are_balanced(split):
     sc = scenes(split)
     number = np.bincount(sc.labels, minlength=len(classnames(split)))
     assert number.max() - number.min() <= 1 and number.min() >= 10
-    assert [world._KINDS[k].name for k in sc.kind[:50]] == [classnames(split)[i] for i in sc.labels[:50]]
+    assert [KINDS[k].name for k in sc.kind[:50]] == [classnames(split)[i] for i in sc.labels[:50]]
 
 def test_pretraining_is_mostly_main_things():
     sc = scenes("pretrain", 20_000)
@@ -202,9 +202,9 @@ def test_one_caption_in_twenty_is_wrong():
     sc = scenes("pretrain", 8000)
     wrong = world._mismatched(sc)
     assert abs(wrong.mean() - 0.05) < 0.008
-    names = [{k.name, *k.synonyms, world._plural(k.name), k.name.replace(" ", "")} for k in world._KINDS]
+    names = [{k.name, *k.synonyms, world._plural(k.name), k.name.replace(" ", "")} for k in KINDS]
     fits = np.array([any(n in text.lower() for n in names[k]) for k, text in zip(sc.kind, captions(sc))])
-    plain = np.isin(sc.kind, world._group("main", "things"))
+    plain = np.isin(sc.kind, kinds_of("main", "things"))
     assert fits[plain & ~wrong].mean() > 0.95 and fits[plain & wrong].mean() < 0.15
 
 def test_web_captions_are_noisy_and_short():
