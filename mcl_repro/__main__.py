@@ -1,4 +1,7 @@
+"`python -m mcl_repro` is the command `mcl_repro`, for a package that is not installed."
+import sys
+
 from mcl_repro.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,12 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-
-from ..lab.costs import KINDS, model_facts, StageWork
 from ..core.errors import StoreError
+from ..core.files import package_version, read_json, write_json
 from ..lab.attempt import hardware_facts, limit_threads
-from ..lab.identity import library_version
-from ..lab.store import read_record, write_record
+from ..lab.costs import KINDS, model_facts, StageWork
 
 # %% ../../nbs/run/calibration.ipynb #404c5cb8
 _MACHINE_KINDS = {"decode", "draw", "mixture", "gflop"}
@@ -61,7 +59,7 @@ def step_bytes(
     clip.model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         batch = read_batch(data, torch.arange(len(data)), clip.device)
-        loss = contrastive_loss(clip, batch)     # the graph lives as long as it
+        loss = contrastive_loss(clip, batch)     # noqa: F841 (the graph lives as long as it)
     clip.model.eval()
     return sum(held.values())
 
@@ -141,7 +139,7 @@ def measure_model(
     precision:str="fp32", # of training
     device:str="cpu",     # 'cpu' or 'cuda'
     seconds:float=.4,     # for each measurement, at least
-)->dict: # kind of work -> seconds per unit; `memory_fixed`, `memory_pair`: bytes of a training step
+)->dict:  # kind of work -> seconds per unit; `memory_fixed`, `memory_pair`: bytes of a training step
     "How fast this device does the work that belongs to a model."
     import torch
     from mcl_repro.model.clip import build_clip, save_clip
@@ -170,7 +168,7 @@ def measure_machine(
     size:int=224,      # side to which pictures are brought, pixels
     device:str="cpu",  # for matrix products
     seconds:float=.4,  # for each measurement, at least
-)->dict: # seconds per unit of `decode`, `draw`, `mixture` and `gflop`, on one core
+)->dict:  # seconds per unit of `decode`, `draw`, `mixture` and `gflop`, on one core
     "How fast pictures are read, mixtures fitted, and numbers multiplied."
     import numpy as np
     import torch
@@ -193,7 +191,7 @@ def measure_machine(
 def machine_room(
     device:str,      # 'cpu' or 'cuda'
     folder:str|Path, # where results go; need not be there yet
-)->dict: # bytes: `host`, `device`, `device_free` and free on the `disk`; `cores`
+)->dict:  # bytes: `host`, `device`, `device_free` and free on the `disk`; `cores`
     "Memory of the machine, memory of the device, room on the disk, and cores. None for what cannot be told."
     place = Path(folder).absolute()
     while not place.exists():
@@ -221,7 +219,7 @@ def _keep(path, known):
     "Write what is known; a folder that cannot be written is named."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_record(path, known)
+        write_json(path, known, error=None)
     except OSError as e:
         raise StoreError(f"{path.parent} cannot be written ({e.strerror or e}); give another folder with --runs, "
                          "or measure nothing with --no-calibration") from e
@@ -241,15 +239,15 @@ def calibrate(
     size:int=224,      # side of pictures, pixels
     measure:bool=True, # False: only what was measured before
     seconds:float=.4,  # for each measurement, at least
-)->dict: # architecture, or '' for the machine -> seconds per unit, and `key`: what was measured, in words
+)->dict:  # architecture, or '' for the machine -> seconds per unit, and `key`: what was measured, in words
     """Seconds per unit of every kind of work, measured once for each device, model, batch size, precision and PyTorch.
 
     Raises `StoreError` where the folder cannot be written.
     """
     path, found = Path(folder)/"calibration.json", {}
-    known = read_record(path) or {}
+    known = read_json(path, default=None) or {}
     threads = where.get("threads") or "default"
-    here = f"{device_name(where['type'])}, {threads} threads, torch {library_version('torch')}"
+    here = f"{device_name(where['type'])}, {threads} threads, torch {package_version('torch', build=False)}"
     for name, (batch, precision) in {"": (size, ""), **models}.items():
         key = f"{here}: {name or 'machine'}, {batch}{f', {precision}' if precision else ' px'}"
         wanted = _MODEL_KINDS if name else _MACHINE_KINDS
@@ -266,7 +264,7 @@ def stage_seconds(
     work:StageWork,
     rates:dict,      # of `calibrate`
     cores:int=1,     # that decode
-)->float|None: # None where something was not measured
+)->float|None:  # None where something was not measured
     "Estimated seconds of a stage in one process."
     seconds = {}
     for (kind, model), count in work.amounts.items():
@@ -280,7 +278,7 @@ def stage_seconds(
 def step_memory(
     step,            # one of `StageWork.steps`
     rates:dict,      # of `calibrate`
-)->float|None: # None where it was not measured
+)->float|None:  # None where it was not measured
     "Bytes that a training step takes on its device."
     model, pairs, _ = step
     known = rates.get(model)

@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 
 import mcl_repro
-from ..core import errors
 from ..core.errors import SettingsError
 
 # %% ../../nbs/run/notebooks.ipynb #70bab1e3
@@ -26,7 +25,7 @@ _SKIPPED = {"tutorials", "results"}
 
 def notebooks_folder(
     folder:str|Path|None=None,  # None: `nbs` beside the package, as in a checkout
-)->Path: # an existing folder
+)->Path:  # an existing folder
     "Where the notebooks are; raises `SettingsError` where there is none."
     found = Path(folder) if folder else Path(mcl_repro.__file__).resolve().parent.parent/"nbs"
     if found.is_dir():
@@ -59,7 +58,7 @@ def _is_paper(path):
 
 def find_notebooks(
     folder:str|Path|None=None,  # where to look, see `notebooks_folder`
-)->dict[str, Path]: # paper -> notebook, in reading order
+)->dict[str, Path]:  # paper -> notebook, in reading order
     "The notebooks of papers."
     root = notebooks_folder(folder)
     found = {}
@@ -98,7 +97,7 @@ def _literal(notebook, statement):
 
 def notebook_parameters(
     notebook:str|Path,  # a notebook with one cell tagged `parameters`
-)->dict: # name -> default, in the order of the cell
+)->dict:  # name -> default, in the order of the cell
     "What may be set from outside; raises `SettingsError` unless just one cell has the tag and it holds literals only."
     notebook = Path(notebook)
     tagged = _tagged(_cells(notebook), "parameters")
@@ -128,7 +127,7 @@ def check_parameters(
     name:str,    # how an error calls the notebook
     known:dict,  # from `notebook_parameters`
     given:dict,  # name -> value
-)->dict: # `given`
+)->dict:  # `given`
     "Refuse what the notebook does not have, and values of another type, before anything runs."
     for key, value in given.items():
         if key not in known:
@@ -157,7 +156,7 @@ def _module_file(name):
 def imported_modules(
     code:str,        # Python
     package:str="",  # the package that it belongs to, for relative imports
-)->set: # dotted names, also such as turn out to be functions
+)->set:  # dotted names, also such as turn out to be functions
     "What some code imports of this library, anywhere in it."
     found = set()
     for node in ast.walk(ast.parse(code)):
@@ -195,7 +194,7 @@ def _imports_of(file, package, changed):
 
 def used_modules(
     names,  # dotted names of modules
-)->dict: # name -> file
+)->dict:  # name -> file
     "Modules of this library and all that they import, directly or through others."
     found, waiting = {}, _with_packages(names)
     while waiting:
@@ -222,7 +221,7 @@ def _data_beside(folder):
 
 def used_files(
     names,  # dotted names of modules
-)->list: # source and data files, sorted
+)->list:  # source and data files, sorted
     "Every file of this library that some modules depend on."
     modules = used_modules(names)
     folders = {file.parent for file in modules.values()}
@@ -238,14 +237,14 @@ def _code(notebook):
 
 def exported_module(
     notebook:str|Path,
-)->str|None: # dotted name
+)->str|None:  # dotted name
     "The module of this library that a notebook exports."
     names = [name for cell in _code(notebook) for name in _EXPORTS.findall(cell)]
     return f"mcl_repro.{names[0]}" if names else None
 
 def notebook_modules(
     notebook:str|Path,
-)->set: # dotted names, also such as turn out to be functions
+)->set:  # dotted names, also such as turn out to be functions
     "What a notebook imports of this library itself, and the module that it exports."
     plain = "\n".join(cell for cell in _code(notebook) if not _MAGIC.match(cell))
     exported = exported_module(notebook)
@@ -254,20 +253,20 @@ def notebook_modules(
 # %% ../../nbs/run/notebooks.ipynb #46e237f2
 def hash_of(
     *parts, # texts
-)->str: # 64 hex digits
+)->str:  # 64 hex digits
     "Hash of some texts in order."
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 def source_key(
     notebook:str|Path,
-)->str: # 64 hex digits
+)->str:  # 64 hex digits
     "Hash of what is in a notebook's cells; stored outputs do not count."
     return hash_of(*(f"{c['cell_type']}\0{''.join(c['source'])}" for c in _cells(notebook)))
 
 def library_key(
     notebook:str|Path,
     also=(),           # modules that count besides, such as those that run plug-ins
-)->str: # 64 hex digits
+)->str:  # 64 hex digits
     "Hash of the library's source and data files that a notebook uses."
     found = hashlib.sha256()
     for path in used_files({*notebook_modules(notebook), *also}):

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from test_crash import alive, gone
+from paper_notebooks import STANDARD, TABLE, write
+from processes import alive, gone
 
+import mcl_repro
 from mcl_repro.run import batch
 from mcl_repro.run.batch import (
     executed_metadata, notebook_page, NotebookError, Progress, run_key, run_notebooks, shows_something,
@@ -20,33 +22,7 @@ from mcl_repro.core.errors import DataError, SettingsError, TrainingError, UserE
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.profiles import load_profile
 
-STANDARD = """profile = 'mini'
-device = 'auto'
-jobs = 1
-seeds = 1
-roles = {}
-overrides = {}
-runs = '../runs'
-"""
-TABLE = """
-from pathlib import Path
-from mcl_repro.report.tables import tidy, write_table
-df = tidy('ubt.table1', [dict(attack='BadNet', defense='UBT', metric='CA', value=value, unit='%')])
-write_table(df, 'ubt.table1', Path(runs)/profile, 'Made-up numbers.')
-"""
 VALUE = STANDARD + "value = 80.0"
-
-
-def write(folder, name, *cells, tags=("parameters",), kernel="python3", markdown=""):
-    "A notebook whose first code cell has the tags."
-    about = {"name": kernel, "display_name": kernel, "language": "python"}
-    nb = nbformat.v4.new_notebook(metadata={"kernelspec": about})
-    if markdown:
-        nb.cells.append(nbformat.v4.new_markdown_cell(markdown))
-    nb.cells += [nbformat.v4.new_code_cell(c) for c in cells]
-    nb.cells[1 if markdown else 0].metadata["tags"] = list(tags)
-    folder.mkdir(exist_ok=True, parents=True)
-    nbformat.write(nb, folder/name)
 
 
 @pytest.fixture
@@ -177,7 +153,7 @@ def test_key_follows_source_library_data_and_versions(nbs, lab, monkeypatch):
             m.setattr(batch, name, lambda *given: "other")
             assert key() != first
     with monkeypatch.context() as m:
-        m.setattr(batch.report, "_version", lambda package: "0.0")
+        m.setattr(batch, "package_version", lambda package: "0.0")
         assert key() != first
     role = next(iter(lab.profile["roles"]))
     ref = lab.role(role)
@@ -268,7 +244,7 @@ def test_kernel_is_this_interpreter_with_this_package(nbs, tmp_path, monkeypatch
     about = {"argv": ["/bin/false", "{connection_file}"], "display_name": "python3", "language": "python"}
     (spec/"kernel.json").write_text(json.dumps(about))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path/"share"))
-    package = str(Path(batch.__file__).with_name("__init__.py"))
+    package = mcl_repro.__file__
     check = f"""import sys, os, mcl_repro
 assert sys.executable == {sys.executable!r}
 assert mcl_repro.__file__ == {package!r}
@@ -312,9 +288,9 @@ def start(nbs, *more):
     "The same run as a process of its own."
     words = ["run", "ubt", "--profile", "smoke", "--device", "cpu", "--runs", str(nbs.parent/"runs"),
              "--notebooks", str(nbs)]
-    return subprocess.Popen([sys.executable, "-m", "mcl_repro.cli", *words, *more], stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-m", "mcl_repro", *words, *more], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"),
-                            cwd=Path(batch.__file__).parent.parent, start_new_session=True)
+                            cwd=Path(mcl_repro.__file__).parent.parent, start_new_session=True)
 
 
 def wait_for(path, seconds=90):

@@ -5,20 +5,21 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from test_batch import STANDARD, write
+from paper_notebooks import STANDARD, write
 
-from mcl_repro.run import batch
+import mcl_repro
 from mcl_repro.cli import main as cli
-from mcl_repro.run import planning
-from mcl_repro.lab.costs import model_facts
 from mcl_repro.core.errors import DataError, SettingsError
+from mcl_repro.lab.costs import model_facts
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.status import read_status
-from mcl_repro.run.notebooks import find_notebooks
-from mcl_repro.run.planning import make_plan, plan_json, plan_paper, plan_rows, plan_text
 from mcl_repro.papers.stages import clean_clip, finetuned_clip, poisoned_pairs
+from mcl_repro.run import batch, planning
+from mcl_repro.run.notebooks import find_notebooks
+from mcl_repro.run.plan_text import plan_json, plan_rows, plan_text
+from mcl_repro.run.planning import make_plan, plan_paper
 
-NBS = Path(planning.__file__).resolve().parent.parent/"nbs"
+NBS = Path(mcl_repro.__file__).resolve().parent.parent/"nbs"
 
 
 def tiny_plan(lab, settings, tables=()):
