@@ -205,7 +205,7 @@ def plan_unlearning(
     "Unlearning. `parts.repaired` and `parts.judged`: (attack, defence, seed) -> model, measurement."
     lab, parts, wanted = experiments.lab, experiments.parts, "cfbd.table2" in experiments.wanted
     parts.fed = [a for a in settings.cfbd.unlearned_attacks if a in experiments.attacks] if wanted else []
-    parts.repaired = {(a, name, s): experiments.defenses[name](parts.trained[a, s])
+    parts.repaired = {(a, name, s): experiments.defences[name](parts.trained[a, s])
                       for a in parts.fed for name in FED_BY for s in lab.seeds}
     parts.judged = {(a, name, s): experiments.measure(model, parts.trained[a, s])
                     for (a, name, s), model in parts.repaired.items()}
@@ -224,7 +224,7 @@ def cfbd_plan(
     experiments = Experiments(lab, TABLES, tables, own.attacks, attack_names, counts=own.counts)
     experiments.parts.mapping = mapping_node(lab, experiments.clean, own)
     experiments.steps = lambda chain: detection_steps(experiments, settings, chain)
-    experiments.defenses = cfbd_defences(experiments, settings)
+    experiments.defences = cfbd_defences(experiments, settings)
     plan_training(experiments)
     plan_poison_rates(experiments, settings)
     plan_scans(experiments, settings)

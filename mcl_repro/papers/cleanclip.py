@@ -460,7 +460,7 @@ class CleanclipExperiments(Experiments):
         self.options = dict(settings.cleanclip, synonyms=known)
         for name, entry in cleaning.structured.attacks.items():
             self.attacks[name] = structured_attack(lab, entry, self.image_size)
-        self.defenses = {
+        self.defences = {
             "No defense": lambda chain: chain.victim,
             "Contrastive only": partial(self.cleaned, self_supervised_weight=0.),
             "Self-supervised only": partial(self.cleaned, clip_weight=0.),
@@ -527,7 +527,7 @@ def add(
     **which,       # of `chain`
 ):
     "One line with a defence made for it."
-    self.defenses[name] = defense
+    self.defences[name] = defense
     self.line(table, [name], labels, **which)
 
 # %% ../../nbs/papers/cleanclip.ipynb #5ce6a3e8
@@ -701,7 +701,7 @@ def plan_embeddings(plan: CleanclipExperiments):
     "`parts.embedded`: attack -> name -> model; `parts.released`: the models that are judged as the public code does."
     def models(attack, names):
         chain = plan.chain(attack, plan.lab.seeds[0])
-        return {"Public CLIP": plan.clean, **{name: plan.defenses[name](chain) for name in names}}
+        return {"Public CLIP": plan.clean, **{name: plan.defences[name](chain) for name in names}}
     cleaning = plan.settings.cleaning
     shown = ["No defense", "Contrastive only", "Self-supervised only", "CleanCLIP", "Supervised"]
     plan.parts.embedded = {a: models(a, shown) for a in cleaning.tsne.attacks if a in plan.main_attacks}

@@ -553,7 +553,7 @@ def plan_divergence(plan # an `Experiments`
     lines = [line for line in plan.lines if line.table == "ubt.table3"]
     def of(line):
         return [kl_to_retrained(plan, model, chain.seed) for chain, model in zip(line.chains, line.models)]
-    plan.parts.kl = {(line.labels["attack"], line.defense): of(line) for line in lines}
+    plan.parts.kl = {(line.labels["attack"], line.defence): of(line) for line in lines}
     plan.parts.kl_public = [kl_to_retrained(plan, plan.clean, s) for s in plan.lab.seeds] if lines else []
 
 def plan_overfitting(plan,      # an `Experiments`
@@ -605,11 +605,11 @@ def timed_steps(plan, # an `Experiments`
                 chain # one of its chains
     ) -> dict: # printed name -> nodes of the training, nodes of the defence; None where there is no such step
     "What Table VIII adds up."
-    unlearning = plan.defenses["UBT"](chain)
+    unlearning = plan.defences["UBT"](chain)
     return {
         "No defense": ([chain.victim], []),
-        "CleanCLIP": ([chain.victim], [plan.defenses["CleanCLIP"](chain)]),
-        "RoCLIP": ([plan.defenses["RoCLIP"](chain)], []),
+        "CleanCLIP": ([chain.victim], [plan.defences["CleanCLIP"](chain)]),
+        "RoCLIP": ([plan.defences["RoCLIP"](chain)], []),
         "UBT": ([chain.victim], [chain.split, chain.overfit, chain.select, unlearning]),
     }
 
@@ -646,7 +646,7 @@ def plan_chains(plan,      # an `Experiments`
     parts.sizes = {label: over_seeds(plan, basic, **part) for label, part in sizes}
     both = [a for a in ("BadNet", "Blended") if a in plan.attacks and "ubt.table2" in wanted]
     shown = dict.fromkeys([basic, *both] if both else [])
-    parts.isolated = {a: [plan.defenses["ABL"](c) for c in over_seeds(plan, a)] for a in shown}
+    parts.isolated = {a: [plan.defences["ABL"](c) for c in over_seeds(plan, a)] for a in shown}
 
 # %% ../../nbs/papers/ubt.ipynb #35d2ddce
 def chain_nodes(plan # an `Experiments`
@@ -689,7 +689,7 @@ def ubt_plan(lab,            # a `Lab`
         own = dict(settings.ubt, unlearn_count=count)
         return ubt_nodes(lab, plan.clean, chain.poisoned, chain.victim, own, chain.seed)
     plan = Experiments(lab, list(UBT_TABLES), tables, settings.ubt.attacks, attack_names, steps=first_steps)
-    plan.defenses = ubt_variants(plan) | compared_defenses(plan)
+    plan.defences = ubt_variants(plan) | compared_defenses(plan)
     attack_lines(plan)
     data_lines(plan)
     basic = next(iter(plan.attacks))     # the attack of Tables V to X: BadNet

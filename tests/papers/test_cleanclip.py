@@ -695,7 +695,7 @@ def test_the_plan_computes_nothing_and_holds_every_table_and_figure(lab, monkeyp
 
 def test_models_with_a_head_are_measured_by_their_head(lab):
     plan = cleanclip_plan(lab, lab.profile, tables=["cleanclip.main"])
-    measured = {line.defense: stages_of(line.found) for line in plan.lines}
+    measured = {line.defence: stages_of(line.found) for line in plan.lines}
     by_head, by_prompts = Counter(head_classification=1), Counter(classification=1)
     assert measured == {
         "No defense": by_prompts, "CleanCLIP": by_prompts, "Supervised": by_head, "Linear probe": by_head,

@@ -87,7 +87,7 @@ def installed(tmp_path, monkeypatch):
 def planned(lab, names=(), table="ubt.table1", more=(), cls=Experiments):
     "Two defences on every attack, as a paper's notebook plans them."
     e = cls(lab, [table], attacks={"BadNet": "BadNet", "Blended": "Blended"}, attack_names=names)
-    e.defenses = {"No defense": lambda c: c.victim, "UBT": lambda c: c.victim}
+    e.defences = {"No defense": lambda c: c.victim, "UBT": lambda c: c.victim}
     for a in e.attacks:
         e.line(table, ["No defense", "UBT"], dict(attack=a), attack=a)
     for which in more:
@@ -95,7 +95,7 @@ def planned(lab, names=(), table="ubt.table1", more=(), cls=Experiments):
     return e
 
 def named(e):
-    return [(l.labels.get("attack"), l.defense) for l in e.lines]
+    return [(l.labels.get("attack"), l.defence) for l in e.lines]
 
 
 # without a plug-in
@@ -129,9 +129,9 @@ def test_the_other_lines_keep_their_keys(installed, lab):
 
 def test_only_lists_of_defences_and_lines_of_attacks_get_more(installed, lab):
     more = [
-        dict(defenses=["No defense"], labels=dict(attack="BadNet"), attack="none"),
-        dict(defenses=["UBT"], labels=dict(backdoor_number=750), attack="BadNet", count=6),
-        dict(defenses=["No defense", "UBT"], labels={}, attack="none"),
+        dict(defences=["No defense"], labels=dict(attack="BadNet"), attack="none"),
+        dict(defences=["UBT"], labels=dict(backdoor_number=750), attack="BadNet", count=6),
+        dict(defences=["No defense", "UBT"], labels={}, attack="none"),
     ]
     e = planned(lab, ["BadNet", "dots"], more=more)
     assert named(e)[6:] == [
@@ -205,14 +205,14 @@ def test_another_code_is_another_node_and_is_refused_elsewhere(installed, lab):
     # as old as it could be: the key is of what stands there
     os.utime(installed/"dotted.py", (1, 1))
     second = planned(lab)
-    keys = lambda e, a, d: {n.key for l in e.lines if (l.labels["attack"], l.defense) == (a, d) for n in l.found}
+    keys = lambda e, a, d: {n.key for l in e.lines if (l.labels["attack"], l.defence) == (a, d) for n in l.found}
     assert keys(first, "BadNet", "UBT") == keys(second, "BadNet", "UBT")
     assert not keys(first, "dots", "UBT") & keys(second, "dots", "UBT") and not keys(first, "BadNet", "soften") & keys(
         second, "BadNet", "soften"
     )
     with pytest.raises(SettingsError, match=f"'{known}' is none of"):
         make_attack(known)
-    stale, = {l.models[0] for l in first.lines if (l.labels["attack"], l.defense) == ("BadNet", "soften")}
+    stale, = {l.models[0] for l in first.lines if (l.labels["attack"], l.defence) == ("BadNet", "soften")}
     with pytest.raises(SettingsError, match="defence soften is not here with the code"):
         P.repaired_clip(None, **stale.settings)
 
@@ -265,7 +265,7 @@ def work_in(folder):
 def test_a_repair_that_was_stopped_before_its_commit_is_made_again(tmp_path, installed, lab):
     e = planned(lab, ["BadNet"])
     c = e.chain("BadNet")
-    node = next(l.models[0] for l in e.lines if l.defense == "soften")
+    node = next(l.models[0] for l in e.lines if l.defence == "soften")
     inputs = dict(node.settings, clip=lab.run(c.victim), poisoned=lab.run(c.poisoned))
     work = work_in(tmp_path/"a")
     (work.scratch/"repair").mkdir(parents=True)
@@ -287,7 +287,7 @@ def test_a_method_that_trains_on_trusted_pairs_gets_these(lab):
     P.register_repair("fit")(Method(fit, ("pairs",), "Fit.", holds_out="pairs"))
     e = planned(lab, ["BadNet"])
     assert P.takes(METHODS["fit"]) == {"pairs", "trusted"}
-    lab.run(next(l.models[0] for l in e.lines if l.defense == "fit"))
+    lab.run(next(l.models[0] for l in e.lines if l.defence == "fit"))
     assert got == [("world:validation:200", None)]
 
 def test_a_defence_that_fails_is_named_and_loses_nothing(lab):
@@ -297,7 +297,7 @@ def test_a_defence_that_fails_is_named_and_loses_nothing(lab):
     e = planned(lab, ["BadNet"])
     with pytest.raises(SettingsError, match="no such thing"):
         e.run()
-    assert all(lab.store.read(n.stage.name, n.key) for l in e.lines if l.defense != "fails" for n in l.found)
+    assert all(lab.store.read(n.stage.name, n.key) for l in e.lines if l.defence != "fails" for n in l.found)
 
 
 # other processes
@@ -358,8 +358,8 @@ CELLS = ["\n".join(f"{k} = {v!r}" for k, v in {**STANDARD, "tables": [], "attack
 from mcl_repro.lab.lab import Lab
 lab = Lab(profile, device, runs, roles=roles, seeds=seeds, settings=overrides, jobs=jobs)
 experiments = Experiments(lab, ["ubt.table1"], tables, lab.profile.ubt.attacks, attack_names)
-experiments.defenses = {"No defense": lambda c: c.victim, "Public CLIP": lambda c: experiments.clean}
-for a in experiments.attacks: experiments.line("ubt.table1", list(experiments.defenses)[:2], dict(attack=a), attack=a)
+experiments.defences = {"No defense": lambda c: c.victim, "Public CLIP": lambda c: experiments.clean}
+for a in experiments.attacks: experiments.line("ubt.table1", list(experiments.defences)[:2], dict(attack=a), attack=a)
 experiments.run()
 experiments.table("ubt.table1", experiments.note("CC3M"))
 lab.close()"""]
