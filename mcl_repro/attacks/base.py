@@ -6,7 +6,7 @@
 __all__ = ['ATTACKS', 'mentions', 'target_captions', 'Attack', 'BadNets', 'Blended', 'SIG', 'SSBA', 'TrojVQA', 'WaNet',
            'LabelConsistent', 'MmPoison', 'Trojan', 'BadCLIP', 'make_attack', 'square_pixels', 'trigger_images',
            'TriggeredImages', 'poison_count', 'Poisoned', 'eligible_rows', 'poison', 'save_poisoned',
-           'read_stored_array', 'read_stored_json', 'load_poisoned', 'check_attack', 'distortion', 'poison_gallery']
+           'read_stored_array', 'load_poisoned', 'check_attack', 'distortion', 'poison_gallery']
 
 # %% ../../nbs/attacks/base.ipynb #75cbb0d8
 import hashlib, json, re
@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from PIL import Image
 
-from ..model.clip import imagenet_templates
-from ..data.pairs import ArrayImages, ConcatImages, Images, Pairs
-from ..core.errors import DataError, SettingsError
 from .steganography import encoder_from, hide, secret_bits
-from ..data.pairs import MixedImages
+from ..core.errors import DataError, SettingsError
+from ..core.files import read_json
+from ..data.pairs import ArrayImages, ConcatImages, Images, MixedImages, Pairs
+from ..model.clip import imagenet_templates
 
 # %% ../../nbs/attacks/base.ipynb #6a98247a
 def _pixels(images, # what should be pictures
@@ -48,8 +49,9 @@ def target_captions(target: str, # class name, for example 'banana'
                     count: int, # how many
                     rng: np.random.Generator # draws the templates
                    ) -> list[str]:
-    """`count` captions of the target, each one of the 80 ImageNet templates drawn uniformly (CleanCLIP's code; UBT
-    section V)
+    """`count` captions of the target, each one of the 80 ImageNet templates, drawn uniformly.
+
+    Source: CleanCLIP's code; UBT section V.
     """
     templates = imagenet_templates()
     return [templates[i].format(target) for i in rng.integers(0, len(templates), count)]
@@ -64,8 +66,9 @@ class Attack:
     uses_rng = True # whether `paint` draws from `rng`; if not, it gets None, and images are painted many at a time
 
     def paint(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The trigger on a fresh copy of uint8 [n, H, W, 3], each image as it would be alone; may write into `images`
-        and return them
+        """The trigger on a fresh copy of uint8 [n, H, W, 3], each image as it would be alone.
+
+        May write into `images` and return them.
         """
         raise NotImplementedError(f"{type(self).__name__}.paint")
     def captions(self, captions: list[str], target: str, rng: np.random.Generator) -> list[str]:
@@ -79,8 +82,6 @@ class Attack:
         return {}
 
 # %% ../../nbs/attacks/base.ipynb #3e73f9b3
-from fastcore.basics import patch
-
 @patch
 def apply(self: Attack,
           images: np.ndarray, # uint8 [n, H, W, 3], not modified
@@ -102,11 +103,10 @@ def _short(value):
     "A setting as JSON: an array by its size and hash, texts by what they say whatever width numpy stores them in"
     if not isinstance(value, np.ndarray):
         return value
-    what = json.dumps(value.tolist()).encode() if value.dtype.kind == "U" else np.ascontiguousarray(value).tobytes()
-    return (
-        f"{'x'.join(map(str, value.shape))}{' texts' if value.dtype.kind == 'U' else ''} sha256 "
-        f"{hashlib.sha256(what).hexdigest()[:12]}"
-    )
+    texts = value.dtype.kind == "U"
+    content = json.dumps(value.tolist()).encode() if texts else np.ascontiguousarray(value).tobytes()
+    size = "x".join(map(str, value.shape)) + (" texts" if texts else "")
+    return f"{size} sha256 {hashlib.sha256(content).hexdigest()[:12]}"
 
 # %% ../../nbs/attacks/base.ipynb #3db344ac
 def _one_of(value, choices: tuple, name: str):
@@ -182,8 +182,9 @@ def _corners(placement: str, # where a patch goes
 # %% ../../nbs/attacks/base.ipynb #7098e51c
 @dataclass(frozen=True, eq=False)
 class BadNets(Attack):
-    """A square patch (BadNets; CleanCLIP's `backdoor/utils.py` for pattern noise at a random place, BadCLIP for a given
-    picture)
+    """A square patch.
+
+    Source: BadNets; CleanCLIP's `backdoor/utils.py` for pattern noise at a random place, BadCLIP for a given picture.
     """
     pattern: str | np.ndarray = "noise" # 'noise', 'checker', 'grid', 'yellow' or uint8 [h, w, 3]
     placement: str = "random" # 'random', 'corner', 'four_corners' or 'centre'
@@ -369,8 +370,9 @@ def paint(self: TrojVQA, images, rng):
 # %% ../../nbs/attacks/base.ipynb #22421914
 @dataclass(frozen=True)
 class WaNet(Attack):
-    """The image bent by a fixed field (WaNet, Nguyen and Tran ICLR 2021; `grid=224, strength=1` is the jitter of
-    CleanCLIP's code)
+    """The image bent by a fixed field.
+
+    Source: WaNet, Nguyen and Tran ICLR 2021; `grid=224, strength=1` is the jitter of CleanCLIP's code.
     """
     grid: int = 4 # control points to a side, k; as many as pixels: each pixel is moved by itself
     strength: float = .5 # s, twice the mean displacement along an axis, in pixels
@@ -391,11 +393,8 @@ def places(self: WaNet,
     "Where each pixel is read: its own place, moved by the field and held inside the image"
     noise = np.random.default_rng(self.pattern_seed).uniform(-1, 1, (1, 2, self.grid, self.grid))
     noise = torch.from_numpy((noise/np.abs(noise).mean()).astype(np.float32))
-    moved = (
-        F.interpolate(noise, (height, width), mode="bicubic", align_corners=True)
-        * self.strength
-        / torch.tensor([width, height]).view(1, 2, 1, 1)
-    )
+    field = F.interpolate(noise, (height, width), mode="bicubic", align_corners=True)
+    moved = field*self.strength/torch.tensor([width, height]).view(1, 2, 1, 1)
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     return (torch.stack([x, y])[None] + moved).clamp(-1, 1).permute(0, 2, 3, 1)
 
@@ -405,11 +404,8 @@ def paint(self: WaNet, images, rng):
     places = self.places(*images.shape[1:3])
     for image in images:
         channels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-        image[:] = _to_uint8(
-            F.grid_sample(channels, places, mode="bilinear", padding_mode="border", align_corners=True)[0]
-            .permute(1, 2, 0)
-            .numpy()
-        )
+        bent, = F.grid_sample(channels, places, mode="bilinear", padding_mode="border", align_corners=True)
+        image[:] = _to_uint8(bent.permute(1, 2, 0).numpy())
     return images
 
 # %% ../../nbs/attacks/base.ipynb #bcccf429
@@ -426,9 +422,9 @@ class LabelConsistent(BadNets):
 # %% ../../nbs/attacks/base.ipynb #d6ae5222
 @dataclass(frozen=True)
 class MmPoison(Attack):
-    """Pairs of one class with captions of the target, pictures untouched (after Yang et al.
+    """Pairs of one class with captions of the target, pictures untouched.
 
-    ICML 2023, as CFBD may have used it)
+    Source: Yang et al. ICML 2023, as CFBD may have used it.
     """
     source: str = "umbrella" # the class whose pairs are poisoned, as captions name it
     name, has_trigger, uses_rng = "mmpoison", False, False
@@ -446,9 +442,9 @@ class MmPoison(Attack):
 # %% ../../nbs/attacks/base.ipynb #75263b26
 @dataclass(frozen=True, eq=False)
 class Trojan(Attack):
-    """A given pattern, optimised against the clean model's neurons, pasted into the image (TrojanNN, Liu et al.
+    """A given pattern, optimised against the clean model's neurons, pasted into the image.
 
-    NDSS 2018)
+    Source: TrojanNN, Liu et al. NDSS 2018.
     """
     pattern: np.ndarray # uint8 [h, w, 3], resized to the patch where it does not fit
     placement: str = "corner" # 'corner' (bottom right), 'four_corners' or 'centre'
@@ -477,12 +473,8 @@ class BadCLIP(Trojan):
 
     def __post_init__(self):
         super().__post_init__()
-        if (
-            not isinstance(self.texts, np.ndarray)
-            or self.texts.dtype.kind != "U"
-            or self.texts.ndim != 1
-            or not len(self.texts)
-        ):
+        texts = self.texts
+        if not isinstance(texts, np.ndarray) or texts.dtype.kind != "U" or texts.ndim != 1 or not len(texts):
             raise SettingsError("texts: must be a numpy array of captions, one text each, and at least one")
     def captions(self, captions, target, rng):
         drawn = [self.texts[i].item() for i in rng.integers(0, len(self.texts), len(captions))]
@@ -529,8 +521,8 @@ def trigger_images(attack: Attack, # whose trigger
                   ) -> np.ndarray: # uint8 [n, H, W, 3]
     """Images with the trigger.
 
-    What is random depends on (seed, row) only, so any batch of a set gets the same pixels; where nothing is, all are
-    painted at once
+    What is random depends on (seed, row) only, so any batch of a set gets the same pixels. Where nothing is random,
+    all are painted at once.
     """
     images = _pixels(images)
     rows = np.arange(len(images)) if rows is None else np.asarray(rows)
@@ -684,10 +676,8 @@ def save_poisoned(poisoned: Poisoned, # what to store
     for name in [k for k, v in settings.items() if isinstance(v, np.ndarray)]:
         np.save(folder/f"attack_{name}.npy", settings[name], allow_pickle=False)
         settings[name] = {"array": f"attack_{name}.npy"}
-    about = dict(
-        attack=poisoned.attack.name, settings=settings, target=poisoned.target, seed=poisoned.seed,
-        geometry=poisoned.geometry, clean=clean.fingerprint,
-    )
+    about = dict(attack=poisoned.attack.name, settings=settings, target=poisoned.target, seed=poisoned.seed,
+                 geometry=poisoned.geometry, clean=clean.fingerprint)
     (folder/"captions.json").write_text(json.dumps(poisoned.captions, ensure_ascii=False, indent=0), encoding="utf-8")
     (folder/"poison.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
     return folder
@@ -700,19 +690,13 @@ def read_stored_array(path: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError) as e:
         raise DataError(f"{path}: not a readable array ({e}); make the poisoned set again") from None
 
-def read_stored_json(path: Path):
-    "What a .json file holds; `DataError` where it is missing or damaged"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path}: not readable ({e}); make the poisoned set again") from None
-
 def load_poisoned(folder: Path, # written by `save_poisoned`
                   pairs: Pairs # the clean pairs
                  ) -> Poisoned: # equal to what was saved, byte for byte
     "Read a poisoned set back; `DataError` for other clean pairs or damaged files"
     folder = Path(folder)
-    about, captions = read_stored_json(folder/"poison.json"), read_stored_json(folder/"captions.json")
+    remedy = "make the poisoned set again"
+    about, captions = (read_json(folder/name, remedy=remedy) for name in ("poison.json", "captions.json"))
     if about["clean"] != pairs.fingerprint:
         raise DataError(f"{folder}: was made from other pairs than {pairs.name}; open the same clean pairs")
     rows = read_stored_array(folder/"rows.npy")
@@ -724,10 +708,8 @@ def load_poisoned(folder: Path, # written by `save_poisoned`
         )
     array = lambda v: read_stored_array(folder/Path(v["array"]).name) if isinstance(v, dict) else v
     attack = make_attack(about["attack"], **{k: array(v) for k, v in about["settings"].items()})
-    return Poisoned(
-        _mix(pairs, rows, images, captions, about["seed"]), rows, images, captions, about["target"], attack,
-        about["seed"], about["geometry"],
-    )
+    mixed, seed = _mix(pairs, rows, images, captions, about["seed"]), about["seed"]
+    return Poisoned(mixed, rows, images, captions, about["target"], attack, seed, about["geometry"])
 
 # %% ../../nbs/attacks/base.ipynb #a1782957
 def _demo_pairs(size: int, target: str, other: str="place", count: int=24) -> Pairs:
@@ -776,6 +758,23 @@ def _check_captions(attack: Attack, target: str):
     )
     assert isinstance(attack.prompt_prefix, str), "prompt_prefix must be a text"
 
+def _check_poison(attack: Attack, target: str, size: int):
+    "What `poison` makes of an attack"
+    # an attack that takes the pairs of one class finds some
+    pairs = _demo_pairs(size, target, getattr(attack, "source", "place"))
+    bad, again = (poison(pairs, attack, target, count=3, image_size=size, seed=2) for _ in range(2))
+    assert len(bad.pairs) == len(pairs) and bad.flags.sum() == 3 and bad.pairs.ids == pairs.ids, (
+        "poison must replace rows and keep ids"
+    )
+    painted = (bad.images != pairs.image_array(bad.rows, size)).any((1, 2, 3))
+    renamed = np.array([pairs.captions[r] != c for r, c in zip(bad.rows, bad.captions)])
+    assert (painted | renamed).all(), "a poisoned pair is as it was"
+    left = np.flatnonzero(~bad.flags)
+    untouched = bad.pairs.image_array(left, size) == pairs.image_array(left, size)
+    assert untouched.all(), "a pair that is not poisoned has changed"
+    assert bad.pairs.fingerprint == again.pairs.fingerprint, "the same seed gave another set"
+
+# %% ../../nbs/attacks/base.ipynb #cbf977b3
 def check_attack(attack: Attack, # what to check
                  size: int=32, # image side, pixels
                  target: str="banana" # any class name
@@ -784,26 +783,9 @@ def check_attack(attack: Attack, # what to check
     _check_images(attack, size)
     _check_captions(attack, target)
     told = attack.describe(size)
-    assert json.loads(json.dumps(told)) == told and told["name"] == attack.name, (
-        "describe must be plain JSON with the name"
-    )
-    # an attack that takes the pairs of one class finds some
-    pairs = _demo_pairs(size, target, getattr(attack, "source", "place"))
-    bad = poison(pairs, attack, target, count=3, image_size=size, seed=2)
-    assert len(bad.pairs) == len(pairs) and bad.flags.sum() == 3 and bad.pairs.ids == pairs.ids, (
-        "poison must replace rows and keep ids"
-    )
-    changed = (bad.images != pairs.image_array(bad.rows, size)).any((1, 2, 3)) | [
-        pairs.captions[r] != c for r, c in zip(bad.rows, bad.captions)
-    ]
-    assert changed.all(), "a poisoned pair is as it was"
-    left = np.flatnonzero(~bad.flags)
-    assert (bad.pairs.image_array(left, size) == pairs.image_array(left, size)).all(), (
-        "a pair that is not poisoned has changed"
-    )
-    assert bad.pairs.fingerprint == poison(pairs, attack, target, count=3, image_size=size, seed=2).pairs.fingerprint, (
-        "the same seed gave another set"
-    )
+    plain = json.loads(json.dumps(told)) == told and told["name"] == attack.name
+    assert plain, "describe must be plain JSON with the name"
+    _check_poison(attack, target, size)
     return told
 
 # %% ../../nbs/attacks/base.ipynb #48251ee0
@@ -852,9 +834,8 @@ def poison_gallery(clean: Pairs, # the pairs that were poisoned
 def _label(attack: Attack) -> str:
     "Name and the settings that are words (and WaNet's grid, which makes it one attack or another), as a short title"
     told = {f.name: getattr(attack, f.name) for f in fields(attack)}
-    return " ".join(
-        [attack.name, *(str(v) for k, v in told.items() if (isinstance(v, str) and k != "overflow") or k == "grid")]
-    )
+    said = [str(v) for k, v in told.items() if isinstance(v, str) and k != "overflow" or k == "grid"]
+    return " ".join([attack.name, *said])
 
 def _wrapped(text: str, width: int=34) -> str:
     "Text in short lines"

@@ -18,7 +18,7 @@ import torch
 
 from mcl_repro.attacks.base import (
     Attack, ATTACKS, check_attack, distortion, eligible_rows, make_attack, mentions, poison, poison_count,
-    poison_gallery, Poisoned, read_stored_array, read_stored_json, save_poisoned, square_pixels, trigger_images,
+    poison_gallery, Poisoned, read_stored_array, save_poisoned, square_pixels, trigger_images,
     TriggeredImages,
 )
 from .cards import Card, limits_of, write_card
@@ -26,6 +26,7 @@ from ..model.clip import Clip, embed_images, embed_texts, tokenize, zero_shot_we
 from ..data.pairs import Images, LabelledImages, Pairs
 from ..data.readers import write_csv_pairs
 from ..core.errors import DataError, SettingsError, StoreError
+from ..core.files import read_json
 from mcl_repro.tools.inputs import (
     as_clip, as_labelled, as_pairs, Cost, first_error, input_row, model_title, pair_remarks, readable_pairs,
 )
@@ -238,7 +239,7 @@ def load_attack(folder # written by `attack`, or its `truth`
     truth = folder if (folder/"poison.json").is_file() else folder/"truth"
     if not (truth/"poison.json").is_file():
         raise DataError(f"{folder}: no attack was written there; give the folder that attack() wrote, with its truth/")
-    about = read_stored_json(truth/"poison.json")
+    about = read_json(truth/"poison.json", remedy="make the poisoned set again")
     kinds = dict(attack=str, settings=dict, target=str, seed=int)
     if not isinstance(about, dict) or not all(isinstance(about.get(k), t) for k, t in kinds.items()):
         raise DataError(f"{truth/'poison.json'}: not what attack() writes; make the poisoned set again")

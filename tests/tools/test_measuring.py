@@ -251,7 +251,7 @@ def test_a_damaged_or_missing_record_is_one_line(tmp_path):
         M.load_attack(tmp_path)
     (tmp_path/"truth").mkdir()
     (tmp_path/"truth"/"poison.json").write_bytes(b"{\xff")
-    with pytest.raises(DataError, match="not readable"):
+    with pytest.raises(DataError, match="make the poisoned set again"):
         M.load_attack(tmp_path)
 
 
