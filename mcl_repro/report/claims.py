@@ -24,15 +24,13 @@ from filelock import FileLock
 from markupsafe import Markup
 
 from ..core.errors import SettingsError, StoreError
+from ..core.words import near
+from ..core.files import package_yaml, sha256_of, write_atomically
 from ..measures.metrics import resamples
 from ..lab.store import read_record
 from .page import VERDICTS
-from mcl_repro.report.printed import (
-    label_text, near_hint, paper_table, printed_entries, printed_value, read_printed, table_spec,
-)
-from mcl_repro.report.tables import (
-    page_templates, printed_name, read_items, read_table, sha256_of, show_table, sidecar_path, write_atomically,
-)
+from .printed import label_text, paper_table, printed_entries, printed_value, table_spec
+from .tables import page_templates, printed_name, read_items, read_table, show_table, sidecar_path
 
 # %% ../../nbs/report/claims.ipynb #4792712c
 RELATIONS = ("below", "above", "at_most", "at_least", "between")
@@ -50,7 +48,7 @@ def _check_rule(id, rule):
     if not isinstance(rule, dict) or not isinstance(rule.get("of"), dict) or "table" not in rule["of"]:
         raise SettingsError(f"{id}: a rule needs `of` with a table, found {rule!r}")
     if odd := set(rule) - set(_RULE):
-        raise SettingsError(f"{id}: {near_hint(odd.pop(), _RULE, 'entry of a rule')}")
+        raise SettingsError(f"{id}: {near(odd.pop(), _RULE, 'entry of a rule')}")
     found = [r for r in RELATIONS if r in rule]
     if len(found) != 1:
         raise SettingsError(
@@ -100,20 +98,20 @@ def read_claims(
     rules = {
         id: e
         for p in dict.fromkeys(c["paper"] for c in known.values())
-        for id, e in read_printed(f"claims/{p}.yaml").items()
+        for id, e in package_yaml(f"report/papers/claims/{p}.yaml").items()
     }
     for id, entry in rules.items():
         if id not in known:
-            raise SettingsError(f"papers/claims: {near_hint(id, known, 'claim')}")
+            raise SettingsError(f"papers/claims: {near(id, known, 'claim')}")
         if odd := set(entry) - set(_CLAIM):
-            raise SettingsError(f"{id}: {near_hint(odd.pop(), _CLAIM, 'entry of a claim')}")
+            raise SettingsError(f"{id}: {near(odd.pop(), _CLAIM, 'entry of a claim')}")
         if bool(entry.get("rules")) == bool(entry.get("untestable")):
             raise SettingsError(f"{id}: a claim has either rules or a reason why it is untestable")
         for rule in entry.get("rules", ()):
             _check_rule(id, rule)
         for i in entry.get("see", ()):
             if i not in errors:
-                raise SettingsError(f"{id}: {near_hint(i, errors, 'inconsistency')}")
+                raise SettingsError(f"{id}: {near(i, errors, 'inconsistency')}")
     made = {}
     for id, c in known.items():
         e = rules.get(id, {})
@@ -250,7 +248,7 @@ def _terms(source, selection, id):
     factors = spec["factors"] if isinstance(spec, dict) else spec.factors
     wanted = {k: v for k, v in selection.items() if k not in ("table", "times", "plus")}
     if odd := set(wanted) - set(factors):
-        raise SettingsError(f"{id}: {near_hint(odd.pop(), factors, f'factor of {table}')}")
+        raise SettingsError(f"{id}: {near(odd.pop(), factors, f'factor of {table}')}")
     rows = source.rows(table)
     real = table in printed_entries("tables")
     printed = {f: set() for f in factors} if real else {}
@@ -731,7 +729,7 @@ def judge_claims(
     """
     folder, claims = Path(folder), [c for c in read_claims().values() if c.paper == paper]
     if not claims:
-        raise SettingsError(near_hint(paper, {c.paper for c in read_claims().values()}, "paper with claims"))
+        raise SettingsError(near(paper, {c.paper for c in read_claims().values()}, "paper with claims"))
     run, rows, files = Run(folder), [], []
     for c in claims:
         printed, ours = audit(c), judge(c, run, profile)
@@ -840,9 +838,9 @@ def audit_all(
 def findings_settings(paper: str, # "ubt", "mem", "cleanclip" or "cfbd"
     ) -> dict: # table, only, down, across, claims
     "What is told first about a paper, from papers/findings.yaml. Raises SettingsError for a paper that is not there."
-    known = read_printed("findings.yaml")
+    known = package_yaml("report/papers/findings.yaml")
     if paper not in known:
-        raise SettingsError(near_hint(paper, known, "paper with findings"))
+        raise SettingsError(near(paper, known, "paper with findings"))
     return {"only": {}, "down": None, "across": None, **known[paper]}
 
 def headline_cells(paper: str,        # see `findings_settings`
@@ -897,7 +895,7 @@ def glance(folder: str | Path, # a run's folder, or the published records
     words = [f"{who}: {v.replace('_', ' ')}" for who, names in (("printed", AUDITS), ("ours", VERDICTS)) for v in names]
     lines = [_line("paper", "printed cells with ours beside", "claims", *words), "|---|---|" + "---:|" * 9]
     tables = []
-    for paper, about in read_printed("layouts.yaml")["papers"].items():
+    for paper, about in package_yaml("report/papers/layouts.yaml")["papers"].items():
         claims = [c for c in judged if c["paper"] == paper]
         if claims:
             lines.append(_glance_line(paper, about["name"], claims, folder))

@@ -10,7 +10,7 @@ import pandas as pd
 from typing import NamedTuple
 
 from ..core.errors import SettingsError
-from .printed import near_hint
+from ..core.words import near
 
 # %% ../../nbs/report/diagrams.ipynb #4ee08e50
 class Box(NamedTuple):
@@ -47,14 +47,14 @@ def _check_names(boxes, arrows, groups):
         if names.count(b.name) > 1:
             raise SettingsError(f"draw_diagram: the box {b.name!r} is given twice; names must differ")
         if b.kind not in KINDS:
-            raise SettingsError(f"draw_diagram: box {b.name!r}: {near_hint(b.kind, KINDS, 'kind')}")
+            raise SettingsError(f"draw_diagram: box {b.name!r}: {near(b.kind, KINDS, 'kind')}")
     if not names:
         raise SettingsError("draw_diagram: no boxes given")
     for used, where in [(n, f"arrow {a.start!r} to {a.end!r}") for a in arrows for n in (a.start, a.end)] + [
         (n, f"group {g!r}") for g, members in groups.items() for n in members
     ]:
         if used not in names:
-            raise SettingsError(f"draw_diagram: {where}: {near_hint(used, names, 'box')}")
+            raise SettingsError(f"draw_diagram: {where}: {near(used, names, 'box')}")
 
 # %% ../../nbs/report/diagrams.ipynb #5aa68bf3
 def _outline(b, unit):

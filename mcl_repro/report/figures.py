@@ -12,8 +12,10 @@ import pandas as pd
 from pathlib import Path
 
 from ..core.errors import SettingsError
-from .printed import label_key, label_text, near_hint, NUMBER_COLUMNS, printed_entries, printed_value
-from .tables import check_id, own_table_spec, printed_name, sidecar_path, unit_text, write_atomically
+from ..core.words import near
+from ..core.files import write_atomically
+from .printed import label_key, label_text, NUMBER_COLUMNS, printed_entries, printed_value
+from .tables import check_id, own_table_spec, printed_name, sidecar_path, unit_text
 
 # %% ../../nbs/report/figures.ipynb #439f2b62
 STYLE = {
@@ -57,7 +59,7 @@ def save_figure(
     figures = printed_entries("figures")
     if figure_id not in figures and not extra:
         raise SettingsError(
-            f"{near_hint(figure_id, figures, 'figure')}; for a figure that no paper has give extra=True"
+            f"{near(figure_id, figures, 'figure')}; for a figure that no paper has give extra=True"
         )
     check_id("figure", figure_id, "ubt.losses")
     if not len(numbers):

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import SettingsError
+from ..core.files import package_yaml, write_atomically
 from ..lab.store import read_record
-from .printed import printed_entries, read_printed, table_spec
-from .tables import own_table_spec, page_templates, read_table, table_grid, write_atomically
+from .printed import printed_entries, table_spec
+from .tables import own_table_spec, page_templates, read_table, table_grid
 
 # %% ../../nbs/report/page.ipynb #e3823af3
 VERDICTS = ("reproduced", "contradicted", "undecided", "not_testable")
@@ -184,7 +185,7 @@ def _read_run(folder) -> dict:
         t["forest"] = next((f for f in figures if f["id"] == f"{t['id']}_forest"), None)      # shown with its table
     figures = [f for f in figures if not any(f is t["forest"] for t in tables)]
     provenance = read_record(Path(folder)/"provenance.json") or {}
-    named = read_printed("layouts.yaml")["papers"]
+    named = package_yaml("report/papers/layouts.yaml")["papers"]
     of = lambda items, p: [i for i in items if i["id"].partition(".")[0] == p]
     ids = [*named, *sorted({i["id"].partition(".")[0] for i in (*tables, *figures)} - set(named))]
     done = {t["id"] for t in tables}

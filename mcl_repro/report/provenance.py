@@ -12,9 +12,9 @@ from filelock import FileLock
 from importlib import metadata
 from pathlib import Path
 
+from ..core.files import write_atomically
 from ..lab.attempt import git_state, hardware_facts as lab_hardware
 from ..lab.store import read_record
-from .tables import write_atomically
 
 # %% ../../nbs/report/provenance.ipynb #b8a4736d
 PACKAGES = (
