@@ -13,23 +13,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..core.errors import SettingsError
+from ..core.seeds import seeded
+from ..lab.costs import cost_of, StageWork
+from ..lab.lab import Lab
+from ..lab.nodes import stage
 from ..measures.attribution import mask_tokens, token_relevance
 from ..model.augmentation import augment_captions, augment_images
 from ..model.clip import Clip, embed_images, embed_tokens, info_nce
-from ..core.errors import SettingsError
-from .plan import Experiments
-from ..lab.lab import Lab
-from ..lab.nodes import stage
-from mcl_repro.papers.stages import (
-    defender_pairs, finetuned_clip, load_clip, pair_similarities, save_trained, train_and_save,
-)
-from ..core.seeds import seeded
 from mcl_repro.model.training import (
     Batch, embed_batch, epoch_batches, read_batch, Recipe, step_rows, train, training_set, TrainingSet,
 )
-
-# %% ../../nbs/papers/baselines.ipynb #c0570140
-from ..lab.costs import cost_of, StageWork
+from .plan import Experiments
+from mcl_repro.papers.stages import (
+    defender_pairs, finetuned_clip, load_clip, pair_similarities, save_trained, train_and_save,
+)
 
 # %% ../../nbs/papers/baselines.ipynb #08ba5bdf
 def isolate(

@@ -27,20 +27,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
 
-from ..measures.attribution import mask_patches, mask_tokens, token_relevance
+from ..core.errors import DataError, SettingsError
 from ..core.libraries import import_open_clip
+from ..data.registry import DataRef, open_data
+from ..lab.costs import cost_of, Setting, StageWork
+from ..lab.nodes import stage
+from ..measures.attribution import image_relevance, mask_patches, mask_tokens, token_relevance
 from mcl_repro.model.clip import (
     build_clip, Clip, embed_images, embed_texts, embed_tokens, info_nce, read_tensors, to_pixels,
 )
-from ..data.registry import DataRef, open_data
-from ..core.errors import DataError, SettingsError
-from ..lab.nodes import stage
-from .stages import arrays, defender_pairs, load_clip, train_and_save
 from ..model.training import Batch, read_batch, Recipe, train, training_set, TrainingSet
-from ..measures.attribution import image_relevance
-
-# %% ../../nbs/papers/cfbd.ipynb #c0570130
-from ..lab.costs import cost_of, Setting, StageWork
+from .stages import arrays, defender_pairs, load_clip, train_and_save
 
 # %% ../../nbs/papers/cfbd.ipynb #287ba215
 def _width(array, name):
@@ -57,7 +54,7 @@ def _block(array, rows):
         return part.detach().cpu().to(torch.float32, copy=True)
     values = torch.from_numpy(np.array(part)).float()
     if isinstance(array, np.memmap) and array.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
-        array._mmap.madvise(mmap.MADV_DONTNEED)
+        array._mmap.madvise(mmap.MADV_DONTNEED)     # noqa: SLF001 - numpy has no public way
     return values
 
 def read_rows(
@@ -292,7 +289,7 @@ def coca_captioner(
     oc = import_open_clip()
     if model is None and "coca" not in name.lower():
         raise SettingsError(_NO_CAPTIONS.format(name))
-    if not oc.coca_model._has_transformers:
+    if not oc.coca_model._has_transformers:     # noqa: SLF001 - open_clip has no public way
         raise SettingsError("open_clip needs the package transformers to write captions: install it, "
                             "or use a mapping network")
     coca = model or build_clip(name, pretrained=pretrained, device=device)

@@ -16,10 +16,10 @@ from .baselines import abl_isolation, roclip
 from .cfbd import as_printed, cfbd_nodes, mapping_node, with_q_chosen
 from .cleanclip import cleaned_clip
 from .plan import Experiments
-from ..report.printed import paper_table
 from .scan_sets import pair_embeddings, planted_embeddings, robustness, robustness_pool, scan
 from .stages import attack_settings, finetuned_clip, poisoned_pairs
 from .ubt import ubt_nodes, unlearned
+from ..report.printed import paper_table
 
 # %% ../../nbs/papers/cfbd_study.ipynb #e3c00007
 TABLES = [f"cfbd.table{number}" for number in range(1, 6)]

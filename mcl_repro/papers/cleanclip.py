@@ -11,7 +11,8 @@ __all__ = ['CLEANCLIP_TABLES', 'self_supervised_loss', 'caption_views', 'cleancl
            'plan_watched', 'plan_embeddings', 'plan_figures', 'plan_notes', 'cleanclip_plan']
 
 # %% ../../nbs/papers/cleanclip.ipynb #3665683c
-import json, os
+import json
+import os
 from functools import partial
 
 import numpy as np
@@ -19,27 +20,27 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ..attacks.base import TriggeredImages
-from ..model.augmentation import augment_captions, augment_images, synonym_source
-from .cleanclip_study import alignment, poisoning_checkpoint, structured_attack, Watch
-from ..model.clip import build_clip, Clip, info_nce, read_tensors, to_pixels, tokenize
+from ..core.errors import DataError, SettingsError
+from ..core.seeds import seeded
 from ..data.pairs import LabelledImages, Pairs
 from ..data.registry import DataRef, open_data
-from ..model.devices import part_by_part
-from ..core.errors import DataError, SettingsError
-from .plan import Experiments
+from ..lab.costs import cost_of, StageWork
 from ..lab.lab import Lab
 from ..lab.nodes import stage
 from ..measures.metrics import attack_hits, correct
+from ..model.augmentation import augment_captions, augment_images, synonym_source
+from ..model.clip import build_clip, Clip, info_nce, read_tensors, to_pixels, tokenize
+from ..model.devices import part_by_part
+from ..model.training import Batch, contrastive_loss, embed_batch, Recipe, train, training_set
+from .cleanclip_study import alignment, poisoning_checkpoint, structured_attack, Watch
+from .plan import Experiments
 from mcl_repro.papers.stages import (
     attack_of, classification, data_for, defender_pairs, load_clip, save_trained, train_and_save,
 )
-from ..core.seeds import seeded
-from ..model.training import Batch, contrastive_loss, embed_batch, Recipe, train, training_set
-
-# %% ../../nbs/papers/cleanclip.ipynb #c0570120
-from ..lab.costs import cost_of, StageWork
 
 # %% ../../nbs/papers/cleanclip.ipynb #21e96995
 def self_supervised_loss(
@@ -116,7 +117,6 @@ def carry_moments(
     path,        # gets the checkpoint from which `train` starts
 ):
     "A training's start with the optimiser's moments of an earlier one. Raises DataError for another architecture."
-    from safetensors.torch import save_file
     own, stored = clip.model.state_dict(), read_tensors(checkpoint)
     expected = _shapes(own)
     found = _shapes({k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")})
@@ -261,7 +261,6 @@ def save_head(
     classnames: list,  # of the head's rows
 ):
     "Write the head with its class names, and leave a plain CLIP."
-    from safetensors.torch import save_file
     weights = {k: v.detach().cpu().contiguous() for k, v in clip.model.head.state_dict().items()}
     save_file(weights, str(path), metadata=dict(classnames=json.dumps(list(classnames))))
     del clip.model.head
@@ -271,7 +270,6 @@ def load_head(
     clip: Clip,  # the CLIP of the same artefact, gets the head
 ) -> list:       # class names
     "Put a stored head back. Raises DataError when it does not fit the model."
-    from safetensors import safe_open
     with safe_open(str(artefact.path/"head.safetensors"), "pt") as file:
         names = json.loads(file.metadata()["classnames"])
         weights = {k: file.get_tensor(k) for k in file.keys()}

@@ -9,15 +9,13 @@ __all__ = ['structured_picture', 'structured_pattern', 'structured_attack', 'poi
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..model.clip import Clip, embed_images, zero_shot_weights
 from ..core.errors import SettingsError
+from ..lab.costs import cost_of, StageWork
 from ..lab.nodes import stage
 from ..measures.metrics import attack_hits, correct
-from .stages import defender_pairs, load_clip, train_and_save
+from ..model.clip import Clip, embed_images, zero_shot_weights
 from ..model.training import Callback
-
-# %% ../../nbs/papers/cleanclip_study.ipynb #c057012b
-from ..lab.costs import cost_of, StageWork
+from .stages import defender_pairs, load_clip, train_and_save
 
 # %% ../../nbs/papers/cleanclip_study.ipynb #b0857622
 def _stripes(draw, size, rng):

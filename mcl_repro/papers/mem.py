@@ -25,36 +25,32 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-
-from ..measures.attribution import quiet, token_embeddings
-from mcl_repro.model.clip import (
-    build_clip, Clip, embed_images, embed_texts, encode_text, info_nce, is_causal, to_pixels,
-)
-from ..data.pairs import ArrayImages, Pairs, sha256_of_array
-from ..data.readers import read_json
-from ..data.registry import DataRef, open_data
-from ..model.devices import towers_in
-from ..core.errors import SettingsError
-from .plan import Experiments
-from ..lab.lab import Lab
-from ..lab.nodes import stage
-from ..lab.store import write_record
-from ..measures.metrics import median_rank, retrieval_ranks
 from mcl_repro.attacks.protection import (
     candidate_tokens, ChangedImages, create_noise, crop_and_flip, drop_first_words, drop_triggers, HACKER_CHANGES,
     load_protection, open_noise, protected_mask, protected_training_set, ProtectedImages, Protection, published_pairs,
     save_protection, trigger_slots, with_triggers,
 )
 from ..attacks.semantic import MASKED, semantic_candidates, word_model
-from .stages import clean_clip, load_clip, retrieval, save_trained, weights_checksum
+from ..core.errors import SettingsError
+from ..core.files import read_json, write_json
 from ..core.seeds import seeded
-from mcl_repro.model.training import (
-    Batch, Callback, contrastive_loss, epoch_batches, read_batch, Recipe, Record, train, training_set, TrainingSet,
-)
-from ..model.training import free_memory
-
-# %% ../../nbs/papers/mem.ipynb #c0570110
+from ..data.pairs import ArrayImages, Pairs, sha256_of_array
+from ..data.registry import DataRef, open_data
 from ..lab.costs import cost_of, StageWork
+from ..lab.lab import Lab
+from ..lab.nodes import stage
+from ..measures.attribution import quiet, token_embeddings
+from ..measures.metrics import median_rank, retrieval_ranks
+from mcl_repro.model.clip import (
+    build_clip, Clip, embed_images, embed_texts, encode_text, info_nce, is_causal, to_pixels,
+)
+from ..model.devices import towers_in
+from mcl_repro.model.training import (
+    Batch, Callback, contrastive_loss, epoch_batches, free_memory, read_batch, Recipe, Record, train, training_set,
+    TrainingSet,
+)
+from .plan import Experiments
+from .stages import clean_clip, load_clip, retrieval, save_trained, weights_checksum
 
 # %% ../../nbs/papers/mem.ipynb #bf21fc44
 SHUFFLES = ("none", "captions", "throughout")
@@ -460,7 +456,7 @@ def _claim(scratch: Path, identity: dict):
             raise SettingsError(f"{scratch} holds the search of something else ({other}): go on with what was there "
                                 "(the surrogate as it was at the start), take another scratch folder, "
                                 "or empty this one")
-    write_record(scratch/"search.json", identity)
+    write_json(scratch/"search.json", identity, error=None)
 
 # %% ../../nbs/papers/mem.ipynb #bd8a271a
 def _resident(pairs: Pairs, size: int, memory_limit: float = 2**30) -> Pairs:

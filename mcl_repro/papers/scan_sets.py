@@ -14,19 +14,18 @@ import numpy as np
 import torch
 
 from ..attacks.base import mentions, TriggeredImages
-from .cfbd import detect, Detection, image_embeddings, load_mapping, save_detection, write_embeddings
-from ..model.clip import embed_images, embed_texts, embed_tokens, imagenet_templates
+from ..core.errors import SettingsError
 from ..data.pairs import ArrayImages
 from ..data.registry import DataRef, open_data
-from ..core.errors import SettingsError
+from ..lab.costs import cost_of, Setting, StageWork
 from ..lab.nodes import stage
 from ..measures.metrics import detection_rates, placements
-from .stages import arrays, attack_of, load_clip, open_poisoned
+from ..model.clip import embed_images, embed_texts, embed_tokens, imagenet_templates
 from ..model.training import training_set
-
-# %% ../../nbs/papers/scan_sets.ipynb #c057013b
-from .cfbd import detection_cost
-from ..lab.costs import cost_of, Setting, StageWork
+from mcl_repro.papers.cfbd import (
+    detect, Detection, detection_cost, image_embeddings, load_mapping, save_detection, write_embeddings,
+)
+from .stages import arrays, attack_of, load_clip, open_poisoned
 
 # %% ../../nbs/papers/scan_sets.ipynb #954d7b67
 @stage

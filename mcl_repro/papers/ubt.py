@@ -7,7 +7,7 @@ __all__ = ['STOPS', 'FORGETTING', 'BOUNDED', 'MASKS', 'UBT_TABLES', 'split_suspi
            'ubt_overfit', 'most_similar', 'looks_poisoned', 'ubt_select', 'images_of', 'cartesian_pairs', 'stop_level',
            'forgotten', 'forget_cosine', 'forget_info_nce', 'forget_preference', 'forget_unrelated', 'unlearning_loss',
            'most_fitting', 'masked_pairs', 'left_alone', 'train_product', 'ubt_unlearn', 'selection_settings',
-           'ubt_nodes', 'unlearned', 'unlearned_chain', 'detected_chain', 'ubt_variants', 'compared_defenses',
+           'ubt_nodes', 'unlearned', 'unlearned_chain', 'detected_chain', 'ubt_variants', 'compared_defences',
            'attack_lines', 'compared_attacks', 'data_lines', 'over_seeds', 'shown_chains', 'kl_to_retrained',
            'plan_divergence', 'plan_overfitting', 'plan_ascent', 'plan_bound', 'timed_steps', 'plan_times',
            'plan_measures', 'plan_chains', 'chain_nodes', 'part_nodes', 'ubt_plan']
@@ -16,20 +16,21 @@ __all__ = ['STOPS', 'FORGETTING', 'BOUNDED', 'MASKS', 'UBT_TABLES', 'split_suspi
 import numpy as np
 import torch
 
-from ..measures.attribution import grad_cam, mask_patches, mask_tokens, patch_relevance, token_relevance
-from ..model.clip import Clip, embed_images, embed_tokens, info_nce, save_clip
 from ..core.errors import SettingsError
+from ..lab.costs import cost_of, StageWork
 from ..lab.nodes import stage
-from mcl_repro.papers.stages import (
-    arrays, classification, defender_pairs, divergence, load_clip, noise_size, pair_similarities, train_and_save,
-)
+from ..measures.attribution import image_relevance, mask_patches, mask_tokens, token_relevance
+from ..model.clip import Clip, embed_images, embed_tokens, info_nce, save_clip
 from mcl_repro.model.training import (
     Batch, embed_batch, read_batch, Recipe, rows_of, step_rows, StopWhen, train, training_set, TrainingSet,
 )
-from ..measures.attribution import image_relevance
-
-# %% ../../nbs/papers/ubt.ipynb #c0570100
-from ..lab.costs import cost_of, StageWork
+from .baselines import abl, roclip
+from .cfbd import cfbd_nodes, mapping_node
+from .cleanclip import cleaned_clip
+from .plan import Experiments
+from mcl_repro.papers.stages import (
+    arrays, classification, defender_pairs, divergence, load_clip, noise_size, pair_similarities, train_and_save,
+)
 
 # %% ../../nbs/papers/ubt.ipynb #02be15da
 def split_suspicious(similarities: np.ndarray, # [n], under the clean model
@@ -429,7 +430,6 @@ def detected_chain(plan,         # an `Experiments`
                    options: dict # settings of `ubt_unlearn`
     ): # node with the defended CLIP
     "Unlearning fed by CFBD's detections in place of UBT's own (`cfbd`)."
-    from mcl_repro.papers.cfbd import cfbd_nodes, mapping_node
     settings = plan.settings
     detect = dict(settings.cfbd.detect, q=settings.cfbd.swept.q, guard=True)
     handed_over = dict(settings.cfbd, detect=detect, select=selection_settings(settings.ubt))
@@ -458,11 +458,9 @@ def ubt_variants(plan # an `Experiments`
     }
 
 # %% ../../nbs/papers/ubt.ipynb #f6dd640a
-def compared_defenses(plan # an `Experiments`
+def compared_defences(plan # an `Experiments`
     ) -> dict: # printed name -> function of a chain that gives a node
     "What UBT is compared with. RoCLIP defends while it trains, so it starts from the public model."
-    from mcl_repro.papers.baselines import abl, roclip
-    from mcl_repro.papers.cleanclip import cleaned_clip
     settings, clean = plan.settings, plan.clean
     masking = dict(text_mask=True, start_layer=settings.ubt.relevance_start_layer)
     def isolated(chain, **more):
@@ -683,13 +681,12 @@ def ubt_plan(lab,            # a `Lab`
     """Everything that this paper's tables, figures and claims need, written down; nothing is computed.
 
     Raises SettingsError for an unknown table or attack."""
-    from mcl_repro.papers.plan import Experiments
     def first_steps(chain): # the same share of all pairs is selected, whatever the size of the data
         count = round(settings.ubt.unlearn_count * plan.share(chain))
         own = dict(settings.ubt, unlearn_count=count)
         return ubt_nodes(lab, plan.clean, chain.poisoned, chain.victim, own, chain.seed)
     plan = Experiments(lab, list(UBT_TABLES), tables, settings.ubt.attacks, attack_names, steps=first_steps)
-    plan.defences = ubt_variants(plan) | compared_defenses(plan)
+    plan.defences = ubt_variants(plan) | compared_defences(plan)
     attack_lines(plan)
     data_lines(plan)
     basic = next(iter(plan.attacks))     # the attack of Tables V to X: BadNet

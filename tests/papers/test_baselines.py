@@ -90,7 +90,13 @@ def test_a_share_that_leaves_one_side_empty_is_refused(share):
         isolate(np.zeros(200), share)
 
 
-@pytest.mark.parametrize("kind, weight, target", [("info_nce", 1., 1.), ("info_nce", .3, 1.), ("constraint", 1., 1.), ("constraint", 2., 0.), ("constraint", 1., -1.)])
+@pytest.mark.parametrize("kind, weight, target", [
+    ("info_nce", 1., 1.),
+    ("info_nce", .3, 1.),
+    ("constraint", 1., 1.),
+    ("constraint", 2., 0.),
+    ("constraint", 1., -1.),
+])
 def test_the_loss_of_abl_is_the_plain_formula(pairs, kind, weight, target):
     clip, data = toy(pairs)
     batch, few = read_batch(data, torch.arange(12), "cpu", step=5), rows_of(data, range(30, 50))
@@ -168,7 +174,6 @@ def test_matching_is_the_nearest_entry_and_the_pool_is_a_queue(pairs):
     attach_pool(clip, data, 7, seed=2)
     rng = torch.Generator().manual_seed(0)
     queue = list(clip.model.caption_pool.clone())
-    place = [0]
     assert torch.allclose(torch.stack(queue).norm(dim=1), torch.ones(7))
     for count in (3, 3, 5, 7, 20, 1):
         u, v = (F.normalize(torch.randn(count, len(queue[0]), generator=rng), dim=1) for _ in range(2))
@@ -282,8 +287,13 @@ def test_the_pool_matters(artefact, tmp_path):
     assert len(set(made.values())) == len(options)
 
 
-@pytest.mark.parametrize("options, message", [(dict(pool_size=0), "pool of 0 captions cannot be drawn from 60 pairs: choose pool_size from 1 to 60"), (dict(pool_size=61), "pool of 61 captions"),
-    (dict(every=5), "matching every 5 epochs never happens in 4: choose every from 1 to 4"), (dict(every=0), "matching every 0 epochs"), (dict(pool_start="empty"), "unknown start 'empty'")])
+@pytest.mark.parametrize("options, message", [
+    (dict(pool_size=0), "pool of 0 captions cannot be drawn from 60 pairs: choose pool_size from 1 to 60"),
+    (dict(pool_size=61), "pool of 61 captions"),
+    (dict(every=5), "matching every 5 epochs never happens in 4: choose every from 1 to 4"),
+    (dict(every=0), "matching every 0 epochs"),
+    (dict(pool_start="empty"), "unknown start 'empty'"),
+])
 def test_bad_settings_of_roclip_are_refused_before_training(artefact, tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(training, "_step", lambda *a: pytest.fail("trained"))
     with pytest.raises(SettingsError, match=message):

@@ -134,6 +134,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs():
         scores = cross_modality_consistency(Source(n), Source(n), MappingNetwork(256, 4), chunk=500)
         textual_correlation(Source(n), [0, 1], chunk=500)
         size = tracemalloc.get_traced_memory()[1]
+        assert len(scores.value) == n
         tracemalloc.stop()
         return size
     peak(500)
@@ -159,7 +160,12 @@ def test_the_mixture_is_found_and_repeatable():
     assert np.abs(few.means - [.1, .3, .7]).max() < .05
 
 
-@pytest.mark.parametrize("values, count", [(np.full(500, .4), 1), (np.zeros(500), 1), (np.repeat([.2, .4], 300), 1), (np.array([.1, .2, .3]), 1)])
+@pytest.mark.parametrize("values, count", [
+    (np.full(500, .4), 1),
+    (np.zeros(500), 1),
+    (np.repeat([.2, .4], 300), 1),
+    (np.array([.1, .2, .3]), 1),
+])
 def test_values_that_no_mixture_fits_fall_back_to_one_gaussian(values, count):
     found = fit_mixture(values, 5)
     assert len(found.means) == count and np.isfinite(np.concatenate(found)).all() and found.weights.sum() == 1
@@ -280,10 +286,25 @@ def test_progress_is_told_by_stage(mapping):
 # ---- bad input
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(q=1), "at least 2, not 1"), (dict(q=0), "at least 2, not 0"), (dict(q=500), "500 pairs are too few for a poisoned subset of 500: lower q to 125"), (dict(q=126), "lower q to 125"),
-    (dict(components=0), "at least one component"), (dict(components=-2), "at least one component"), (dict(coverage=0), "between 0 and 1"), (dict(coverage=1), "between 0 and 1"), (dict(coverage=90), "the paper's 90% is 0.9"),
-    (dict(rule="two_sided"), "unknown rule 'two_sided'"), (dict(reference="none"), "unknown reference 'none'"), (dict(core=0), "above 0"), (dict(core=1.5), "up to 1"), (dict(alpha=.7), "between 0 and 0.5"),
-    (dict(guard_alpha=0), "between 0 and 0.5"), (dict(level="otsu"), "unknown level 'otsu'"), (dict(chunk=0), "chunk must be a positive"), (dict(precision="int8"), "unknown precision 'int8'")])
+    (dict(q=1), "at least 2, not 1"),
+    (dict(q=0), "at least 2, not 0"),
+    (dict(q=500), "500 pairs are too few for a poisoned subset of 500: lower q to 125"),
+    (dict(q=126), "lower q to 125"),
+    (dict(components=0), "at least one component"),
+    (dict(components=-2), "at least one component"),
+    (dict(coverage=0), "between 0 and 1"),
+    (dict(coverage=1), "between 0 and 1"),
+    (dict(coverage=90), "the paper's 90% is 0.9"),
+    (dict(rule="two_sided"), "unknown rule 'two_sided'"),
+    (dict(reference="none"), "unknown reference 'none'"),
+    (dict(core=0), "above 0"),
+    (dict(core=1.5), "up to 1"),
+    (dict(alpha=.7), "between 0 and 0.5"),
+    (dict(guard_alpha=0), "between 0 and 0.5"),
+    (dict(level="otsu"), "unknown level 'otsu'"),
+    (dict(chunk=0), "chunk must be a positive"),
+    (dict(precision="int8"), "unknown precision 'int8'"),
+])
 def test_settings_that_cannot_work_are_refused_before_anything_is_read(mapping, monkeypatch, changes, message):
     monkeypatch.setattr(cfbd, "_block", lambda *a: pytest.fail("embeddings were read"))
     images, texts, _ = pairs(500, 10)
@@ -292,7 +313,12 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_read(mapping, 
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("what, row, value", [("images", 0, 0), ("texts", 301, 0), ("texts", 499, np.nan), ("images", 77, np.inf)])
+@pytest.mark.parametrize("what, row, value", [
+    ("images", 0, 0),
+    ("texts", 301, 0),
+    ("texts", 499, np.nan),
+    ("images", 77, np.inf),
+])
 def test_an_embedding_without_direction_is_named(mapping, what, row, value):
     images, texts, _ = pairs(500, 10)
     dict(images=images, texts=texts)[what][row] = value
@@ -437,7 +463,6 @@ def run(folder, f, **settings):
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory):
     "An untrained CLIP, a poisoned set of 400 pairs, the network and the detection."
-    from mcl_repro.data.registry import DataRef
     from mcl_repro.lab.lab import Lab
     from mcl_repro.papers.stages import clean_clip, poisoned_pairs
     lab = Lab("smoke", device="cpu", runs=tmp_path_factory.mktemp("cfbd")/"runs", progress=False)

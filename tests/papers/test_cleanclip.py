@@ -595,7 +595,10 @@ def test_weights_of_another_architecture(tmp_path, start):
             run(tmp_path/name, f, clip=wrong, recipe=RECIPE, **given)
 
 
-@pytest.mark.parametrize("defence, given", [(cleaned_clip, {"clip", "pairs", "recipe"}), (supervised_clip, {"clip", "images", "recipe"})])
+@pytest.mark.parametrize("defence, given", [
+    (cleaned_clip, {"clip", "pairs", "recipe"}),
+    (supervised_clip, {"clip", "images", "recipe"}),
+])
 def test_the_stages_are_told_nothing_of_the_attack(defence, given):
     told = set(inspect.signature(defence).parameters)
     assert given <= told and not told & {"attack", "target", "poisoned", "trigger", "test"}

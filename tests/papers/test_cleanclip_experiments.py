@@ -373,7 +373,11 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
-@pytest.mark.parametrize("settings, alone", [({}, dict(self_supervised_weight=0.)), (dict(self_supervised_weight=1.), {}), (dict(self_supervised_weight=1., frozen_captions=True), dict(frozen_captions=True))])
+@pytest.mark.parametrize("settings, alone", [
+    ({}, dict(self_supervised_weight=0.)),
+    (dict(self_supervised_weight=1.), {}),
+    (dict(self_supervised_weight=1., frozen_captions=True), dict(frozen_captions=True)),
+])
 def test_a_watched_training_is_the_training_itself(watched_settings, tmp_path, settings, alone):
     watched = run(tmp_path/"watched", watched_training, **watched_settings, **settings)
     run(
@@ -412,8 +416,12 @@ def test_a_poisoning_can_be_watched_and_the_first_row_is_the_model_that_was_give
         )
 
 
-@pytest.mark.parametrize("change, says", [(dict(images=0), "at least one image and a step"), (dict(every=0), "at least one image and a step"), (dict(target="nobody"), "has no class 'nobody'"),
-                                          (dict(self_supervised_weight=1., synonyms="auto"), "auto means another thing on every machine")])
+@pytest.mark.parametrize("change, says", [
+    (dict(images=0), "at least one image and a step"),
+    (dict(every=0), "at least one image and a step"),
+    (dict(target="nobody"), "has no class 'nobody'"),
+    (dict(self_supervised_weight=1., synonyms="auto"), "auto means another thing on every machine"),
+])
 def test_a_watch_that_cannot_work_is_refused_before_training(watched_settings, tmp_path, monkeypatch, change, says):
     monkeypatch.setattr(cleanclip, "train", lambda *a, **k: pytest.fail("it trained"))
     with pytest.raises(SettingsError, match=says):

@@ -2,8 +2,7 @@
 nobody can measure attack success.
 
 A stage that reads rows, flags, triggers, targets or stored files of the poisoned set, looks behind its images, or asks
-for an attack success rate
-fails. New stages of the modules named in DEFENDERS must be entered in `steps`."""
+for an attack success rate fails. New stages of the modules named in DEFENDERS must be entered in `steps`."""
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,11 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_repro.papers import baselines
-from mcl_repro.papers import cfbd
-from mcl_repro.papers import cleanclip
 from mcl_repro.measures import metrics
-from mcl_repro.papers import stages
+from mcl_repro.papers import baselines, cfbd, cleanclip, stages, ubt
 from mcl_repro.papers.cleanclip_study import poisoning_checkpoint
 from mcl_repro.model.clip import build_clip, Clip
 from mcl_repro.data.pairs import Images
@@ -25,7 +21,6 @@ from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.profiles import load_profile
 from mcl_repro.papers.stages import clean_clip, finetuned_clip, load_clip, open_poisoned, poisoned_pairs
 from mcl_repro.model import training
-from mcl_repro.papers import stages
 from mcl_repro.attacks.base import Attack, BadNets, TriggeredImages
 from mcl_repro.papers.stages import defender_pairs
 from mcl_repro.papers.ubt import ubt_overfit, ubt_select, ubt_split, ubt_unlearn

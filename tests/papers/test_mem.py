@@ -3,7 +3,9 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 import torch.nn.functional as F
 
 from mcl_repro.papers import mem
@@ -19,7 +21,6 @@ from mcl_repro.papers.mem import (
 from mcl_repro.attacks.protection import load_protection, protected_training_set, Protection, with_triggers
 from mcl_repro.attacks.semantic import split_words
 from mcl_repro.model.training import contrastive_loss, parameter_groups, Recipe, train, training_set
-from mcl_repro.model import clip
 from mcl_repro.model import training
 from mcl_repro.model.training import Batch
 
@@ -168,9 +169,16 @@ def test_noise_is_copied_where_files_cannot_have_two_names(tmp_path, pairs, monk
     assert protect_here(pairs, tmp_path/"copied") == linked
 
 @pytest.mark.parametrize("other, says", [
-    (dict(search=replace(QUICK["search"], length=1)), "search.length 2 there, 1 here"), (dict(recipe=replace(QUICK["recipe"], epochs=3)), "recipe.epochs 2 there, 3 here"),
-    (dict(round_steps=4), "round_steps 3 there, 4 here"), (dict(stop_below=.5), "stop_below 0.01 there, 0.5 here"), (dict(accumulate=True), "accumulate False there, True here"),
-    (dict(weights=4), "weights "), (dict(seed=4), "seed 0 there, 4 here"), (dict(pairs="world:retrieval_flickr8k_train:17"), "pairs "), (dict(recipe=None), "recipe.epochs 2 there, None here")])
+    (dict(search=replace(QUICK["search"], length=1)), "search.length 2 there, 1 here"),
+    (dict(recipe=replace(QUICK["recipe"], epochs=3)), "recipe.epochs 2 there, 3 here"),
+    (dict(round_steps=4), "round_steps 3 there, 4 here"),
+    (dict(stop_below=.5), "stop_below 0.01 there, 0.5 here"),
+    (dict(accumulate=True), "accumulate False there, True here"),
+    (dict(weights=4), "weights "),
+    (dict(seed=4), "seed 0 there, 4 here"),
+    (dict(pairs="world:retrieval_flickr8k_train:17"), "pairs "),
+    (dict(recipe=None), "recipe.epochs 2 there, None here"),
+])
 def test_a_scratch_folder_of_another_search_is_refused(tmp_path, pairs, monkeypatch, other, says):
     dies_once(monkeypatch, "one_pass", 2)                # the first round is done
     (tmp_path/"out").mkdir()
@@ -345,8 +353,13 @@ def test_everything_goes_on_without_pictures_in_memory(tmp_path, pairs):
         assert np.array_equal(a, b)
 
 @pytest.mark.parametrize("settings, says", [
-    (dict(search=dict(length=30)), "leaves no room"), (dict(search=dict(bound=200)), "at most 127"), (dict(search=dict(start="an")), "the, a, random"),
-    (dict(search=dict(vocabulary="nouns")), "nouns"), (dict(search=dict(words="gpt")), "gpt"), (dict(model=None), "either model")])
+    (dict(search=dict(length=30)), "leaves no room"),
+    (dict(search=dict(bound=200)), "at most 127"),
+    (dict(search=dict(start="an")), "the, a, random"),
+    (dict(search=dict(vocabulary="nouns")), "nouns"),
+    (dict(search=dict(words="gpt")), "gpt"),
+    (dict(model=None), "either model"),
+])
 def test_bad_settings_are_refused_before_any_work(lab, settings, says):
     with pytest.raises((SettingsError, DataError), match=says):
         protect(lab, **settings)

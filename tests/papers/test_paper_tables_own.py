@@ -7,14 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
-import torch
 
 from mcl_repro.run import batch
 from mcl_repro.tools import plugins as P
@@ -27,7 +24,7 @@ from mcl_repro.report.tables import read_table
 from mcl_repro.run.notebooks import STANDARD
 
 ROOT = Path(batch.__file__).parents[1]
-CODE = '''
+CODE = """
 from dataclasses import dataclass
 from mcl_repro.attacks.base import Attack
 import torch
@@ -35,12 +32,16 @@ import torch
 @dataclass(frozen=True)
 class Dots(Attack):
     name, uses_rng = "dots", False
-    def paint(self, images, rng): images[:, ::3, ::3] = 0; return images
+
+    def paint(self, images, rng):
+        images[:, ::3, ::3] = 0
+        return images
 
 def soften(clip, pairs, *, trusted, images=None, by=.01):
     assert len(pairs) and len(trusted) and len(images)
-    with torch.no_grad(): clip.model.logit_scale -= by
-'''
+    with torch.no_grad():
+        clip.model.logit_scale -= by
+"""
 
 def install(
     folder, module="dotted", code=CODE,
@@ -336,7 +337,7 @@ def test_a_module_that_a_variable_names_is_loaded(tmp_path, monkeypatch):
 # when a notebook need not run again
 
 def test_a_run_key_knows_the_plug_ins_and_their_code(installed, lab):
-    key = lambda: batch.run_key(ROOT/"nbs/ubt.ipynb", {"seeds": 1}, lab)
+    key = lambda: batch.run_key(ROOT/"nbs/papers/ubt.ipynb", {"seeds": 1}, lab)
     with_it = key()
     assert key() == with_it
     P._loaded.clear()
@@ -354,33 +355,31 @@ def test_a_run_key_knows_the_plug_ins_and_their_code(installed, lab):
 
 # the whole way
 
-CELLS = ["\n".join(f"{k} = {v!r}" for k, v in {**STANDARD, "tables": [], "attack_names": []}.items()), """from mcl_repro.papers.plan import Experiments
+PARAMETERS = "\n".join(f"{k} = {v!r}" for k, v in {**STANDARD, "tables": [], "attack_names": []}.items())
+NOTEBOOK = """from mcl_repro.papers.plan import Experiments
 from mcl_repro.lab.lab import Lab
 lab = Lab(profile, device, runs, roles=roles, seeds=seeds, settings=overrides, jobs=jobs)
 experiments = Experiments(lab, ["ubt.table1"], tables, lab.profile.ubt.attacks, attack_names)
 experiments.defences = {"No defense": lambda c: c.victim, "Public CLIP": lambda c: experiments.clean}
-for a in experiments.attacks: experiments.line("ubt.table1", list(experiments.defences)[:2], dict(attack=a), attack=a)
+for a in experiments.attacks:
+    experiments.line("ubt.table1", list(experiments.defences)[:2], dict(attack=a), attack=a)
 experiments.run()
 experiments.table("ubt.table1", experiments.note("CC3M"))
-lab.close()"""]
+lab.close()"""
 
 def test_a_papers_notebook_shows_them_with_nothing_edited(tmp_path, installed):
-    cell = lambda source, **meta: dict(
-        cell_type="code", id=f"c{len(source)}", metadata=meta, source=source, outputs=[], execution_count=None
-    )
+    def cell(source, **about):
+        return dict(cell_type="code", id=f"c{len(source)}", metadata=about, source=source, outputs=[],
+                    execution_count=None)
+
+    kernel = dict(display_name="python3", language="python", name="python3")
+    notebook = dict(cells=[cell(PARAMETERS, tags=["parameters"]), cell(NOTEBOOK)], nbformat=4, nbformat_minor=5,
+                    metadata=dict(kernelspec=kernel))
     (tmp_path/"nbs").mkdir()
-    (tmp_path / "nbs/ubt.ipynb").write_text(
-        json.dumps(
-            dict(
-                cells=[cell(CELLS[0], tags=["parameters"]), cell(CELLS[1])], nbformat=4, nbformat_minor=5,
-                metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")),
-            )
-        )
-    )
+    (tmp_path/"nbs/ubt.ipynb").write_text(json.dumps(notebook))
     command = [
-        sys.executable, "-m", "mcl_repro.cli", "run", "ubt", "--profile", "smoke", "--device", "cpu", "--jobs", "2",
-        "--param", "attack_names=[BadNet, dots]", "--runs", str(tmp_path / "runs"), "--notebooks",
-        str(tmp_path / "nbs"),
+        sys.executable, "-m", "mcl_repro", "run", "ubt", "--profile", "smoke", "--device", "cpu", "--jobs", "2",
+        "--param", "attack_names=[BadNet, dots]", "--runs", str(tmp_path/"runs"), "--notebooks", str(tmp_path/"nbs"),
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)

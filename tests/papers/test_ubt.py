@@ -1,5 +1,11 @@
 "UBT as a defence: what it may see, when it refuses, what its losses do, and that it survives being killed."
-import ast, math, os, shutil, signal, subprocess, sys
+import ast
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 
 from mcl_repro.model.clip import embed_images, embed_tokens, info_nce
 from mcl_repro.data.pairs import ArrayImages, Pairs
@@ -21,7 +26,7 @@ from mcl_repro.papers.ubt import (
     ubt_select, ubt_split, ubt_unlearn, unlearning_loss,
 )
 from mcl_repro.model import training
-from mcl_repro.papers import stages
+from mcl_repro.papers import stages, ubt
 from mcl_repro.measures.attribution import image_relevance
 from mcl_repro.model.training import _step, _train_epoch, embed_batch, read_batch, Recipe, rows_of, step_rows
 from mcl_repro.papers.stages import defender_pairs
