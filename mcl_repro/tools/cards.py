@@ -256,7 +256,7 @@ def hub_card(
     if date:
         facts["date"] = str(date)
     kind = _ModelCard if card.kind.endswith("model") or card.kind == "measurement" else _DataCard
-    template = resources.files("mcl_repro").joinpath("pages", "card.md.j2").read_text(encoding="utf-8")
+    template = resources.files("mcl_repro.tools").joinpath("templates", "card.md.j2").read_text(encoding="utf-8")
     data = kind.card_data_class(**facts, **_for_hub(card))
     return kind.from_template(data, template_str=template, page=_body(card))
 
@@ -294,7 +294,7 @@ def _front_matter(path):
     if not front:
         raise DataError(f"{path}: not a card; it must begin with --- and YAML")
     try:
-        return yaml.load(front[1], _SafeFacts)
+        return yaml.load(front[1], _SafeFacts)      # noqa: S506, a SafeLoader that refuses even more
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise DataError(f"{path}: its front matter is not safe YAML ({reason})") from None
@@ -415,7 +415,7 @@ def collect_limits(
 # %% ../../nbs/tools/cards.ipynb #f4cb3897
 def write_limits(
     results,  # folder of published results, nbs/results
-) -> Path:    # papers/limits_values.yaml of the package
+) -> Path:    # tools/limits_values.yaml of the package
     "Put the numbers of `collect_limits` into the package."
     values = yaml.safe_dump(collect_limits(results), sort_keys=False, allow_unicode=True, width=160)
     head = "# Made by mcl_repro.tools.cards.write_limits from nbs/results; not to be edited.\n"
@@ -561,7 +561,8 @@ def _page_templates():
 
     The card's stands in a folder of its own: the keys of some stages know the reports' folder by its name.
     """
-    return page_templates().overlay(loader=ChoiceLoader([PackageLoader("mcl_repro.tools", "templates"), page_templates().loader]))
+    reports = page_templates()
+    return reports.overlay(loader=ChoiceLoader([PackageLoader("mcl_repro.tools", "templates"), reports.loader]))
 
 def _card_parts(card):
     "What the page shows of the card itself."

@@ -9,9 +9,17 @@ __all__ = ['METHODS', 'SIZES', 'THRESHOLD', 'COLUMNS', 'BLIND', 'Embedded', 'emb
            'scan', 'PoisonDetector', 'scan_figure', 'quality', 'group_words', 'study', 'contrast_limits']
 
 # %% ../../nbs/tools/scanning.ipynb #98c82a38
-import hashlib, inspect, json, os, re, shutil, tempfile, time
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
@@ -23,22 +31,22 @@ import torch
 from fastcore.basics import patch
 from sklearn.base import BaseEstimator, OutlierMixin
 
-from .cards import Card, limits_of, write_card, write_page
+from ..core.errors import DataError, SettingsError, StoreError
+from ..core.files import read_json, write_json
+from ..core.words import near
+from ..data.pairs import FileImages, Pairs, square
+from ..measures.metrics import detection_rates, placements
+from ..model.clip import check_clip, Clip, embed_images, embed_tokens, tokenize
+from ..model.training import Recipe
 from mcl_repro.papers.cfbd import (
     benign_level, detect, direction_cosines, GatheredRows, leave_one_out, load_mapping, MappingNetwork, mean_direction,
     one_thread, read_rows, save_mapping, train_mapping,
 )
-from ..model.clip import check_clip, Clip, embed_images, embed_tokens, tokenize
-from ..data.pairs import FileImages, Pairs, square
-from ..core.errors import DataError, SettingsError, StoreError
-from ..core.words import near
+from .cards import Card, limits_of, write_card, write_page
 from mcl_repro.tools.inputs import (
     as_clip, as_pairs, check_tolerance, Cost, first_error, foreign_captions, input_row, model_fingerprint, no_problems,
     pair_remarks, Readable,
 )
-from ..lab.store import read_record, write_record
-from ..measures.metrics import detection_rates, placements
-from ..model.training import Recipe
 
 # %% ../../nbs/tools/scanning.ipynb #e115e7ba
 @dataclass(frozen=True)
@@ -51,60 +59,26 @@ class Embedded:
     problems: pd.DataFrame     # `id`, `problem`
     captions_cut: int          # captions longer than the context
 
+# %% ../../nbs/tools/scanning.ipynb #967848c6
 def _is_state(known, new):
     "Whether what a file holds is a state of the same work."
     if not isinstance(known, dict) or known.keys() != new.keys() or known["identity"] != new["identity"]:
         return False
-    counted = all(type(known[k]) is int and known[k] >= 0 for k in ("images", "texts", "cut"))
-    return (
-        counted
-        and isinstance(known["errors"], dict)
-        and all(r.isdecimal() and isinstance(e, str) for r, e in known["errors"].items())
-    )
+    counts = [known[name] for name in ("images", "texts", "cut")]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        return False
+    errors = known["errors"]
+    return isinstance(errors, dict) and all(row.isdecimal() and isinstance(e, str) for row, e in errors.items())
 
 class _Progressing:
     "What is done of an embedding, in a file that is always whole."
     def __init__(self, folder, identity):
-        self.path, new = folder/"state.json", dict(identity=identity, images=0, texts=0, cut=0, errors={})
-        known = read_record(self.path)
+        self.path = folder/"state.json"
+        new = dict(identity=identity, images=0, texts=0, cut=0, errors={})
+        known = read_json(self.path, default=None)
         self.state = known if _is_state(known, new) else new
     def write(self):
-        write_record(self.path, self.state)
-
-# %% ../../nbs/tools/scanning.ipynb #0d8f9cae
-def _table(folder, name, shape, state):
-    """A file of half-precision rows, opened for writing.
-
-    One that is not what the state says is made anew, and nothing of it counts as done.
-    """
-    try:
-        # opened for writing, a file that is cut off would be filled up
-        table = np.lib.format.open_memmap(folder/f"{name}.npy", "r") if state[name] else None
-    except (OSError, ValueError):
-        table = None
-    if table is not None and (table.shape, table.dtype) == (shape, np.float16) and state[name] <= shape[0]:
-        return np.lib.format.open_memmap(folder/f"{name}.npy", "r+")
-    state |= {name: 0} | (dict(errors={}) if name == "images" else dict(cut=0))
-    needed, free = 2*shape[0]*shape[1], shutil.disk_usage(folder).free
-    if needed > free:
-        raise StoreError(
-            f"{folder}: the embeddings of {name} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make "
-            "room or choose another folder"
-        )
-    return np.lib.format.open_memmap(folder/f"{name}.npy", "w+", np.float16, shape)
-
-def _decoded(images, rows, size):
-    "Pictures of a block, black where one cannot be read, and errors by row."
-    try:
-        return images.array(rows, size), {}
-    except DataError:
-        pass
-    errors = {int(r): e for r in rows if (e := first_error(images, r))}
-    good = np.array([int(r) not in errors for r in rows])
-    pixels = np.zeros((len(rows), size, size, 3), np.uint8)
-    if good.any():
-        pixels[good] = images.array(rows[good], size)
-    return pixels, errors
+        write_json(self.path, self.state, error=None)
 
 def _fingerprint(pairs):
     "Of pairs some of whose files may be missing: a file that is there again makes other pairs of them."
@@ -113,99 +87,156 @@ def _fingerprint(pairs):
     except DataError:
         if not isinstance(pairs.images, FileImages):
             raise
-        files = [pairs.images.root/n for n in pairs.images.names]
-        told = [
-            pairs.ids, pairs.captions, pairs.image_rows.tolist(), pairs.images.names,
-            [f.stat().st_size if f.is_file() else -1 for f in files],
-        ]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    names = pairs.images.names
+    files = [pairs.images.root/name for name in names]
+    sizes = [file.stat().st_size if file.is_file() else -1 for file in files]
+    told = [pairs.ids, pairs.captions, pairs.image_rows.tolist(), names, sizes]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+# %% ../../nbs/tools/scanning.ipynb #0d8f9cae
+def _kept_table(path, shape):
+    "A file of half-precision rows, opened for writing; None where it is missing or not what it should be."
+    try:
+        table = np.lib.format.open_memmap(path, "r")     # opened for writing, a file that is cut off would be filled up
+    except (OSError, ValueError):
+        return None
+    fits = table.shape == shape and table.dtype == np.float16
+    return np.lib.format.open_memmap(path, "r+") if fits else None
+
+def _table(folder, name, shape, state):
+    """A file of half-precision rows, opened for writing.
+
+    One that is not what the state says is made anew, and nothing of it counts as done.
+    """
+    path, done = folder/f"{name}.npy", state[name]
+    kept = _kept_table(path, shape) if 0 < done <= shape[0] else None
+    if kept is not None:
+        return kept
+    state[name] = 0
+    state |= dict(errors={}) if name == "images" else dict(cut=0)
+    needed, free = 2*shape[0]*shape[1], shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreError(
+            f"{folder}: the embeddings of {name} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make "
+            "room or choose another folder"
+        )
+    return np.lib.format.open_memmap(path, "w+", np.float16, shape)
+
+# %% ../../nbs/tools/scanning.ipynb #76de770e
+def _decoded(images, rows, size):
+    "Pictures of a block, black where one cannot be read, and errors by row."
+    try:
+        return images.array(rows, size), {}
+    except DataError:
+        pass                    # one of them is broken: which, is found out one by one
+    errors = {int(row): error for row in rows if (error := first_error(images, row))}
+    good = np.array([int(row) not in errors for row in rows])
+    pixels = np.zeros((len(rows), size, size, 3), np.uint8)
+    if good.any():
+        pixels[good] = images.array(rows[good], size)
+    return pixels, errors
+
+def _decoded_ahead(images, blocks, size):
+    "Yields `_decoded` of each block of rows; while one is used, the next is decoded."
+    if not blocks:
+        return
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = ahead.submit(_decoded, images, blocks[0], size)
+        for following in [*blocks[1:], None]:
+            ready = waiting.result()
+            if following is not None:
+                waiting = ahead.submit(_decoded, images, following, size)
+            yield ready
 
 # %% ../../nbs/tools/scanning.ipynb #0439c4eb
-def _embed_pictures(clip, images, used, table, state, block, check, progress):
+def _embed_pictures(clip, images, used, table, progressing, block, check, progress):
     "Fill the table of images from where the state says; errors go into the state."
-    slices = [np.arange(k, min(k + block, len(used))) for k in range(state.state["images"], len(used), block)]
-    with ThreadPoolExecutor(1) as ahead:
-        waiting = ahead.submit(_decoded, images, used[slices[0]], clip.image_size) if slices else None
-        for i, at in enumerate(slices):
-            pixels, errors = waiting.result()
-            if i + 1 < len(slices):
-                waiting = ahead.submit(_decoded, images, used[slices[i + 1]], clip.image_size)
-            state.state["errors"] |= {str(r): e for r, e in errors.items()}
-            check()
-            table[at] = embed_images(clip, pixels, 256).numpy().astype(np.float16)
-            table[at[np.isin(used[at], list(errors))]] = np.nan
-            table.flush()
-            state.state["images"] = int(at[-1]) + 1
-            state.write()
-            if progress:
-                progress(state.state["images"], len(used), "pictures", "embedding")
-
-def _embed_captions(clip, captions, table, state, block, progress):
-    "Fill the table of captions from where the state says."
-    for k in range(state.state["texts"], len(captions), block):
-        part = captions[k:k + block]
-        tokens, cut = tokenize(clip, part)
-        table[k:k + len(part)] = embed_tokens(clip, tokens).numpy().astype(np.float16)
+    state = progressing.state
+    blocks = [np.arange(start, min(start + block, len(used))) for start in range(state["images"], len(used), block)]
+    decoded = _decoded_ahead(images, [used[at] for at in blocks], clip.image_size)
+    for at, (pixels, errors) in zip(blocks, decoded):
+        state["errors"] |= {str(row): error for row, error in errors.items()}
+        check()
+        table[at] = embed_images(clip, pixels, 256).numpy().astype(np.float16)
+        unreadable = np.isin(used[at], list(errors))
+        table[at[unreadable]] = np.nan
         table.flush()
-        state.state["texts"] = k + len(part)
-        state.state["cut"] += int(cut)
-        state.write()
+        state["images"] = int(at[-1]) + 1
+        progressing.write()
         if progress:
-            progress(state.state["texts"], len(captions), "captions", "embedding")
+            progress(state["images"], len(used), "pictures", "embedding")
+
+def _embed_captions(clip, captions, table, progressing, block, progress):
+    "Fill the table of captions from where the state says."
+    state = progressing.state
+    for start in range(state["texts"], len(captions), block):
+        part = captions[start:start + block]
+        tokens, cut = tokenize(clip, part)
+        table[start:start + len(part)] = embed_tokens(clip, tokens).numpy().astype(np.float16)
+        table.flush()
+        state["texts"] = start + len(part)
+        state["cut"] += int(cut)
+        progressing.write()
+        if progress:
+            progress(state["texts"], len(captions), "captions", "embedding")
 
 # %% ../../nbs/tools/scanning.ipynb #8e502304
-def embed_stream(clip: Clip, # a clean CLIP
-                 pairs: Pairs, # any number of them
-                 folder: Path, # gets `images.npy`, `texts.npy`, `state.json`; an interrupted call goes on there
-                 tolerance: float = .01, # share of the pairs whose picture may be unreadable
-                 block: int = 2048, # pictures between two notes of what is done
-                 progress=None # function (done, total, unit, note)
-    ) -> Embedded:
+def embed_stream(
+    clip: Clip,              # a clean CLIP
+    pairs: Pairs,            # any number of them
+    folder: Path,            # gets `images.npy`, `texts.npy`, `state.json`; an interrupted call goes on there
+    tolerance: float = .01,  # share of the pairs whose picture may be unreadable
+    block: int = 2048,       # pictures between two notes of what is done
+    progress=None,           # function (done, total, unit, note)
+) -> Embedded:
     "Embed all pairs through files, restartable. Raises DataError as soon as more pairs than tolerated cannot be read."
     check_tolerance(no_problems(), len(pairs), tolerance, pairs.name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = _Progressing(folder, [model_fingerprint(clip), _fingerprint(pairs)])
+    progressing = _Progressing(folder, [model_fingerprint(clip), _fingerprint(pairs)])
+    state = progressing.state
     used, at = np.unique(pairs.image_rows, return_inverse=True)
-    width = embed_images(clip, np.zeros((1, clip.image_size, clip.image_size, 3), np.uint8)).shape[1]
-    tables = [_table(folder, n, (k, width), state.state) for n, k in (("images", len(used)), ("texts", len(pairs)))]
-    check = lambda: check_tolerance(_problem_table(pairs, state.state["errors"]), len(pairs), tolerance, pairs.name)
+    black = np.zeros((1, clip.image_size, clip.image_size, 3), np.uint8)
+    width = embed_images(clip, black).shape[1]
+    images = _table(folder, "images", (len(used), width), state)
+    texts = _table(folder, "texts", (len(pairs), width), state)
+    def check():
+        check_tolerance(_problem_table(pairs, state["errors"]), len(pairs), tolerance, pairs.name)
     check()                     # what was found before may be more than is tolerated now
-    _embed_pictures(clip, pairs.images, used, tables[0], state, block, check, progress)
-    _embed_captions(clip, pairs.captions, tables[1], state, 8*block, progress)
-    return _sliceable(pairs, folder, at, state.state)
+    _embed_pictures(clip, pairs.images, used, images, progressing, block, check, progress)
+    _embed_captions(clip, pairs.captions, texts, progressing, 8*block, progress)
+    return _sliceable(pairs, folder, at, state)
 
+# %% ../../nbs/tools/scanning.ipynb #f9d09ae1
 def _sliceable(pairs, folder, at, state):
     "What was embedded, without the pairs whose picture could not be read; nothing is copied."
-    images, texts = (np.load(folder/f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in ("images", "texts"))
-    bad = np.isin(pairs.image_rows, [int(r) for r in state["errors"]])
-    rows, one_each = np.flatnonzero(~bad), len(images) == len(pairs) and (at == np.arange(len(at))).all()
-    return Embedded(
-        images if one_each and not bad.any() else GatheredRows(images, at[rows]),
-        GatheredRows(texts, rows) if bad.any() else texts, rows, at[rows], _problem_table(pairs, state["errors"]),
-        state["cut"],
-    )
+    images, texts = (np.load(folder/f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("images", "texts"))
+    bad = np.isin(pairs.image_rows, [int(row) for row in state["errors"]])
+    rows = np.flatnonzero(~bad)
+    one_each = len(images) == len(pairs) and (at == np.arange(len(at))).all()
+    if bad.any() or not one_each:
+        images = GatheredRows(images, at[rows])
+    if bad.any():
+        texts = GatheredRows(texts, rows)
+    return Embedded(images, texts, rows, at[rows], _problem_table(pairs, state["errors"]), state["cut"])
 
 def _problem_table(pairs, errors):
     "Unreadable pairs by id."
     if not errors:
         return no_problems()
-    bad = {int(r): e for r, e in errors.items()}
-    return pd.DataFrame(
-        [
-            dict(id=pairs.ids[i], problem=bad[int(pairs.image_rows[i])])
-            for i in np.flatnonzero(np.isin(pairs.image_rows, list(bad)))
-        ]
-    )
+    error_of = {int(row): error for row, error in errors.items()}
+    bad = np.flatnonzero(np.isin(pairs.image_rows, list(error_of)))
+    return pd.DataFrame([dict(id=pairs.ids[i], problem=error_of[int(pairs.image_rows[i])]) for i in bad])
 
 # %% ../../nbs/tools/scanning.ipynb #ceb2726a
 METHODS = ("contrast", "cfbd")
 SIZES = (50, 100, 200, 400, 800, 1600)
 THRESHOLD = .5    # of the score: half way from ordinary captions to the core
 
-def sizes_for(count: int, # pairs of a set
-              method: str = "contrast" # of METHODS
-    ) -> list: # values of q
+def sizes_for(
+    count: int,                # pairs of a set
+    method: str = "contrast",  # of METHODS
+) -> list:                     # values of q
     """How many odd pairs are looked at together: up to a fifteenth of the set; for CFBD what `detect` takes.
 
     Raises DataError for fewer than 80 pairs.
@@ -223,63 +254,68 @@ def _unit(table, rows):
     "Some rows of a sliceable table at unit length, float32 [m, d]."
     return torch.nn.functional.normalize(read_rows(table, rows), dim=1)
 
+def _unit_part(table, part):
+    "A slice of a table at unit length, float32 [m, d]."
+    return torch.nn.functional.normalize(torch.from_numpy(np.asarray(table[part], np.float32)), dim=1)
+
 def _ranks(values):
     "Ranks of values as shares, float32 [n], 0 for the lowest."
     ranks = np.empty(len(values), np.float32)
     ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
     return ranks / len(values)
 
-def neighbour_fit(images, texts, # [n, d] embeddings; anything that slices
-                  # int [n], the picture of every pair: captions of one picture do not count for each other
-                  pictures: np.ndarray,
-                  crowd: np.ndarray, # rows of the better-fitting half
-                  k: int = 10, # captions that count
-                  most: int = 4000, # of the crowd, drawn at random
-                  seed: int = 0, chunk: int = 2048
-    ) -> np.ndarray: # float32 [n]
+# %% ../../nbs/tools/scanning.ipynb #920bb179
+def neighbour_fit(
+    images, texts,         # [n, d] embeddings; anything that slices
+    pictures: np.ndarray,  # int [n], the picture of every pair: captions of one picture do not count for each other
+    crowd: np.ndarray,     # rows of the better-fitting half
+    k: int = 10,           # captions that count
+    most: int = 4000,      # of the crowd, drawn at random
+    seed: int = 0,         # of that draw
+    chunk: int = 2048,     # pairs at a time
+) -> np.ndarray:           # float32 [n]
     "How like each image is to the images of the crowd whose captions are most like its own, in one pass."
     crowd = np.sort(np.random.default_rng([seed, 32]).choice(crowd, min(most, len(crowd)), replace=False))
-    known_images = _unit(images, crowd)
-    known_texts = _unit(texts, crowd)
-    known = torch.from_numpy(pictures[crowd])
-    out = np.empty(len(pictures), np.float32)
-    for start in range(0, len(out), chunk):
+    known_images, known_texts = _unit(images, crowd), _unit(texts, crowd)
+    known_pictures = torch.from_numpy(pictures[crowd])
+    fit = np.empty(len(pictures), np.float32)
+    for start in range(0, len(fit), chunk):
         part = slice(start, start + chunk)
-        u, v = (
-            torch.nn.functional.normalize(torch.from_numpy(np.asarray(t[part], np.float32)), dim=1)
-            for t in (images, texts)
-        )
-        cosines = (v @ known_texts.T).masked_fill_(torch.from_numpy(pictures[part])[:, None] == known, -2)
-        out[part] = (u @ known_images.T).gather(1, cosines.topk(min(k, len(crowd)), dim=1).indices).mean(1).numpy()
-    return out
+        same_picture = torch.from_numpy(pictures[part])[:, None] == known_pictures
+        alike = (_unit_part(texts, part) @ known_texts.T).masked_fill_(same_picture, -2)
+        nearest = alike.topk(min(k, len(crowd)), dim=1).indices
+        cosines = _unit_part(images, part) @ known_images.T
+        fit[part] = cosines.gather(1, nearest).mean(1).numpy()
+    return fit
 
 # %% ../../nbs/tools/scanning.ipynb #8f750b4b
-def density(captions: torch.Tensor, # [m, d], unit length
-            others: torch.Tensor, # [n, d], unit length
-            k: int, # nearest ones that count
-            # int [m], int [n]: captions of one picture are not compared
-            pictures: np.ndarray, other_pictures: np.ndarray
-    ) -> torch.Tensor: # [m]
+def density(
+    captions: torch.Tensor,      # [m, d], unit length
+    others: torch.Tensor,        # [n, d], unit length
+    k: int,                      # nearest ones that count
+    pictures: np.ndarray,        # int [m]: captions of one picture are not compared
+    other_pictures: np.ndarray,  # int [n]
+) -> torch.Tensor:               # [m]
     "Mean cosine of each caption with its k nearest among others."
-    cosines = (captions @ others.T).masked_fill_(
-        torch.from_numpy(pictures)[:, None] == torch.from_numpy(other_pictures), -1
-    )
+    same_picture = torch.from_numpy(pictures)[:, None] == torch.from_numpy(other_pictures)
+    cosines = (captions @ others.T).masked_fill_(same_picture, -1)
     return cosines.topk(min(k, cosines.shape[1]), dim=1).values.mean(1)
 
-def contrast(texts, # [n, d] text embeddings; anything that slices
-             pictures: np.ndarray, # int [n], the picture of every pair
-             rows: np.ndarray, # [q], ascending: the captions that are asked about
-             crowd: np.ndarray, # rows of ordinary captions
-             k: int, rng: np.random.Generator,
-             draws: int = 1 # of the crowd; their densities are averaged
-    ) -> np.ndarray: # float32 [q]
+def contrast(
+    texts,                     # [n, d] text embeddings; anything that slices
+    pictures: np.ndarray,      # int [n], the picture of every pair
+    rows: np.ndarray,          # [q], ascending: the captions that are asked about
+    crowd: np.ndarray,         # rows of ordinary captions
+    k: int,                    # nearest ones that count
+    rng: np.random.Generator,  # draws from the crowd
+    draws: int = 1,            # of the crowd; their densities are averaged
+) -> np.ndarray:               # float32 [q]
     "How much denser captions are among themselves than in the crowd."
     own, size = _unit(texts, rows), min(len(rows), len(crowd))
     drawn = [np.sort(rng.choice(crowd, size, replace=False)) for _ in range(draws)]
-    around = torch.stack(
-        [density(own, _unit(texts, other), k, pictures[rows], pictures[other]) for other in drawn]
-    ).mean(0)
-    return (density(own, own, k, pictures[rows], pictures[rows]) - around).numpy()
+    around = [density(own, _unit(texts, other), k, pictures[rows], pictures[other]) for other in drawn]
+    among_themselves = density(own, own, k, pictures[rows], pictures[rows])
+    return (among_themselves - torch.stack(around).mean(0)).numpy()
 
 # %% ../../nbs/tools/scanning.ipynb #48c19595
 @dataclass(frozen=True)
@@ -296,172 +332,193 @@ class Core:
     least: float = .2    # of the way from that level to 1, by which they must be nearer
     @property
     def counts(self) -> bool:
-        return (
-            self.contrast > self.bar
-            and self.known < self.most
-            and self.own - self.level > self.least * (1 - self.level)
-        )
+        near_enough = self.own - self.level > self.least * (1 - self.level)
+        return self.contrast > self.bar and self.known < self.most and near_enough
     @property
     def strength(self) -> tuple:
         return self.known < self.most, self.contrast / self.bar   # the larger, the more like an attack
 
 def own_pictures(
-    images, texts, fit: np.ndarray, rows: np.ndarray, crowd: np.ndarray, rng: np.random.Generator
+    images, texts,             # [n, d] embeddings; anything that slices
+    fit: np.ndarray,           # float32 [n], similarities
+    rows: np.ndarray,          # the captions that are asked about
+    crowd: np.ndarray,         # rows of the better half
+    rng: np.random.Generator,  # draws from the crowd
 ) -> float:
     "How much better captions fit their own pictures than pictures of the crowd, where 1 is what ordinary pairs have."
     some = np.sort(rng.choice(crowd, min(1000, len(crowd)), replace=False))
     u, v = _unit(images, some), _unit(texts, some)
     usual = float(fit[some].mean() - (v @ u.T).mean())
-    return float(fit[rows].mean() - (_unit(texts, rows) @ u.T).mean()) / max(usual, 1e-6)
+    here = float(fit[rows].mean() - (_unit(texts, rows) @ u.T).mean())
+    return here / max(usual, 1e-6)
 
 # %% ../../nbs/tools/scanning.ipynb #5f6fa515
-def find_core(images, texts, # [n, d] embeddings; anything that slices
-              pictures: np.ndarray, # int [n], the picture of every pair
-              fit: np.ndarray, # float32 [n], similarities
-              order: np.ndarray, # rows, the oddest first
-              crowd: np.ndarray, # rows of the better half
-              size: int, # q
-              subsets: int = 25, # random subsets that say what chance explains
-              margin: float = 2.5, # of their mean that must be exceeded
-              most: float = .2, # see `Core`
-              seed: int = 0
-    ) -> Core:
+def find_core(
+    images, texts,         # [n, d] embeddings; anything that slices
+    pictures: np.ndarray,  # int [n], the picture of every pair
+    fit: np.ndarray,       # float32 [n], similarities
+    order: np.ndarray,     # rows, the oddest first
+    crowd: np.ndarray,     # rows of the better half
+    size: int,             # q
+    subsets: int = 25,     # random subsets that say what chance explains
+    margin: float = 2.5,   # of their mean that must be exceeded
+    most: float = .2,      # see `Core`
+    seed: int = 0,         # of the subsets
+) -> Core:
     "The core of the q oddest pairs."
-    k, rng, rows = int(np.clip(size // 10, 5, 20)), np.random.default_rng([seed, 31, size]), np.sort(order[:size])
+    k, rng = int(np.clip(size // 10, 5, 20)), np.random.default_rng([seed, 31, size])
+    rows = np.sort(order[:size])
     own = contrast(texts, pictures, rows, crowd, k, rng, draws=3)
     first = np.argsort(-own, kind="stable")[:k]
     def by_chance():
-        # one half is asked about, the other is its crowd
         drawn = rng.choice(crowd, min(2*size, len(crowd)), replace=False)
-        return np.sort(contrast(texts, pictures, np.sort(drawn[len(drawn)//2:]), drawn[:len(drawn)//2], k, rng))[-k]
+        around, asked = np.split(drawn, [len(drawn)//2])      # one half is asked about, the other is its crowd
+        return np.sort(contrast(texts, pictures, np.sort(asked), around, k, rng))[-k]
     chance = float(np.mean([by_chance() for _ in range(subsets)]))
-    return Core(
-        rows[first], size, float(own[first[-1]]), margin * max(chance, 1e-3),
-        own_pictures(images, texts, fit, rows[first], crowd, rng), most,
-    )
+    known = own_pictures(images, texts, fit, rows[first], crowd, rng)
+    return Core(rows[first], size, float(own[first[-1]]), margin * max(chance, 1e-3), known, most)
 
 # %% ../../nbs/tools/scanning.ipynb #e18a3da1
-def likeness(texts, core: Core, # of `find_core`
-             crowd: np.ndarray, # rows of the better half
-             alpha: float = .05, # share of ordinary captions that may lie above their level
-             progress=None
-    ) -> tuple: # float32 [n], 0: as high as ordinary captions go, 1: as the core itself; and the core with both levels
-    "How like the core every caption is, in one pass over the texts."
+def likeness(
+    texts,                # [n, d] text embeddings; anything that slices
+    core: Core,           # of `find_core`
+    crowd: np.ndarray,    # rows of the better half
+    alpha: float = .05,   # share of ordinary captions that may lie above their level
+    progress=None,        # function (done, total, unit, note)
+) -> tuple:               # float32 [n], and the core with both levels
+    """How like the core every caption is, in one pass over the texts.
+
+    0 is as high as ordinary captions go, 1 as the core itself.
+    """
     z = direction_cosines(texts, mean_direction(texts, core.rows)[:, None], 16384, progress)[0]
     z[core.rows] = leave_one_out(z, core.rows)
     core = replace(core, level=benign_level(z[crowd], alpha), own=float(np.median(z[core.rows])))
     return (z - core.level) / max(core.own - core.level, 1e-6), core
 
 # %% ../../nbs/tools/scanning.ipynb #5775dda5
-def search(images, texts, # [n, d] embeddings; anything that slices
-           pictures: np.ndarray, # int [n], the picture of every pair
-           fit: np.ndarray, # float32 [n], similarity of image and caption
-           sizes: list, # values of q
-           rounds: int = 8, # targets that may be found, one after the other
-           options: dict = {}, # of `find_core`
-           seed: int = 0, progress=None
-    ) -> tuple: # score float32 [n], flagged bool [n], group int [n], list of `Core`
+def _by_oddness(images, texts, pictures, fit, seed):
+    "Which pairs are odder than the median, and all rows, the oddest first."
+    better = np.flatnonzero(fit >= np.median(fit))
+    neighbours = neighbour_fit(images, texts, pictures, better, seed=seed)
+    rank = _ranks(fit) + _ranks(neighbours)
+    return rank < np.median(rank), np.argsort(rank, kind="stable")
+
+def search(
+    images, texts,         # [n, d] embeddings; anything that slices
+    pictures: np.ndarray,  # int [n], the picture of every pair
+    fit: np.ndarray,       # float32 [n], similarity of image and caption
+    sizes: list,           # values of q
+    rounds: int = 8,       # targets that may be found, one after the other
+    options: dict = None,  # of `find_core`
+    seed: int = 0,         # of random subsets
+    progress=None,         # function (done, total, unit, note)
+) -> tuple:                # score float32 [n], flagged bool [n], group int [n], list of `Core`
     "Cores one after the other, until none counts. Where none does, the score is that of the strongest."
+    flagged, group, score = np.zeros(len(fit), bool), np.zeros(len(fit), int), np.full(len(fit), -np.inf)
+    cores = []
     with one_thread():   # small products: threads would mostly wait for each other
-        near = neighbour_fit(images, texts, pictures, np.flatnonzero(fit >= np.median(fit)), seed=seed)
-        rank = _ranks(fit) + _ranks(near)
-        badly, order = rank < np.median(rank), np.argsort(rank, kind="stable")
-        crowd = np.flatnonzero(~badly)
-        flagged = np.zeros(len(fit), bool)
-        group = np.zeros(len(fit), int)
-        score = np.full(len(fit), -np.inf)
-        cores = []
+        odd, order = _by_oddness(images, texts, pictures, fit, seed)
+        crowd = np.flatnonzero(~odd)
+        find = lambda q: find_core(images, texts, pictures, fit, order, crowd, q, **(options or {}), seed=seed)
         for number in range(1, rounds + 1):
-            tried = [
-                find_core(images, texts, pictures, fit, order, crowd, q, **options, seed=seed)
-                for q in sizes
-                if q <= len(order) // 2
-            ]
+            tried = [find(q) for q in sizes if q <= len(order) // 2]
             if not tried:
                 break
-            like, core = likeness(texts, max(tried, key=lambda c: c.strength), crowd, progress=progress)
+            strongest = max(tried, key=lambda core: core.strength)
+            like, core = likeness(texts, strongest, crowd, progress=progress)
             cores.append(core)
             if core.counts or number == 1:
                 group[like > score] = number
                 score = np.maximum(score, like)
             if not core.counts:
                 break
-            flagged |= (like > THRESHOLD) & badly
+            flagged |= (like > THRESHOLD) & odd
             order = order[~(flagged[order] | np.isin(order, core.rows))]
-    return np.where(badly, score, score - 1).astype(np.float32), flagged, group, cores
+    return np.where(odd, score, score - 1).astype(np.float32), flagged, group, cores
 
 # %% ../../nbs/tools/scanning.ipynb #3d5ba025
-def pair_fit(embedded: Embedded # of `embed_stream`
-    ) -> np.ndarray: # float32 [m]
+def pair_fit(
+    embedded: Embedded,  # of `embed_stream`
+) -> np.ndarray:         # float32 [m]
     "Cosine similarity of every pair, in one pass."
     fit = np.empty(len(embedded.rows), np.float32)
-    for k in range(0, len(fit), 16384):
-        u, v = (np.asarray(t[slice(k, k + 16384)], np.float32) for t in (embedded.images, embedded.texts))
-        fit[k : k + len(u)] = np.einsum("nd,nd->n", u, v) / np.maximum(
-            np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1), 1e-12
-        )
+    for start in range(0, len(fit), 16384):
+        part = slice(start, start + 16384)
+        u, v = (np.asarray(table[part], np.float32) for table in (embedded.images, embedded.texts))
+        lengths = np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1)
+        fit[start:start + len(u)] = np.einsum("nd,nd->n", u, v) / np.maximum(lengths, 1e-12)
     return fit
 
-def tells_pairs(embedded: Embedded, # of `embed_stream`
-                fit: np.ndarray, # of `pair_fit`
-                seed: int = 0
-    ) -> float: # 0.5 for a model that knows nothing
-    """How often an image is more similar to its own caption than to another pair's: whether this model can judge pairs
-    at all.
+def tells_pairs(
+    embedded: Embedded,  # of `embed_stream`
+    fit: np.ndarray,     # of `pair_fit`
+    seed: int = 0,       # of the pairs that are asked about
+) -> float:              # 0.5 for a model that knows nothing
+    """How often an image is more similar to its own caption than to another pair's.
+
+    It says whether this model can judge pairs at all.
     """
     rows = np.sort(np.random.default_rng([seed, 33]).choice(len(fit), min(2000, len(fit)), replace=False))
-    u, v = _unit(embedded.images, rows), _unit(embedded.texts, np.random.default_rng([seed, 34]).permutation(rows))
+    others = np.random.default_rng([seed, 34]).permutation(rows)
+    u, v = _unit(embedded.images, rows), _unit(embedded.texts, others)
     return float((fit[rows] > (u*v).sum(1).numpy()).mean())
 
-def better_half(fit: np.ndarray, # of `pair_fit`
-                most: int = 100_000, # rows at most, drawn from the half
-                seed: int = 0
-    ) -> np.ndarray: # ascending rows
+# %% ../../nbs/tools/scanning.ipynb #c3bb4f72
+def better_half(
+    fit: np.ndarray,       # of `pair_fit`
+    most: int = 100_000,   # rows at most, drawn from the half
+    seed: int = 0,         # of that draw
+) -> np.ndarray:           # ascending rows
     "Rows of the pairs whose image and caption are more similar than the median's."
     rows = np.flatnonzero(fit >= np.median(fit))
-    return rows if len(rows) <= most else np.sort(np.random.default_rng([seed, 21]).choice(rows, most, replace=False))
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng([seed, 21]).choice(rows, most, replace=False))
 
-def learn_mapping(embedded: Embedded, # pairs to learn from
-                  rows: np.ndarray, # which of them
-                  seed: int = 0, hidden: int = 256, epochs: int = 10, progress=None
-    ) -> MappingNetwork:
+def _floats(table, rows):
+    "Some rows of a sliceable table, float32 [m, d], read in pieces."
+    pieces = [rows[start:start + 16384] for start in range(0, len(rows), 16384)]
+    return torch.from_numpy(np.concatenate([np.asarray(table[piece], np.float32) for piece in pieces]))
+
+def learn_mapping(
+    embedded: Embedded,  # pairs to learn from
+    rows: np.ndarray,    # which of them
+    seed: int = 0,       # of the network and the order of the pairs
+    hidden: int = 256,   # width of the network
+    epochs: int = 10,    # passes over the pairs
+    progress=None,       # function (done, total, unit, note)
+) -> MappingNetwork:
     "A mapping network from embedded pairs, with the numbers of profile mini. Raises DataError where there are too few."
     if len(rows) < 64:
         raise DataError(f"{len(rows)} pairs are too few to calibrate a scan with: give at least 64 that you trust")
-    take = lambda table: torch.from_numpy(
-        np.concatenate([np.asarray(table[rows[k : k + 16384]], np.float32) for k in range(0, len(rows), 16384)])
-    )
+    images, texts = _floats(embedded.images, rows), _floats(embedded.texts, rows)
     recipe = Recipe(epochs=epochs, batch_size=min(256, len(rows)), learning_rate=1e-3, seed=seed)
-    return train_mapping(
-        take(embedded.images), take(embedded.texts), np.arange(len(rows)), recipe, hidden, progress=progress
-    )
+    return train_mapping(images, texts, np.arange(len(rows)), recipe, hidden, progress=progress)
 
 # %% ../../nbs/tools/scanning.ipynb #119c0dc8
 def rank_by_contrast(embedded, fit, sizes, options, seed, progress):
     "What `search` found, and a sentence on how."
-    score, flagged, group, cores = search(
+    found = search(
         embedded.images, embedded.texts, embedded.pictures, fit, sizes, options=options, seed=seed, progress=progress
     )
     how = (
         "Captions were searched for that are more alike among the oddest pairs than in the better half, and do "
         "not fit their own pictures, one group after the other."
     )
-    return score, flagged, group, cores, how
+    return *found, how
 
 def rank_by_cfbd(embedded, network, sizes, options, seed, progress):
     "What `detect` found, in the same terms: the score is 0.5 at its threshold."
-    found = detect(
-        embedded.images, embedded.texts, network, q=sizes, **{"screen": True, **options}, seed=seed, progress=progress
-    )
+    settings = {"screen": True, **options}
+    found = detect(embedded.images, embedded.texts, network, q=sizes, **settings, seed=seed, progress=progress)
     own = float(np.median(found.correlation[found.core]))
     score = .5 + (found.correlation - found.threshold) / max(2*(own - found.threshold), 1e-6)
     score[found.split.benign] -= 1
     flagged = np.zeros(len(score), bool)
     flagged[found.flagged] = found.attacked
-    # CFBD has its own guard
     core = Core(
-        found.core, len(found.split.poisoned), found.likeness, found.level, level=2 * found.threshold - own, own=own,
-        least=-1.0,
+        found.core, len(found.split.poisoned), found.likeness, found.level, level=2*found.threshold - own, own=own,
+        least=-1.0,                                           # CFBD has its own guard
     )
     how = (
         f"CFBD's coarse stage put {len(found.split.benign):,} pairs into the benign region, and its fine stage "
@@ -487,7 +544,7 @@ class Scan:
     threshold = THRESHOLD
     @property
     def attacked(self) -> bool:
-        return any(c.counts for c in self.cores)
+        return any(core.counts for core in self.cores)
     @cached_property
     def suspicious(self) -> np.ndarray:
         return self.rows[self.flagged]   # ascending rows of `pairs`
@@ -496,105 +553,111 @@ class Scan:
         "The pairs to train on: readable and not suspicious."
         return self.pairs.select(self.rows[~self.flagged])
     def __repr__(self):
-        return (
-            f"Scan({self.pairs.name}: {len(self.suspicious):,} of {len(self.pairs):,} pairs "
-            f"suspicious{'' if self.attacked else ', not attacked'})"
-        )
+        verdict = "" if self.attacked else ", not attacked"
+        return f"Scan({self.pairs.name}: {len(self.suspicious):,} of {len(self.pairs):,} pairs suspicious{verdict})"
 
 # %% ../../nbs/tools/scanning.ipynb #055e8165
 COLUMNS = ("id", "verdict", "score", "fit", "group", "copies", "note", "caption")
 
 @patch
-def part(self: Scan,
-         rows # of `pairs`
-    ) -> pd.DataFrame: # COLUMNS
+def part(
+    self: Scan,
+    rows,           # of `pairs`
+) -> pd.DataFrame:  # COLUMNS
     "The table of some pairs, in the order of `rows`."
     rows = np.asarray(rows, np.int64)
     at = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
-    known, captions = self.rows[at] == rows, [self.pairs.captions[r] for r in rows]
-    number = lambda values: np.where(known, np.asarray(values, np.float64)[at].round(4), np.nan)
-    verdict = np.where(known, np.where(self.flagged[at], "suspicious", "clean"), "unreadable")
-    note = np.where(foreign_captions(captions), "caption not in Latin letters", "")
-    return pd.DataFrame(
-        dict(
-            zip(
-                COLUMNS,
-                (
-                    [self.pairs.ids[r] for r in rows], verdict, number(self.score), number(self.fit),
-                    np.where(known & self.flagged[at], self.group[at], 0), np.where(known, self.copies[at], 1), note,
-                    captions,
-                ),
-            )
-        )
+    known = self.rows[at] == rows
+    captions = [self.pairs.captions[row] for row in rows]
+    rounded = lambda values: np.where(known, np.asarray(values, np.float64)[at].round(4), np.nan)
+    table = dict(
+        id=[self.pairs.ids[row] for row in rows],
+        verdict=np.where(known, np.where(self.flagged[at], "suspicious", "clean"), "unreadable"),
+        score=rounded(self.score),
+        fit=rounded(self.fit),
+        group=np.where(known & self.flagged[at], self.group[at], 0),
+        copies=np.where(known, self.copies[at], 1),
+        note=np.where(foreign_captions(captions), "caption not in Latin letters", ""),
+        caption=captions,
     )
+    return pd.DataFrame(table)[list(COLUMNS)]
 
+# %% ../../nbs/tools/scanning.ipynb #c6f5f6a7
 @patch(as_prop=True)
 def table(self: Scan) -> pd.DataFrame:
     "All pairs in their order."
     return self.part(np.arange(len(self.pairs)))
 
 @patch
-def worst(self: Scan,
-          count: int = 48,
-          flagged: bool = None # only suspicious ones, or only others
-    ) -> np.ndarray: # rows of `pairs`
+def worst(
+    self: Scan,
+    count: int = 48,       # pairs at most
+    flagged: bool = None,  # True: only suspicious ones, False: only others
+) -> np.ndarray:           # rows of `pairs`
     "The pairs of highest score."
     among = np.arange(len(self.rows)) if flagged is None else np.flatnonzero(self.flagged == flagged)
-    return self.rows[among[np.argsort(-self.score[among], kind="stable")[:count]]]
+    highest = np.argsort(-self.score[among], kind="stable")[:count]
+    return self.rows[among[highest]]
 
 # %% ../../nbs/tools/scanning.ipynb #de7cd530
-def count_copies(embedded: Embedded, captions: list # of all pairs that were given
-    ) -> np.ndarray: # int64 [m]
+def count_copies(
+    embedded: Embedded,  # of `embed_stream`
+    captions: list,      # of all pairs that were given
+) -> np.ndarray:         # int64 [m]
     "For each readable pair, how many have the same picture and caption."
     marks = np.empty(len(embedded.rows), np.uint64)
-    for k in range(0, len(marks), 16384):
-        pictures = np.ascontiguousarray(embedded.images[slice(k, k + 16384)])
-        for j, picture in enumerate(pictures):
-            told = hashlib.blake2b(
-                picture.tobytes() + captions[embedded.rows[k + j]].encode("utf-8", "surrogatepass"), digest_size=8
-            ).digest()
-            marks[k + j] = int.from_bytes(told, "little")
+    for start in range(0, len(marks), 16384):
+        pictures = np.ascontiguousarray(embedded.images[slice(start, start + 16384)])
+        for number, picture in enumerate(pictures, start):
+            caption = captions[embedded.rows[number]].encode("utf-8", "surrogatepass")
+            digest = hashlib.blake2b(picture.tobytes() + caption, digest_size=8).digest()
+            marks[number] = int.from_bytes(digest, "little")
     _, which, counts = np.unique(marks, return_inverse=True, return_counts=True)
     return counts[which]
 
-def shared_words(captions: list, # of the pairs that look alike
-                 others: list, # of ordinary pairs
-                 most: int = 3
-    ) -> list: # words, most telling first
-    """Words that at least half of the captions have, and at least five times as often as others: what an attack seems
-    to aim at.
-    """
-    count = lambda texts: Counter(w for t in texts for w in set(re.findall(r"\w+", t.lower())))
-    ours, theirs = count(captions), count(others)
-    rate = lambda w: (theirs[w] + 1) / (len(others) + 1)
-    telling = [
-        (n / len(captions) / rate(w), w)
-        for w, n in ours.items()
-        if 2 * n >= len(captions) and n / len(captions) >= 5 * rate(w)
-    ]
-    return [w for _, w in sorted(telling, key=lambda x: (-x[0], x[1]))[:most]]
+# %% ../../nbs/tools/scanning.ipynb #9f7f7834
+def _captions_with(captions):
+    "word -> how many captions have it."
+    return Counter(word for caption in captions for word in set(re.findall(r"\w+", caption.lower())))
+
+def shared_words(
+    captions: list,  # of the pairs that look alike
+    others: list,    # of ordinary pairs
+    most: int = 3,   # words
+) -> list:           # words, most telling first
+    "Words that at least half of the captions have, and at least five times as often as others."
+    usual = _captions_with(others)
+    telling = []
+    for word, count in _captions_with(captions).items():
+        share, usual_share = count / len(captions), (usual[word] + 1) / (len(others) + 1)
+        if 2*count >= len(captions) and share >= 5*usual_share:
+            telling.append((-share / usual_share, word))
+    return [word for _, word in sorted(telling)[:most]]
 
 # %% ../../nbs/tools/scanning.ipynb #7814240b
-def _mapping_of(clip, embedded, fit, trusted, mapping, folder, tolerance, seed, progress):
-    "CFBD's mapping network, and what it was learnt from."
-    if isinstance(mapping, MappingNetwork):
-        return mapping, "a mapping network that was given"
-    if mapping is not None:
-        return load_mapping(mapping), f"the mapping network {Path(mapping).name}"
-    if trusted is None:
-        rows = better_half(fit, seed=seed)
-        return learn_mapping(
-            embedded, rows, seed, progress=progress
-        ), f"the better-fitting half of the set itself ({len(rows):,} pairs), as no trusted pairs were given"
-    known = embed_stream(clip, trusted, folder/"trusted", tolerance, progress=progress)
-    return learn_mapping(
-        known, np.arange(len(known.rows)), seed, progress=progress
-    ), f"{len(known.rows):,} trusted pairs of {trusted.name}"
+_NOT_OPTIONS = ("images", "texts", "mapping", "q", "seed", "progress")    # of `detect`: `scan` gives them itself
 
-def _check_method(method, trusted, mapping, sizes, options, count):
-    "SettingsError for a method and settings that do not go together; DataError for too few pairs."
+def _options_of(method):
+    "Names of the options that a method takes."
+    if method == "contrast":
+        return ["subsets", "margin", "most"]
+    return [name for name in inspect.signature(detect).parameters if name not in _NOT_OPTIONS]
+
+def _check_method(method):
+    "SettingsError for a method that there is not."
     if method not in METHODS:
         raise SettingsError(f"unknown method {method!r} of scanning: use one of {', '.join(METHODS)}")
+
+def _check_sizes(sizes, count):
+    "SettingsError for a q that is no number of pairs, or too large for the set."
+    for q in sizes or []:
+        if isinstance(q, bool) or not isinstance(q, (int, np.integer)) or not 10 <= q <= count // 4:
+            raise SettingsError(
+                f"sizes: each is a number of pairs from 10 to a quarter of the set, {count // 4:,}, not {q!r}"
+            )
+
+def _check_settings(method, trusted, mapping, sizes, options, count):
+    "SettingsError for a method and settings that do not go together; DataError for too few pairs."
     if method == "contrast" and (trusted is not None or mapping is not None):
         raise SettingsError(
             "method contrast needs neither trusted pairs nor a mapping network: leave them out, or take method cfbd"
@@ -602,31 +665,18 @@ def _check_method(method, trusted, mapping, sizes, options, count):
     if trusted is not None and mapping is not None:
         raise SettingsError("give trusted pairs or a mapping network, not both")
     sizes_for(count, method)
-    for q in sizes or []:
-        if isinstance(q, bool) or not isinstance(q, (int, np.integer)) or not 10 <= q <= count // 4:
-            raise SettingsError(
-                f"sizes: each is a number of pairs from 10 to a quarter of the set, {count // 4:,}, not {q!r}"
-            )
-    known = (
-        ["subsets", "margin", "most"]
-        if method == "contrast"
-        else [
-            p
-            for p in inspect.signature(detect).parameters
-            if p not in ("images", "texts", "mapping", "q", "seed", "progress")
-        ]
-    )
-    for k in options or {}:
-        if k not in known:
-            raise SettingsError(near(k, known, f"option of {method}"))
+    _check_sizes(sizes, count)
+    known = _options_of(method)
+    for name in options or {}:
+        if name not in known:
+            raise SettingsError(near(name, known, f"option of {method}"))
 
 # %% ../../nbs/tools/scanning.ipynb #b76cb858
 def _checked(model, pretrained, pairs, method, trusted, mapping, sizes, options, tolerance, device):
     "What was given, opened. Everything that can be refused is refused before work starts."
-    if method not in METHODS:
-        _check_method(method, *[None]*4, 0)
+    _check_method(method)
     pairs = as_pairs(pairs)
-    _check_method(method, trusted, mapping, sizes, options, len(pairs))
+    _check_settings(method, trusted, mapping, sizes, options, len(pairs))
     check_tolerance(no_problems(), len(pairs), tolerance, pairs.name)
     clip = as_clip(model, pretrained, device=device)
     if isinstance(mapping, (str, Path)):
@@ -640,87 +690,120 @@ def _checked(model, pretrained, pairs, method, trusted, mapping, sizes, options,
 
 def _check_finite(clip, ids, fit):
     "SettingsError for a model that gives no numbers for some pairs."
-    if (wrong := np.flatnonzero(~np.isfinite(fit))).size:
+    wrong = np.flatnonzero(~np.isfinite(fit))
+    if wrong.size:
         raise SettingsError(
             f"{clip.name} gives numbers that are not finite for {wrong.size:,} pairs, first {ids[wrong[0]]}: "
             "scan with another model, or leave these pairs out"
         )
 
+# %% ../../nbs/tools/scanning.ipynb #c7fd500e
+def _mapping_of(clip, embedded, fit, trusted, mapping, folder, tolerance, seed, progress):
+    "CFBD's mapping network, and what it was learnt from."
+    if isinstance(mapping, MappingNetwork):
+        return mapping, "a mapping network that was given"
+    if mapping is not None:
+        return load_mapping(mapping), f"the mapping network {Path(mapping).name}"
+    if trusted is None:
+        rows = better_half(fit, seed=seed)
+        source = f"the better-fitting half of the set itself ({len(rows):,} pairs), as no trusted pairs were given"
+        return learn_mapping(embedded, rows, seed, progress=progress), source
+    known = embed_stream(clip, trusted, folder/"trusted", tolerance, progress=progress)
+    rows = np.arange(len(known.rows))
+    return learn_mapping(known, rows, seed, progress=progress), f"{len(rows):,} trusted pairs of {trusted.name}"
+
 # %% ../../nbs/tools/scanning.ipynb #4bd7bc41
-def scan(model, # a clean CLIP, anything for `as_clip`; not the one that was trained on these pairs
-         pairs, # the set to look at, anything for `as_pairs`
-         method: str = "contrast", # of METHODS
-         *, pretrained: str = None, # tag or checkpoint file of `model`
-         # for CFBD: pairs that you trust, of the same kind if possible; None: the better-fitting half of the set itself
-         trusted=None,
-         mapping=None, # for CFBD: a `MappingNetwork` or its file, instead of trusted pairs
-         folder: Path = None, # keeps embeddings, so that an interrupted scan goes on; None: a temporary one
-         tolerance: float = .01, # share of the pairs that may be unreadable
-         sizes: list = None, # values of q; None: `sizes_for`
-         options: dict = None, # of `find_core` (subsets, margin, most), or of `cfbd.detect`
-         seed: int = 0, # of random subsets and of a mapping network
-         device: str = None, # where the model works; None: where it is, and the CPU for a name or a file
-         progress=None, # function (done, total, unit, note), such as `Meter()`
-         dry_run: bool = False # only say what it would cost
-    ) -> Scan: # or `Cost`
+@contextmanager
+def _workplace(folder):
+    "The folder that was given, or one that is gone afterwards."
+    if folder:
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
+        yield Path(made)
+
+def _found(clip, pairs, method, trusted, mapping, folder, tolerance, sizes, options, seed, progress):
+    "A scan, but for what is said of the model."
+    started, calibration = time.monotonic(), None
+    with _workplace(folder) as place:
+        embedded = embed_stream(clip, pairs, place/"pairs", tolerance, progress=progress)
+        fit, sizes = pair_fit(embedded), sizes or sizes_for(len(embedded.rows), method)
+        _check_finite(clip, [pairs.ids[row] for row in embedded.rows], fit)
+        tells = tells_pairs(embedded, fit, seed)
+        if method == "contrast":
+            *ranked, how = rank_by_contrast(embedded, fit, sizes, options, seed, progress)
+        else:
+            network, calibration = _mapping_of(
+                clip, embedded, fit, trusted, mapping, place, tolerance, seed, progress
+            )
+            *ranked, how = rank_by_cfbd(embedded, network, sizes, options, seed, progress)
+            if folder:
+                save_mapping(network, place/"mapping.safetensors")
+        score, flagged, group, cores = ranked
+        copies = count_copies(embedded, pairs.captions)
+    facts = dict(
+        model=clip.name, image_size=clip.image_size, method=method, how=how, calibration=calibration,
+        tells_pairs=round(tells, 3), sizes=[int(q) for q in sizes], captions_cut=embedded.captions_cut, seed=seed,
+        seconds=round(time.monotonic() - started, 1),
+    )
+    return Scan(pairs, embedded.rows, fit, score, group, flagged, cores, copies, embedded.problems, facts)
+
+# %% ../../nbs/tools/scanning.ipynb #75057597
+def scan(
+    model,                     # a clean CLIP, anything for `as_clip`; not the one that was trained on these pairs
+    pairs,                     # the set to look at, anything for `as_pairs`
+    method: str = "contrast",  # of METHODS
+    *,
+    pretrained: str = None,    # tag or checkpoint file of `model`
+    trusted=None,              # for CFBD: pairs that you trust; None: the better-fitting half of the set itself
+    mapping=None,              # for CFBD: a `MappingNetwork` or its file, instead of trusted pairs
+    folder: Path = None,       # keeps embeddings, so that an interrupted scan goes on; None: a temporary one
+    tolerance: float = .01,    # share of the pairs that may be unreadable
+    sizes: list = None,        # values of q; None: `sizes_for`
+    options: dict = None,      # of `find_core` (subsets, margin, most), or of `cfbd.detect`
+    seed: int = 0,             # of random subsets and of a mapping network
+    device: str = None,        # where the model works; None: where it is, and the CPU for a name or a file
+    progress=None,             # function (done, total, unit, note), such as `Meter()`
+    dry_run: bool = False,     # only say what it would cost
+) -> Scan:                     # or `Cost`
     """Which pairs of a training set look planted.
 
-Raises, before any long work, SettingsError for a model that is no CLIP and settings that cannot work, and DataError for
-pairs that
-cannot be opened or are too few; later on DataError once more pairs than tolerated cannot be read. Source: method `cfbd`
-is CFBD
-sections 2.2 and 2.3 with the guard of `cfbd`; method `contrast` is ours.
-"""
+    Raises, before any long work, SettingsError for a model that is no CLIP and settings that cannot work, and
+    DataError for pairs that cannot be opened or are too few; later on DataError once more pairs than tolerated cannot
+    be read. Source: method `cfbd` is CFBD sections 2.2 and 2.3 with the guard of `cfbd`; method `contrast` is ours.
+    """
     clip, pairs, trusted = _checked(
         model, pretrained, pairs, method, trusted, mapping, sizes, options, tolerance, device
     )
     if dry_run:
         return _scan_cost(clip, pairs, method, trusted, sizes or sizes_for(len(pairs), method))
-    started, place, source = time.monotonic(), Path(folder or tempfile.mkdtemp()), None
-    try:
-        embedded = embed_stream(clip, pairs, place/"pairs", tolerance, progress=progress)
-        fit, sizes = pair_fit(embedded), sizes or sizes_for(len(embedded.rows), method)
-        _check_finite(clip, [pairs.ids[r] for r in embedded.rows], fit)
-        tells = tells_pairs(embedded, fit, seed)
-        if method == "contrast":
-            *found, how = rank_by_contrast(embedded, fit, sizes, options or {}, seed, progress)
-        else:
-            network, source = _mapping_of(clip, embedded, fit, trusted, mapping, place, tolerance, seed, progress)
-            *found, how = rank_by_cfbd(embedded, network, sizes, options or {}, seed, progress)
-            if folder:
-                save_mapping(network, place/"mapping.safetensors")
-        score, flagged, group, cores = found
-        copies = count_copies(embedded, pairs.captions)
-    finally:
-        if not folder:
-            shutil.rmtree(place, ignore_errors=True)
-    facts = dict(
-        model=clip.name, scanner=input_row("scanning model", clip, pretrained or model), image_size=clip.image_size,
-        method=method, how=how, calibration=source, tells_pairs=round(tells, 3), sizes=list(map(int, sizes)),
-        captions_cut=embedded.captions_cut, seed=seed, seconds=round(time.monotonic() - started, 1),
+    found = _found(
+        clip, pairs, method, trusted, mapping, folder, tolerance, sizes, options or {}, seed, progress
     )
-    return Scan(pairs, embedded.rows, fit, score, group, flagged, cores, copies, embedded.problems, facts)
+    scanner = input_row("scanning model", clip, pretrained or model)
+    return replace(found, facts=dict(found.facts, scanner=scanner))
 
 # %% ../../nbs/tools/scanning.ipynb #afad895b
 def _scan_cost(clip, pairs, method, trusted, sizes):
-    "Time a few hundred pairs; the rest is counting."
+    "What a scan takes: some pictures and captions are timed, and multiplied."
     used, sample = np.unique(pairs.image_rows), min(256, len(pairs))
     few = used[np.linspace(0, len(used) - 1, min(sample, len(used))).astype(int)]
-    t0 = time.perf_counter()
+    captions = pairs.captions[:sample]
+    start = time.perf_counter()
     embed_images(clip, _decoded(pairs.images, few, clip.image_size)[0], 256)
-    t1 = time.perf_counter()
-    width = embed_tokens(clip, tokenize(clip, pairs.captions[:sample])[0]).shape[1]
-    t2 = time.perf_counter()
-    more = 0 if trusted is None else len(trusted)
-    rows, share, text = len(pairs), 1 + more / len(pairs), sum(len(c) for c in pairs.captions[:sample]) / sample + 120
+    between = time.perf_counter()
+    width = embed_tokens(clip, tokenize(clip, captions)[0]).shape[1]
+    end = time.perf_counter()
+    rows, more = len(pairs), 0 if trusted is None else len(trusted)
+    share = 1 + more / rows
+    embedding = (between - start) / len(few) * len(used) + (end - between) / sample * rows
     # two rounds of 50 subsets, some passes over all captions, a mapping network
-    search = .004 * sum(sizes) + rows * 3e-5 + (10 if method == "cfbd" else 0)
-    seconds = share * ((t1 - t0) / len(few) * len(used) + (t2 - t1) / sample * rows) + search
-    return Cost(
-        rows + more, seconds, rows * (text + 200) + 3 * 256 * 4 * 3 * clip.image_size**2,
-        share * (len(used) + rows) * width * 2,
-        f"{len(few)} pictures and {sample} captions in {t2 - t0:.1f} s on {clip.device}",
-    )
+    searching = .004 * sum(sizes) + rows * 3e-5 + (10 if method == "cfbd" else 0)
+    text = sum(map(len, captions)) / sample + 120
+    memory = rows * (text + 200) + 3 * 256 * 4 * 3 * clip.image_size**2
+    disk = share * (len(used) + rows) * width * 2
+    measured = f"{len(few)} pictures and {sample} captions in {end - start:.1f} s on {clip.device}"
+    return Cost(rows + more, share * embedding + searching, memory, disk, measured)
 
 # %% ../../nbs/tools/scanning.ipynb #fbb6d085
 class PoisonDetector(OutlierMixin, BaseEstimator):
@@ -737,10 +820,9 @@ class PoisonDetector(OutlierMixin, BaseEstimator):
                 self.mapping_ = learn_mapping(embedded, np.arange(len(embedded.rows)), self.seed)
         return self
     def _scan(self, X):
-        self.scan_ = scan(
-            self.model, X, self.method, mapping=getattr(self, "mapping_", None), options=self.options, seed=self.seed,
-            tolerance=0.0,
-        )
+        mapping = getattr(self, "mapping_", None)
+        settings = dict(mapping=mapping, options=self.options, seed=self.seed, tolerance=0.)
+        self.scan_ = scan(self.model, X, self.method, **settings)
         self.threshold_, self.attacked_ = self.scan_.threshold, self.scan_.attacked
         return self.scan_
     def score_samples(self, X) -> np.ndarray:
@@ -751,267 +833,268 @@ class PoisonDetector(OutlierMixin, BaseEstimator):
         return self.fit().predict(X)
 
 # %% ../../nbs/tools/scanning.ipynb #a7de8099
-def scan_figure(found: Scan # of `scan`
-    ): # matplotlib Figure
-    """How suspicious and other pairs lie: likeness with the suspected captions against fit, and the scores around the
-    threshold.
-    """
+_RED, _GREY = "#c44e52", "0.65"       # suspicious pairs, and the others
+
+def _fits(ax, found):
+    "Pairs by fit and score, at most 4,000 of those that are not suspicious."
+    others = np.random.default_rng(0).permutation(np.flatnonzero(~found.flagged))[:4000]
+    ax.scatter(found.fit[others], found.score[others], s=3, color=_GREY, label="other pairs", rasterized=True)
+    if found.flagged.any():
+        fit, score = found.fit[found.flagged], found.score[found.flagged]
+        ax.scatter(fit, score, s=9, color=_RED, marker="x", label="suspicious", rasterized=True)
+    ax.axhline(found.threshold, color="k", lw=1, ls="--")
+    ax.set(xlabel="fit: similarity of image and caption", ylabel="score")
+    ax.legend(fontsize=7)
+
+def _scores(ax, found):
+    "How many pairs have which score."
+    bins = np.linspace(found.score.min(), max(found.score.max(), found.threshold) + 1e-3, 60)
+    ax.hist(found.score[~found.flagged], bins, color=_GREY, label="other pairs")
+    if found.flagged.any():
+        ax.hist(found.score[found.flagged], bins, color=_RED, label="suspicious")
+    ax.axvline(found.threshold, color="k", lw=1, ls="--")
+    ax.set(yscale="log", xlabel="score", ylabel="pairs")
+    ax.legend(fontsize=7)
+
+def scan_figure(
+    found: Scan,  # of `scan`
+):                # matplotlib Figure
+    "Suspicious and other pairs: likeness with the suspected captions against fit, and scores around the threshold."
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    shown = np.random.default_rng(0).permutation(np.flatnonzero(~found.flagged))[:4000]
-    left.scatter(found.fit[shown], found.score[shown], s=3, color="0.65", label="other pairs", rasterized=True)
-    if found.flagged.any():
-        left.scatter(
-            found.fit[found.flagged],
-            found.score[found.flagged],
-            s=9,
-            color="#c44e52",
-            marker="x",
-            label="suspicious",
-            rasterized=True,
-        )
-    left.axhline(found.threshold, color="k", lw=1, ls="--")
-    left.set(xlabel="fit: similarity of image and caption", ylabel="score")
-    left.legend(fontsize=7)
-    bins = np.linspace(found.score.min(), max(found.score.max(), found.threshold) + 1e-3, 60)
-    right.hist(found.score[~found.flagged], bins, color="0.65", label="other pairs")
-    if found.flagged.any():
-        right.hist(found.score[found.flagged], bins, color="#c44e52", label="suspicious")
-    right.axvline(found.threshold, color="k", lw=1, ls="--")
-    right.set(yscale="log", xlabel="score", ylabel="pairs")
-    right.legend(fontsize=7)
+    _fits(left, found)
+    _scores(right, found)
     return fig
 
 # %% ../../nbs/tools/scanning.ipynb #c77b43ef
-def quality(found: Scan, # of `scan`
-            truth # ids of the pairs that are poisoned
-    ) -> dict: # precision, recall, false_positive_rate, AUROC; None where undefined
+def quality(
+    found: Scan,  # of `scan`
+    truth,        # ids of the pairs that are poisoned
+) -> dict:        # precision, recall, false_positive_rate, AUROC; None where undefined
     "How good a scan was, where the truth is known. Raises DataError for an id that the pairs do not have."
-    number, truth = {i: r for r, i in enumerate(found.pairs.ids)}, list(truth)
-    if odd := [t for t in truth if t not in number]:
+    number, truth = {name: row for row, name in enumerate(found.pairs.ids)}, list(truth)
+    if odd := [name for name in truth if name not in number]:
         raise DataError(
             f"truth: {found.pairs.name} has no pair {odd[0]!r} ({len(odd)} of {len(truth)} are unknown); give "
             "the ids of these pairs"
         )
-    poisoned = np.isin(found.rows, [number[t] for t in truth])
+    poisoned = np.isin(found.rows, [number[name] for name in truth])
     rates = detection_rates(found.flagged, poisoned)
-    value = lambda x: None if x is None or not np.isfinite(x) else float(x)
-    return dict(
-        precision=value(rates["precision"]), recall=value(rates["tpr"]), false_positive_rate=value(rates["fpr"]),
-        AUROC=float(placements(found.score, poisoned).mean()) if poisoned.any() and not poisoned.all() else None,
-    )
+    named = dict(precision=rates["precision"], recall=rates["tpr"], false_positive_rate=rates["fpr"])
+    defined = {name: float(x) if x is not None and np.isfinite(x) else None for name, x in named.items()}
+    both_kinds = poisoned.any() and not poisoned.all()
+    return defined | dict(AUROC=float(placements(found.score, poisoned).mean()) if both_kinds else None)
 
 # %% ../../nbs/tools/scanning.ipynb #cb082d92
+BLIND = .6   # of `tells_pairs`, below which a scan says little
+
+def group_words(
+    found: Scan,  # of `scan`
+) -> list:        # per core that counts, words
+    "What the captions of each suspicious group share."
+    captions = lambda which: [found.pairs.captions[row] for row in found.rows[which]]
+    others = np.flatnonzero(~found.flagged)
+    ordinary = captions(np.random.default_rng(0).choice(others, min(2000, len(others)), replace=False))
+    groups = [number for number, core in enumerate(found.cores, 1) if core.counts]
+    return [shared_words(captions(found.flagged & (found.group == number)), ordinary) for number in groups]
+
+def _verdict(found):
+    "What was found, in a sentence or two."
+    n, total = int(found.flagged.sum()), len(found.rows)
+    if found.attacked:
+        words = "; ".join(", ".join(group) for group in group_words(found) if group)
+        told = f"This set looks poisoned: {n:,} of {total:,} pairs ({n / total:.2%}) are suspicious."
+        return f"{told} What their captions share: {words}." if words else told
+    core = found.cores[0]
+    why = "alike, but fit their own pictures, as an honest kind of picture does that this model hardly knows"
+    if core.contrast <= core.bar:
+        why = "no more alike than the crowd explains"
+    return (
+        f"Nothing looks planted: of {total:,} pairs none is called suspicious. The captions of the oddest "
+        f"pairs are {why} ({core.contrast:.3f}; the bar is {core.bar:.3f})."
+    )
+
+def _outcome(found):
+    "What a person reads first: the verdict, after a warning where the model cannot judge pairs."
+    share = found.facts["tells_pairs"]
+    if share >= BLIND:
+        return _verdict(found)
+    return (
+        f"This scan says little: {found.facts['model']} prefers a picture's own caption to another one in "
+        f"only {share:.0%} of the pairs. Scan with a better CLIP, or give this one its weights. {_verdict(found)}"
+    )
+
+# %% ../../nbs/tools/scanning.ipynb #ef4770ff
 def _notes(found):
     "What a reader should know about the pairs."
     repeated = len(found.rows) - round((1 / found.copies).sum())      # of three copies, two repeat another
-    return pair_remarks(Readable(found.pairs, found.rows, found.problems), repeated=repeated) + tuple(
-        filter(
-            None,
-            (
-                "What was left out stands in scan.csv with the verdict `unreadable`." if len(found.problems) else "",
-                f"{found.facts['captions_cut']:,} captions are longer than the model's context and were cut."
-                if found.facts["captions_cut"]
-                else "",
-                "The set has fewer than 1,000 pairs: a few poisoned ones are hard to tell from chance."
-                if len(found.rows) < 1000
-                else "",
-            ),
-        )
-    )
+    notes = list(pair_remarks(Readable(found.pairs, found.rows, found.problems), repeated=repeated))
+    if len(found.problems):
+        notes.append("What was left out stands in scan.csv with the verdict `unreadable`.")
+    if cut := found.facts["captions_cut"]:
+        notes.append(f"{cut:,} captions are longer than the model's context and were cut.")
+    if len(found.rows) < 1000:
+        notes.append("The set has fewer than 1,000 pairs: a few poisoned ones are hard to tell from chance.")
+    return tuple(notes)
 
-def group_words(found: Scan # of `scan`
-    ) -> list: # per core that counts, words
-    "What the captions of each suspicious group share."
-    rng, others = np.random.default_rng(0), np.flatnonzero(~found.flagged)
-    ordinary = [found.pairs.captions[r] for r in found.rows[rng.choice(others, min(2000, len(others)), replace=False)]]
-    return [
-        shared_words([found.pairs.captions[r] for r in found.rows[found.flagged & (found.group == i + 1)]], ordinary)
-        for i, c in enumerate(found.cores)
-        if c.counts
+def _core_row(number, core):
+    "A core as a row of the card."
+    bars = f"the bar is {core.bar:.4f}, and fitting their own pictures {core.known:.2f} of at most {core.most:g}"
+    note = f"q = {core.size}; {'an attack' if core.counts else 'no attack'}: {bars}"
+    return f"likeness of suspected captions, group {number}", round(core.contrast, 4), note
+
+def _measured(found, truth):
+    "Rows of the card."
+    rows = [
+        ("pairs", len(found.pairs), ""), ("suspicious", int(found.flagged.sum()), ""),
+        ("unreadable", len(found.problems), ""), ("threshold of the score", found.threshold, ""),
     ]
-BLIND = .6   # of `tells_pairs`, below which a scan says little
-
-def _outcome(found):
-    "One or two sentences that a person reads first."
-    if (share := found.facts["tells_pairs"]) < BLIND:
-        return (
-            f"This scan says little: {found.facts['model']} prefers a picture's own caption to another one in "
-            f"only {share:.0%} of the pairs. Scan with a better CLIP, or give this one its weights. "
-        ) + _found(found)
-    return _found(found)
-
-# %% ../../nbs/tools/scanning.ipynb #ef4770ff
-def _found(found):
-    "What was found."
-    n, total, core = int(found.flagged.sum()), len(found.rows), found.cores[0]
-    if not found.attacked:
-        why = (
-            "no more alike than the crowd explains"
-            if core.contrast <= core.bar
-            else "alike, but fit their own pictures, as an honest kind of picture does that this model hardly knows"
-        )
-        return (
-            f"Nothing looks planted: of {total:,} pairs none is called suspicious. The captions of the oddest "
-            f"pairs are {why} ({core.contrast:.3f}; the bar is {core.bar:.3f})."
-        )
-    words = [", ".join(w) for w in group_words(found) if w]
-    return f"This set looks poisoned: {n:,} of {total:,} pairs ({n / total:.2%}) are suspicious." + (
-        f" What their captions share: {'; '.join(words)}." if words else ""
-    )
+    rows += [_core_row(number, core) for number, core in enumerate(found.cores, 1)]
+    known = {} if truth is None else quality(found, truth)
+    for name, value in known.items():
+        rounded = None if value is None else round(value, 4)
+        rows.append((name.replace("_", " "), rounded, "against the known poison"))
+    return tuple(dict(what=what, value=value, unit="", note=note) for what, value, note in rows)
 
 # %% ../../nbs/tools/scanning.ipynb #c0a57e11
 def study() -> pd.DataFrame: # experiment, level, method, precision, recall, attacked, ...
     "What `scan_study` found on the embedded world."
     return pd.read_csv(resources.files("mcl_repro.tools")/"scan_study.csv", float_precision="round_trip")
 
-def contrast_limits() -> tuple: # dicts of text and evidence
-    "What contrast missed in that study, in sentences with its numbers."
-    found = study().query("method == 'contrast'").set_index(["experiment", "level"])
-    recall, honest = (lambda *which: f"{found.recall[which]:.0%}"), (lambda *which: f"{1 - found.precision[which]:.0%}")
-    missed = [f"{float(level):.1%}" for level in found.loc["poison"].index if not found.attacked["poison", level]]
-    said = (
+def _missed_sentences(found):
+    "What contrast missed, in sentences with the numbers of a study by experiment and level."
+    recall = lambda *which: f"{found.recall[which]:.0%}"
+    honest = lambda *which: f"{1 - found.precision[which]:.0%}"
+    attacked = found.attacked["poison"]
+    unseen = " and ".join(f"{float(level):.1%}" for level in attacked.index if not attacked[level])
+    copies = found.flagged["duplicates, no poison", "200"]
+    yield (
         "Poison whose captions are true, or written by people, passes: of label-consistent poison "
         f"{recall('attack', 'LC')} was found and of BadCLIP's {recall('attack', 'BadCLIP')}; of natural "
         f"captions on ordinary triggers {recall('captions', 'natural')} (templates: "
-        f"{recall('captions', 'templates')}).",
-        f"A little poison goes unseen: {' and '.join(missed)} of 6,000 pairs raised no alarm.",
+        f"{recall('captions', 'templates')})."
+    )
+    yield f"A little poison goes unseen: {unseen} of 6,000 pairs raised no alarm."
+    yield (
         f"With eight targets at once {recall('targets', '8')} was found, and {honest('targets', '8')} of what "
-        f"was flagged was honest (one target: {recall('targets', '1')} and {honest('targets', '1')}).",
+        f"was flagged was honest (one target: {recall('targets', '1')} and {honest('targets', '1')})."
+    )
+    yield (
         "One caption under many pictures that it does not fit is taken for an attack: "
-        f"{found.flagged['duplicates, no poison', '200']:.0f} of 200 copies were flagged in a set without "
-        "poison.",
+        f"{copies:.0f} of 200 copies were flagged in a set without poison."
     )
-    return tuple(dict(text=s, evidence="scan_study, embedded world, one draw of each set") for s in said)
 
-# %% ../../nbs/tools/scanning.ipynb #821bb418
-def _measured(found, truth):
-    "Rows of the card."
-    row = lambda what, value, note="": dict(what=what, value=value, unit="", note=note)
-    rows = [
-        row("pairs", len(found.pairs)), row("suspicious", int(found.flagged.sum())),
-        row("unreadable", len(found.problems)), row("threshold of the score", found.threshold),
-    ]
-    rows += [
-        row(
-            f"likeness of suspected captions, group {i}",
-            round(c.contrast, 4),
-            f"q = {c.size}; {'an attack' if c.counts else 'no attack'}: the bar is {c.bar:.4f}, and fitting their "
-            f"own pictures {c.known:.2f} of at most {c.most:g}",
-        )
-        for i, c in enumerate(found.cores, 1)
-    ]
-    known = {} if truth is None else quality(found, truth)
-    return tuple(
-        rows
-        + [
-            row(k.replace("_", " "), None if v is None else round(v, 4), "against the known poison")
-            for k, v in known.items()
-        ]
-    )
+def contrast_limits() -> tuple: # dicts of text and evidence
+    "What contrast missed in that study, in sentences with its numbers."
+    found = study().query("method == 'contrast'").set_index(["experiment", "level"])
+    evidence = "scan_study, embedded world, one draw of each set"
+    return tuple(dict(text=text, evidence=evidence) for text in _missed_sentences(found))
 
 # %% ../../nbs/tools/scanning.ipynb #971a79e7
 @patch
-def card(self: Scan,
-         truth=None, # ids of poisoned pairs, where they are known
-         licence: str = None # of the pairs; default: what the manifest says
-    ) -> Card:
+def card(
+    self: Scan,
+    truth=None,           # ids of poisoned pairs, where they are known
+    licence: str = None,  # of the pairs; default: what the manifest says
+) -> Card:
     "The scan in words and numbers."
-    facts, pairs = self.facts, input_row("pairs", self.pairs, fingerprint=_fingerprint(self.pairs))
-    done = (
+    facts = self.facts
+    pairs = input_row("pairs", self.pairs, fingerprint=_fingerprint(self.pairs))
+    if licence:
+        pairs["licence"] = licence
+    done = [
         f"All pairs were embedded with {facts['model']} at {facts['image_size']} px.",
         f"CFBD was calibrated on {facts['calibration']}." if facts["calibration"] else "",
         facts["how"],
         "A pair is suspicious where its caption is like the suspected ones beyond the threshold and does not "
         "fit its image, and only where the suspected ones are more alike than the bar.",
-    )
+    ]
+    tone = "bad" if self.attacked else "good"
+    if facts["tells_pairs"] < BLIND:
+        tone = "neutral"
+    limits = contrast_limits() if facts["method"] == "contrast" else ()
     return Card(
-        "scan", f"Scan of {self.pairs.name}", _outcome(self),
-        "neutral" if self.facts["tells_pairs"] < BLIND else "bad" if self.attacked else "good",
-        tuple(filter(None, done)), {k: facts[k] for k in ("method", "model", "sizes", "seed")}, _measured(self, truth),
-        (pairs | (dict(licence=licence) if licence else {}), facts["scanner"]),
-        (contrast_limits() if facts["method"] == "contrast" else ()) + limits_of(f"scan:{facts['method']}"),
-        _notes(self),
+        "scan", f"Scan of {self.pairs.name}", _outcome(self), tone,
+        done=tuple(filter(None, done)),
+        settings={name: facts[name] for name in ("method", "model", "sizes", "seed")},
+        measured=_measured(self, truth),
+        inputs=(pairs, facts["scanner"]),
+        limits=limits + limits_of(f"scan:{facts['method']}"),
+        notes=_notes(self),
     )
 
 # %% ../../nbs/tools/scanning.ipynb #9693c919
-def _thumbnails(found, rows):
-    "Gallery entries of some pairs."
-    out = []
-    for r, line in zip(rows, found.part(rows).to_dict("records")):
-        picture = np.asarray(square(found.pairs.images[int(found.pairs.image_rows[r])], 128))
-        out.append(
-            dict(
-                image=picture, caption=line["caption"], label=f"{line['score']:.3f}  {line['id']}",
-                tone="bad" if line["verdict"] == "suspicious" else "neutral",
-            )
-        )
-    return out
-
 @patch
-def write_csv(self: Scan,
-              path, # file to write, UTF-8
-              step: int = 50_000, # rows at a time
-              rows=None # of `pairs`; None: all of them
-    ) -> Path:
+def write_csv(
+    self: Scan,
+    path,                # file to write, UTF-8
+    step: int = 50_000,  # rows at a time
+    rows=None,           # of `pairs`; None: all of them
+) -> Path:
     "The table of pairs, in pieces. The file is there when all of it is."
-    path, rows = Path(path), np.arange(len(self.pairs)) if rows is None else np.asarray(rows, np.int64)
+    path = Path(path)
+    rows = np.arange(len(self.pairs)) if rows is None else np.asarray(rows, np.int64)
     part = path.with_suffix(".part")
-    for k in range(0, max(len(rows), 1), step):     # what no UTF-8 can hold, half of a surrogate pair, is spelt out
-        self.part(rows[k : k + step]).to_csv(
-            part, mode="a" if k else "w", header=not k, index=False, lineterminator="\n", encoding="utf-8",
-            errors="backslashreplace",
-        )
+    # what no UTF-8 can hold, half of a surrogate pair, is spelt out
+    usual = dict(index=False, lineterminator="\n", encoding="utf-8", errors="backslashreplace")
+    for start in range(0, max(len(rows), 1), step):
+        piece = self.part(rows[start:start + step])
+        piece.to_csv(part, mode="a" if start else "w", header=not start, **usual)
     os.replace(part, path)
     return path
 
 # %% ../../nbs/tools/scanning.ipynb #f16b97d1
+def _thumbnails(found, rows):
+    "Gallery entries of some pairs."
+    items = []
+    for row, line in zip(rows, found.part(rows).to_dict("records")):
+        picture = np.asarray(square(found.pairs.images[int(found.pairs.image_rows[row])], 128))
+        tone = "bad" if line["verdict"] == "suspicious" else "neutral"
+        label = f"{line['score']:.3f}  {line['id']}"
+        items.append(dict(image=picture, caption=line["caption"], label=label, tone=tone))
+    return items
+
 def _galleries(found, shown):
     "The worst pairs, and those that come next."
     above, below = found.worst(shown, True), found.worst(12, False)
-    worst = (
-        [(f"The {len(above)} most suspicious pairs", _thumbnails(found, above), "Highest score first.")]
-        if len(above)
-        else []
-    )
-    return worst + [
-        (
-            "Just below the threshold" if len(above) else "The pairs that come nearest to it",
-            _thumbnails(found, below), "Not called suspicious; look at them if you want to be sure.",
-        )
+    nearest = "Not called suspicious; look at them if you want to be sure."
+    if not len(above):
+        return [("The pairs that come nearest to it", _thumbnails(found, below), nearest)]
+    return [
+        (f"The {len(above)} most suspicious pairs", _thumbnails(found, above), "Highest score first."),
+        ("Just below the threshold", _thumbnails(found, below), nearest),
     ]
+
+def _problem_tables(found):
+    "What could not be read, as a table of the page."
+    if not len(found.problems):
+        return []
+    text = f"{len(found.problems):,} in all; every one is in scan.csv."
+    return [("Pairs that could not be read", found.problems.head(100), text)]
+
+# %% ../../nbs/tools/scanning.ipynb #458356c6
 _FIGURE = (
     "Left: each pair by its fit and its score; pairs that fit better than the median lose a point. Right: how "
     "many pairs have which score. The dashed line is the threshold."
 )
 
-# %% ../../nbs/tools/scanning.ipynb #458356c6
 @patch
-def write(self: Scan,
-          folder, # gets scan.csv, suspicious.csv, scan.html, CARD.md
-          truth=None, licence: str = None, # see `card`
-          shown: int = 48 # thumbnails
-    ) -> Path: # the page
+def write(
+    self: Scan,
+    folder,               # gets scan.csv, suspicious.csv, scan.html, CARD.md
+    truth=None,           # see `card`
+    licence: str = None,  # see `card`
+    shown: int = 48,      # thumbnails
+) -> Path:                # the page
     "Write everything that a scan found."
     import matplotlib.pyplot as plt
     folder, told, fig = Path(folder), self.card(truth, licence), scan_figure(self)
     folder.mkdir(parents=True, exist_ok=True)
     self.write_csv(folder/"scan.csv")
     self.write_csv(folder/"suspicious.csv", rows=self.suspicious)
-    tables = (
-        [
-            (
-                "Pairs that could not be read", self.problems.head(100),
-                f"{len(self.problems):,} in all; every one is in scan.csv.",
-            )
-        ]
-        if len(self.problems)
-        else []
-    )
     write_card(told, folder/"CARD.md")
-    page = write_page(
-        told, folder / "scan.html", galleries=_galleries(self, shown),
-        figures=[("How far the suspicious pairs are from the others", fig, _FIGURE)], tables=tables,
-    )
+    figures = [("How far the suspicious pairs are from the others", fig, _FIGURE)]
+    galleries, tables = _galleries(self, shown), _problem_tables(self)
+    page = write_page(told, folder/"scan.html", galleries=galleries, figures=figures, tables=tables)
     plt.close(fig)
     return page

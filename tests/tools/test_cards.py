@@ -587,7 +587,7 @@ def test_licences_are_those_of_the_manifest_or_not_stated():
 
 def shipped():
     return yaml.safe_load(
-        resources.files("mcl_repro").joinpath("papers", "limits_values.yaml").read_text(encoding="utf-8")
+        resources.files("mcl_repro").joinpath("tools", "limits_values.yaml").read_text(encoding="utf-8")
     )
 
 
@@ -713,7 +713,7 @@ def test_limits_of_topics():
 def test_numbers_that_were_not_collected_are_not_made_up(monkeypatch):
     real = package_yaml
     monkeypatch.setattr(
-        cards, "package_yaml", lambda name: real(name) if name == "papers/limits.yaml" else {**real(name), "values": {}}
+        cards, "package_yaml", lambda name: real(name) if name == "tools/limits.yaml" else {**real(name), "values": {}}
     )
     with pytest.raises(SettingsError, match="call write_limits with the published results"):
         limits_of("scan:cfbd")
