@@ -32,13 +32,12 @@ import mcl_repro
 from ..core import errors
 from ..core.errors import SettingsError, StoreError, UserError
 from ..core.files import package_version, sha256_of, write_atomically
-from ..core.words import duration
+from ..core.words import duration, without_paths
 from ..lab.engine import is_address, visible_gpus
 from ..lab.lab import Lab
 from ..lab.status import read_status
 from ..report.archive import update_crate
 from ..report.page import write_report
-from ..report.provenance import without_home
 from ..report.tables import page_templates
 from mcl_repro.run.notebooks import (
     check_parameters, choose_notebooks, find_notebooks, hash_of, library_key, notebook_parameters, notebooks_folder,
@@ -553,7 +552,7 @@ def _command(name, standard, extra) -> str:
     for option, values in (("--role", standard["roles"]), ("--set", standard["overrides"]), ("--param", extra)):
         for k, v in values.items():
             words += [option, f"{k}={v if isinstance(v, str) else json.dumps(v)}"]
-    return shlex.join(without_home(words))
+    return shlex.join(without_paths(words, whole=True))
 
 def _told(run) -> str:
     "What became of a notebook, in words."

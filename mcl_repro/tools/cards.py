@@ -29,17 +29,10 @@ from ..data.registry import read_manifest
 from ..core.errors import DataError, SettingsError
 from ..core.files import package_version, package_yaml, read_json, write_atomically
 from ..report.printed import label_text
-from ..report.provenance import without_home
 from ..report.tables import page_templates, read_table
-from ..core.words import near
+from ..core.words import near, without_paths
 
 # %% ../../nbs/tools/cards.ipynb #1f0d6c6d
-_PATH = re.compile(r"(?<![\w.…:/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])+([^\s/\\]+)")
-
-def _told(text):
-    "A sentence without paths of this machine: of each only the last part."
-    return _PATH.sub(r"…/\1", str(text))
-
 def _plain(value, where="settings"):
     "A value as JSON keeps it: dictionaries with text keys, lists, text, finite numbers, truth values and None."
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
@@ -53,7 +46,7 @@ def _plain(value, where="settings"):
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, (str, Path)):
-        return _told(without_home(value))
+        return without_paths(value, whole=True)
     raise SettingsError(f"{where} of a card is of type {type(value).__name__}; "
                         "a card holds text, numbers, truth values, lists and dictionaries of these")
 
@@ -83,9 +76,9 @@ class Card:
             raise SettingsError(f"settings of a card are a dictionary, not of type {type(self.settings).__name__}")
         checked = dict(settings=_plain(self.settings))
         for name in ("kind", "title", "outcome"):
-            checked[name] = _told(getattr(self, name))
+            checked[name] = without_paths(str(getattr(self, name)))
         for name in ("done", "notes"):
-            checked[name] = tuple(map(_told, _entries(self, name, str)))
+            checked[name] = tuple(map(without_paths, _entries(self, name, str)))
         for name in ("measured", "inputs", "limits"):
             checked[name] = tuple(_plain(row, name) for row in _entries(self, name, Mapping))
         for name, value in checked.items():
@@ -116,7 +109,7 @@ _UNSAFE = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "://": "&#58;//", "www.": "ww
 
 def _shown(text, most=600):
     "Text as one line that can be seen, its beginning where it is long."
-    text = " ".join(_UNSEEN.sub("�", _told(text)).split())
+    text = " ".join(_UNSEEN.sub("�", without_paths(str(text))).split())
     return text if len(text) <= most else text[:most - 1].rstrip() + "…"
 
 def _inline(text):
