@@ -16,70 +16,46 @@ from ..core.errors import StoreError
 from .status import is_locked, read_plan
 from .store import Store, store_error
 
-# %% ../../nbs/lab/cleaning.ipynb #96a833f5
-def clean_store(
-    store:str|Path,       # the store's folder
-    runs="runs",          # folder of runs, or a list of them: their profiles' plans say what is kept
-    keep=(),              # further keys to keep
-    days:float=30,        # plan entries older than this are forgotten
-    delete:bool=False,    # really do it; without it only say what would go
-)->list: # one row for each thing: kind, name, bytes
-    """Remove artefacts that no plan needs, attempts and scratch of dead runs, and quarantine; what is being computed
-    stays.
-    """
-    store, wanted, plans = Store(store), set(keep), []
-    for folder in [runs] if isinstance(runs, (str, Path)) else runs:
-        plans += [read_plan(p) for p in Path(folder).glob("*/plan.json")]
-    if not plans and not wanted:
-        raise StoreError(
-            f"no plan.json in {runs}, so nothing would be kept of {store.folder}; give the folder of runs, or "
-            "remove the store by hand"
-        )
-    oldest = time.time() - days*86400
-    for e in (e for p in plans for e in p["entries"].values()):
-        if datetime.fromisoformat(e["used"]).timestamp() >= oldest:
-            wanted.add(e["key"])
-    rows = [
-        dict(kind=kind, name=path.relative_to(store.folder).as_posix(), bytes=_bytes(path))
-        for kind, path in _rubbish(store, wanted)
-    ]
-    try:
-        if delete:
-            _remove(store, rows)
-    except OSError as e:
-        raise store_error(store, e, "removing what no profile needs") from e
-    return rows
-
 # %% ../../nbs/lab/cleaning.ipynb #f9335844
 def _bytes(path):
+    "The size of a file, or of all files in a folder."
     total = 0
     for p in [path, *path.rglob("*")]:
         with suppress(OSError):
             total += p.lstat().st_size if not p.is_dir() else 0
     return total
 
+def _key_of(path):
+    "The key that a file or folder belongs to."
+    return re.split(r"[-.]", path.name.lstrip("."))[0]
+
 def _rubbish(store, wanted):
     "What may go: (kind, path)."
-    def key_of(path):
-        return re.split(r"[-.]", path.name.lstrip("."))[0]
-    done = {p.name for p in store.objects.glob("*/*")}
-    for path in sorted(store.objects.glob("*/*")):
+    def inside(name):
+        return sorted((store.folder/name).glob("*"))
+    artefacts = sorted(store.objects.glob("*/*"))
+    done = {p.name for p in artefacts}
+    for path in artefacts:
         if path.name not in wanted:
             yield "artefact", path
-    for path in sorted((store.folder/"quarantine").glob("*")):
+    for path in inside("quarantine"):
         yield "damaged", path
-    for path in sorted((store.folder/"tmp").glob("*")):
-        if not is_locked(store, key_of(path)):
+    for path in inside("tmp"):
+        if not is_locked(store, _key_of(path)):
             yield "attempt", path
-    for path in sorted((store.folder/"scratch").glob("*")):
+    for path in inside("scratch"):
         if (path.name not in wanted or path.name in done) and not is_locked(store, path.name):
             yield "scratch", path
-    for kind in ("running", "failed"):
-        for path in sorted((store.folder/kind).glob("*")):
-            if (kind == "running" or key_of(path) not in wanted) and not is_locked(store, key_of(path)):
-                yield kind, path
+    for path in inside("running"):
+        if not is_locked(store, _key_of(path)):
+            yield "running", path
+    for path in inside("failed"):
+        if _key_of(path) not in wanted and not is_locked(store, _key_of(path)):
+            yield "failed", path
 
+# %% ../../nbs/lab/cleaning.ipynb #f26322d1
 def _remove(store, rows):
+    "Remove what `rows` say, but for artefacts that somebody is at just now."
     for row in rows:
         path = store.folder/row["name"]
         if row["kind"] == "artefact":
@@ -88,9 +64,42 @@ def _remove(store, rows):
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
-            with lock, suppress(FileNotFoundError):  # aside first: half an artefact must never be found in its place
+            with lock, suppress(FileNotFoundError):
                 aside = store.folder/"tmp"/f"{path.name}-{uuid.uuid4().hex[:8]}"
                 os.rename(path, aside)
                 path = aside
             lock.release()
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+# %% ../../nbs/lab/cleaning.ipynb #96a833f5
+def clean_store(
+    store:str|Path,       # the store's folder
+    runs="runs",          # folder of runs, or a list of them: their profiles' plans say what is kept
+    keep=(),              # further keys to keep
+    days:float=30,        # plan entries older than this are forgotten
+    delete:bool=False,    # really do it; without it only say what would go
+)->list:                  # one row for each thing: kind, name, bytes
+    "Remove artefacts that no plan needs, what dead runs left, and quarantine; what is being computed stays."
+    store, wanted = Store(store), set(keep)
+    folders = [runs] if isinstance(runs, (str, Path)) else runs
+    plans = [read_plan(path) for folder in folders for path in Path(folder).glob("*/plan.json")]
+    if not plans and not wanted:
+        raise StoreError(
+            f"no plan.json in {runs}, so nothing would be kept of {store.folder}; give the folder of runs, or "
+            "remove the store by hand"
+        )
+    oldest = time.time() - days*86400
+    for entry in (e for plan in plans for e in plan["entries"].values()):
+        if datetime.fromisoformat(entry["used"]).timestamp() >= oldest:
+            wanted.add(entry["key"])
+    found = _rubbish(store, wanted)
+    rows = [dict(kind=kind, name=p.relative_to(store.folder).as_posix(), bytes=_bytes(p)) for kind, p in found]
+    try:
+        if delete:
+            _remove(store, rows)
+    except OSError as e:
+        raise store_error(store, e, "removing what no profile needs") from e
+    return rows

@@ -74,6 +74,7 @@ class _Cell:
         if self.handle:
             self.handle.update({"text/plain": ""}, raw=True)
 
+# %% ../../nbs/lab/progress.ipynb #d1241cc8
 def _screen(progress):
     "Where progress is to be shown: a terminal, a notebook cell, or nowhere."
     kernel = getattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel", None)
