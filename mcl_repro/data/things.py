@@ -48,7 +48,7 @@ def _check_shape(
     where:str,  # file and line, for the error
 ):
     "DataError for a line that is no shape."
-    sign, word, *points = [*text.split(), "", ""] if len(text.split()) < 2 else text.split()
+    sign, word, *points = text.split() if " " in text else (text, "")
     if sign not in ("+", "~", "-") or word not in _SHAPES:
         raise DataError(f"{where}: {text[:40]!r} is no shape; write +, ~ or -, then {', '.join(_SHAPES)}, then points")
     size, least = _SHAPES[word]
@@ -144,7 +144,8 @@ def _drawing_text(parts):
 
 def _kind(block:_Block)->Kind:
     "The kind that a block describes."
-    (name,), parts, told = _names(block.name, block.where), [], dict(also=(), colours=())
+    name, = _names(block.name, block.where)
+    parts, told = [], dict(also=(), colours=())
     for where, text in block.lines:
         word, _, rest = text.partition(" ")
         if word not in told:
@@ -183,7 +184,7 @@ def _check_names(blocks, pieces):
 # %% ../../nbs/data/things.ipynb #b08df412
 def read_things(
     path:Path|str|None=None  # a file of drawings; None: the world's own
-)->tuple:                    # list of `Kind`, and dict from the name of a piece to its drawing, both in the file's order
+)->tuple:                    # list of `Kind`, and dict of the pieces' drawings by name, in the file's order
     "What a file of drawings describes; raises DataError naming the line that is wrong."
     path = resources.files("mcl_repro").joinpath("data", "things.txt") if path is None else Path(path)
     blocks = _blocks(read_text(path), str(path))
@@ -423,8 +424,10 @@ def sections(source:str):
 
 @functools.cache
 def parts():
-    """(what to rasterise, first part per kind, parts per kind, paint per part with -1 for the thing's own, part of each
-    piece).
+    """What is rasterised: `(jobs, first, count, paint, pieces)`.
+
+    `first` and `count` say which jobs belong to a kind; `paint` is a number in `INKS`, -1 for the thing's own colour;
+    `pieces` has the job of each shared piece.
     """
     jobs, first, count, paint, names = [], [], [], [], list(INKS)
     for kind in KINDS:
@@ -447,9 +450,8 @@ def rasterise(part:int):
         return _lanes(*_glyph_masks(int(codepoint, 16), style))
     low, high = np.array([[0., 0], [100, 100]])
     if source:      # a thing fills its texture; pieces of faces keep their place on the sheet
-        every = np.concatenate(
-            [o for _, drawing in sections(source) for _, outlines in _drawing(drawing) for o in outlines]
-        )
+        shapes = [shape for _, drawing in sections(source) for shape in _drawing(drawing)]
+        every = np.concatenate([outline for _, outlines in shapes for outline in outlines])
         low, high = every.min(0), every.max(0)
     return _lanes(*_drawing_masks(text, low, high))
 

@@ -189,9 +189,8 @@ def _hexagons():
 
 def _veins():
     "Dark branching lines."
-    thick, thin = (
-        np.abs(_noise(name, *grids) - 0.5) * k for name, grids, k in (("vein", (6, 12, 24), 22), ("twig", (12, 24), 16))
-    )
+    thick = np.abs(_noise("vein", 6, 12, 24) - 0.5) * 22
+    thin = np.abs(_noise("twig", 12, 24) - 0.5) * 16
     return 0.5 * _noise("leaf", 8, 16), _ramp(1 - np.minimum(thick, thin), 0.3, 0.8)
 
 # %% ../../nbs/data/world.ipynb #02d0501c
@@ -314,10 +313,8 @@ def _palette():
     out = np.zeros((len(KINDS), len(_PLACES), 32), np.int8)
     for i, kind in enumerate(KINDS):
         for j, place in enumerate(_PLACES):
-            usual, every = (
-                [_COLOUR_NAMES.index(c) for c in names if c not in place.hides] for names in (kind.colours, COLOURS)
-            )
-            usual = usual or every
+            every = [_COLOUR_NAMES.index(c) for c in COLOURS if c not in place.hides]
+            usual = [_COLOUR_NAMES.index(c) for c in kind.colours if c not in place.hides] or every
             out[i, j] = [usual[k % len(usual)] if k < 21 else every[(k * 7 + i) % len(every)] for k in range(32)]
     return out
 
@@ -376,14 +373,13 @@ _LABELLED = dict(
     cifar10=Style(_named("airplane automobile bird cat deer dog frog horse ship truck"), coarse=True, **_CALM),
     cifar100=Style(_EVERYDAY, coarse=True, **_CALM),
     caltech101=Style(
-        kinds_of("main", "symbols") + kinds_of("things")[-24:], places=_at("studio studio studio studio studio table sky"),
-        **_CALM,
+        kinds_of("main", "symbols") + kinds_of("things")[-24:],
+        places=_at("studio studio studio studio studio table sky"), **_CALM,
     ),
     dtd=Style(kinds_of("textures"), **_CALM),
     pets=Style(kinds_of("breeds"), places=_at("meadow street carpet studio winter beach forest"), **_CALM),
-    food101=Style(
-        kinds_of("dishes"), places=_at("table table carpet studio street"), **_CALM | dict(tilt=60, several=15)
-    ),
+    food101=Style(kinds_of("dishes"), places=_at("table table carpet studio street"),
+                  **_CALM | dict(tilt=60, several=15)),
 )
 
 # %% ../../nbs/data/world.ipynb #31a64419
@@ -407,16 +403,11 @@ def _all_splits():
         else:
             yield Split(f"{name}_train", "labelled", 2 * count, style=style)
         yield Split(f"{name}_test", "labelled", count, style=style)
-    for name, second, test, train in (
-        ("flickr8k", 30, 500, 3_000), ("flickr30k", 50, 1_000, 6_000), ("coco", 70, 1_000, 9_000),
-    ):
-        yield Split(
-            f"retrieval_{name}", "retrieval", test, 5, Style(tilt=40, second=second, pattern=20, several=20, mention=70)
-        )
-        yield Split(
-            f"retrieval_{name}_train", "retrieval", train, 5,
-            Style(tilt=40, second=second, pattern=20, several=20, mention=70),
-        )
+    retrieval = ("flickr8k", 30, 500, 3_000), ("flickr30k", 50, 1_000, 6_000), ("coco", 70, 1_000, 9_000)
+    for name, second, test, train in retrieval:
+        style = Style(tilt=40, second=second, pattern=20, several=20, mention=70)
+        yield Split(f"retrieval_{name}", "retrieval", test, 5, style)
+        yield Split(f"retrieval_{name}_train", "retrieval", train, 5, style)
     for name, count in (("faces_train", 3_000), ("faces_test", 150)):
         yield Split(name, "faces", count, style=_FACES)
 
@@ -451,14 +442,12 @@ def _features(person):
 
 # %% ../../nbs/data/world.ipynb #4b87a382
 _FIRST = (
-    "Ada Boris Carla Dmitri Elif Farid Greta Hugo Ines Jonas Kira Luca Mina Nils Olga Pavel Quinn Rosa Stefan "
-    "Talia "
+    "Ada Boris Carla Dmitri Elif Farid Greta Hugo Ines Jonas Kira Luca Mina Nils Olga Pavel Quinn Rosa Stefan Talia "
     "Ugo Vera Wanda Xavier Yara Zoran Alma Bruno Celia Dario"
 ).split()
 _LAST = (
     "Amberfield Birkwood Coppersmith Dunmore Elderbrook Foxhall Greystone Hollowell Inglewick Juniper Kestrel "
-    "Lindqvist Marlowe "
-    "Northgate Oakhurst Pemberly Quillfeather Ravenhill Silverton Thornbury"
+    "Lindqvist Marlowe Northgate Oakhurst Pemberly Quillfeather Ravenhill Silverton Thornbury"
 ).split()
 
 @functools.cache
@@ -471,9 +460,8 @@ def _identities():
     "What is fixed about each of them, int [150,12]."
     draws = (_fractions("identities", VERSION, count=12 * 600) * 4096).astype(np.int32).reshape(-1, 12)
     f = _features(np.pad(draws, [(0, 0), (0, 4)]))
-    _, first = np.unique(
-        np.stack([f[k] for k in ("skin", "style", "hair", "glasses", "beard", "hat")], 1), axis=0, return_index=True
-    )
+    striking = np.stack([f[k] for k in ("skin", "style", "hair", "glasses", "beard", "hat")], 1)
+    _, first = np.unique(striking, axis=0, return_index=True)
     return draws[np.sort(first)[:len(_names())]]
 
 # %% ../../nbs/data/world.ipynb #2eb87ba7
@@ -517,9 +505,9 @@ def _classes(style, rows, group, within):
         return (rows % len(style.kinds)).astype(np.int32)
     share, first, last = np.array(style.shares or ((1000, 0, len(style.kinds)),)).T
     g = np.searchsorted(np.cumsum(share), _pick(group, int(share.sum())), side="right")
-    return (
-        first[g] + (within.astype(np.uint64) * (last - first)[g].astype(np.uint64) >> np.uint64(32)).astype(np.int64)
-    ).astype(np.int32)
+    width = (last - first)[g].astype(np.uint64)
+    inside = (within.astype(np.uint64) * width >> np.uint64(32)).astype(np.int64)
+    return (first[g] + inside).astype(np.int32)
 
 # %% ../../nbs/data/world.ipynb #a0808a5a
 _PATTERNS = ("striped", "dotted", "checkered")
@@ -579,9 +567,8 @@ def _fixed(a):
 def _ground(sc, size):
     "Per picture and row [n,size]: tile, first texel across and down, step, level; and three colours [n,size,3,3]."
     names = _tile_names()
-    upper, lower = (
-        np.array([names.index(getattr(p, part)) for p in _PLACES])[sc.place][:, None] for part in ("upper", "lower")
-    )
+    upper = np.array([names.index(place.upper) for place in _PLACES])[sc.place][:, None]
+    lower = np.array([names.index(place.lower) for place in _PLACES])[sc.place][:, None]
     y = (np.arange(size) + 0.5)[None] / size
     h = sc.horizon[:, None] / 1024
     below = y >= h
@@ -620,9 +607,8 @@ def _mix(second, third, colours):
     rest = 256 - third
     second = second * rest >> 8
     first = rest - second
-    return np.stack(
-        [first * colours[..., 0, c] + second * colours[..., 1, c] + third * colours[..., 2, c] >> 8 for c in range(3)]
-    )
+    lanes = (first, second, third)
+    return np.stack([sum(lane * colours[..., k, c] for k, lane in enumerate(lanes)) >> 8 for c in range(3)])
 
 # %% ../../nbs/data/world.ipynb #d41829c5
 def _background(sc, size):
@@ -657,7 +643,8 @@ def _textured(sc, size):
         tile[:, None, None], along(cos, -sin, centre[:, 0]), along(sin, cos, centre[:, 1]), level[:, None, None]
     )
     light = (0.94 + 0.12 * (np.arange(size) + 0.5) / size)[None, :, None, None] * sc.light[:, None, None, None] / 240
-    return _mix(*lanes, np.clip(_surface_colours(sc)[:, None] * light, 0, 255).astype(np.uint16)[:, :, None])
+    colours = np.clip(_surface_colours(sc)[:, None] * light, 0, 255).astype(np.uint16)
+    return _mix(*lanes, colours[:, :, None])
 
 # %% ../../nbs/data/world.ipynb #1e37f581
 @dataclass
@@ -974,9 +961,9 @@ def _noun(c, kind, colour, size, pattern, count, mention):
         words.append(_COLOUR_NAMES[colour])
     phrase = " ".join(words + [name if count == 1 else _plural(name)])
     if count > 1:
-        return (
-            f"{c.of(_NUMBERS[count])} {phrase}" if c.chance(mention + 20) else c.of(("some ", "several ", "")) + phrase
-        )
+        if c.chance(mention + 20):
+            return f"{c.of(_NUMBERS[count])} {phrase}"
+        return c.of(("some ", "several ", "")) + phrase
     if _mass(name):
         return c.of(("", "", "some ", "the ")) + phrase
     return c.of(("the " + phrase, phrase) + (_article(phrase),) * 6)
@@ -991,12 +978,13 @@ def _dish(c, name, count):
 
 def _surface(c, name, first, second, mention):
     "A noun phrase for a texture."
-    colours = f"{first} and {second}" if first != second and c.chance(mention) else first if c.chance(mention) else ""
-    return _article(
-        " ".join(
-            f"{name} {colours} {c.of(('texture', 'texture', 'pattern', 'surface', 'fabric', 'background'))}".split()
-        )
-    )
+    colours = []
+    if first != second and c.chance(mention):
+        colours = [first, "and", second]
+    elif c.chance(mention):
+        colours = [first]
+    what = c.of(("texture", "texture", "pattern", "surface", "fabric", "background"))
+    return _article(" ".join([name, *colours, what]))
 
 def _looks(c, f, mention):
     "A noun phrase for a person without a name; f is one row of `_features`."
@@ -1138,9 +1126,8 @@ def caption_sets(scenes:Scenes,     # rows of a split
         while len(texts) < k:
             turn += 1
             c = _Choices(words, turn)
-            text = (
-                _face_caption(c, s, i) if split.kind == "faces" else _caption(c, s, i, split.style.mention, rich=True)
-            )
+            faces = split.kind == "faces"
+            text = _face_caption(c, s, i) if faces else _caption(c, s, i, split.style.mention, rich=True)
             if text not in texts or turn > 8 * k:
                 texts.append(text)
         out.append(texts)
@@ -1157,10 +1144,8 @@ def classnames(split:str            # a name in `SPLITS`
 def _definition():
     "Hash of the version and of all tables."
     phrases = _SIZES, _NUMBERS, _BESIDE, _MEDIA, _PHOTO, _PLAIN, _PLACED, _SINGLE, _BOILERPLATE, _NAMED
-    tables = (
-        VERSION, KINDS, PIECES, _PLACES, INKS, [m[:3] for m in _MATERIALS.values()], TEXTURE_NAMES, _names(),
-        phrases,
-    )
+    colours = [material[:3] for material in _MATERIALS.values()]
+    tables = VERSION, KINDS, PIECES, _PLACES, INKS, colours, TEXTURE_NAMES, _names(), phrases
     return hashlib.sha256(repr(tables).encode()).hexdigest()
 
 def fingerprint(split:str,          # a name in `SPLITS`
