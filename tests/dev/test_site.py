@@ -22,11 +22,13 @@ from nbformat.v4 import new_markdown_cell as text
 from nbformat.v4 import new_notebook
 from nbformat.v4 import new_output as output
 
-from mcl_repro.dev import site as made
-from mcl_repro.report.claims import read_claims
+import mcl_repro
 from mcl_repro.core.errors import SettingsError
+from mcl_repro.dev import site as made
+from mcl_repro.dev import site_pages
+from mcl_repro.report.claims import read_claims
 
-ROOT = Path(made.TEMPLATES).parent.parent
+ROOT = Path(mcl_repro.__file__).parent.parent
 PACKAGES = {"sphinx": "sphinx", "furo": "furo", "myst_nb": "myst-nb", "sphinx_codeautolink": "sphinx-codeautolink"}
 needs_sphinx = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in PACKAGES),
                                   reason="needs the extra: pip install 'mcl_repro[site]'")
@@ -134,7 +136,7 @@ def toy(sources):
     "Make the site of the toy library."
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(sources)
-        patch.setattr(made, "PACKAGE", "toy_library")
+        patch.setattr(site_pages, "PACKAGE", "toy_library")
         yield
 
 
