@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from defenders import FORBIDDEN, Peeked, public_images
 from mcl_repro.measures import metrics
 from mcl_repro.papers import baselines, cfbd, cleanclip, stages, ubt
 from mcl_repro.papers.cleanclip_study import poisoning_checkpoint
 from mcl_repro.model.clip import build_clip, Clip
-from mcl_repro.data.pairs import Images
 from mcl_repro.core.errors import SettingsError
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.profiles import load_profile
@@ -29,15 +29,6 @@ SETTINGS = load_profile("smoke")
 DEFENDERS = (ubt, baselines, cleanclip, cfbd)
 # of CleanCLIP's experiments: an attacker's training, and who measures
 JUDGES = {"scratch_clip", "head_classification", "watched_training"}
-# all that tells which pairs are poisoned, puts a trigger on an image, or measures attack success
-FORBIDDEN = (
-    "load_poisoned", "poison", "make_attack", "attack_of", "trigger_images", "TriggeredImages", "attack_hits",
-    "retrieval_attack_hits", "classification", "retrieval", "outcomes", "percent", "target_captions", "mentions",
-)
-
-
-class Peeked(AssertionError):
-    "A defence looked at what a defender does not have."
 
 
 class Sealed:
@@ -49,23 +40,6 @@ class Sealed:
             raise Peeked(f"a defence looked at {name} of the poisoned set")
         self.__dict__["_asked"] += 1
         return self._pairs
-
-
-def public_images(base):
-    "Only what every picture source can do: the source beneath knows which pictures were stamped."
-    class PublicImages(Images):
-        def __len__(self):
-            return len(base)
-        def __getitem__(self, row):
-            return base[row]
-        def take(self, rows):
-            return public_images(base.take(rows))
-        def array(self, rows=None, size=None):
-            return base.array(rows, size)
-        fingerprint = property(lambda self: base.fingerprint)
-        def __getattr__(self, name):
-            raise Peeked(f"a defence looked at {name} behind the images")
-    return PublicImages()
 
 
 class Closed:

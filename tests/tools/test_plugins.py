@@ -1,12 +1,10 @@
 """Own attacks and defences: what is refused, what a check finds, packages good and broken, and the comparison that goes
 on after a kill.
 """
-import json
 import random
 import sys
 import warnings
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -15,7 +13,6 @@ import torch
 
 from mcl_repro.tools import plugins as P
 from mcl_repro.attacks.base import Attack, ATTACKS, BadNets
-from mcl_repro.model.clip import build_clip
 from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import DataError, SettingsError, UserError
 from mcl_repro.tools.measuring import attack, load_attack, measure
@@ -33,13 +30,15 @@ def tables_as_before():
         table.update(was)
     P._loaded[:] = before[2]
 
+frozen = dataclass(frozen=True)
+
 def make_attack_class(name="stripes", module=__name__, **more):
     "A fresh class of an attack that works."
     def paint(self, images, rng):
         images[:, ::4] = 255
         return images
     cls = type("Stripes", (Attack,), dict(name=name, uses_rng=False, paint=paint, __module__=module, **more))
-    return dataclass(frozen=True)(cls)
+    return frozen(cls)
 
 
 # attacks
@@ -66,13 +65,8 @@ def test_a_setting_without_a_default_is_checked_when_it_is_known():
     def paint(self, images, rng):
         images[:, :, ::2] = np.random.default_rng().integers(256) if self.wild else 7
         return images
-    cls = dataclass(frozen=True)(
-        type(
-            "Open", (Attack,),
-            dict(name="open", uses_rng=False, paint=paint, __annotations__=dict(wild=bool), __module__=__name__),
-        )
-    )
-    P.register_attack(cls)
+    parts = dict(name="open", uses_rng=False, paint=paint, __annotations__=dict(wild=bool), __module__=__name__)
+    P.register_attack(frozen(type("Open", (Attack,), parts)))
     pairs = open_data("world:train:60")
     assert len(attack(pairs, "open", "banana", count=2, image_size=32, settings=dict(wild=False)).table) == 2
     with pytest.raises(SettingsError, match="does not pass the conformance check"):
@@ -80,14 +74,23 @@ def test_a_setting_without_a_default_is_checked_when_it_is_known():
     # a table cannot guess its setting
     assert "open" not in P._wanted_attacks(None)
 
+def no_captions(self, captions, target, rng):
+    return [""]*len(captions)
+
+pair_of_sizes = dict(name="pair", __annotations__=dict(size=tuple), size=(1, 2))
+
 @pytest.mark.parametrize("make, words", [
-    (lambda: BadNets(), "is no class"), (lambda: int, "is no class"), (lambda: make_attack_class("badnets"), "is there already"), (lambda: make_attack_class("two words"), "is a word"),
-    (lambda: make_attack_class("../up"), "is a word"), (lambda: make_attack_class(None), "is a word"),
-    (lambda: dataclass(frozen=True)(type("Nameless", (Attack,), dict(paint=lambda s, i, r: i))), "give it a name of its own"),
+    (lambda: BadNets(), "is no class"),
+    (lambda: int, "is no class"),
+    (lambda: make_attack_class("badnets"), "is there already"),
+    (lambda: make_attack_class("two words"), "is a word"),
+    (lambda: make_attack_class("../up"), "is a word"),
+    (lambda: make_attack_class(None), "is a word"),
+    (lambda: frozen(type("Nameless", (Attack,), dict(paint=lambda s, i, r: i))), "give it a name of its own"),
     (lambda: type("Undecorated", (BadNets,), dict(name="undecorated")), "put @dataclass"),
-    (lambda: make_attack_class(captions=lambda self, captions, target, rng: [""]*len(captions)), "captions must be one text for each"),
+    (lambda: make_attack_class(captions=no_captions), "captions must be one text for each"),
     (lambda: make_attack_class(eligible=lambda self, pairs, target: np.zeros(len(pairs), bool)), "yes for some"),
-    (lambda: dataclass(frozen=True)(type("Pair", (make_attack_class(),), dict(name="pair", __annotations__=dict(size=tuple), size=(1, 2)))), "plain JSON"),
+    (lambda: frozen(type("Pair", (make_attack_class(),), pair_of_sizes)), "plain JSON"),
 ])
 def test_what_is_no_attack_is_refused_and_leaves_no_trace(make, words):
     before = dict(ATTACKS)
@@ -100,9 +103,8 @@ def test_what_is_no_attack_is_refused_and_leaves_no_trace(make, words):
 
 def test_a_function_gets_what_it_asks_for_and_nothing_else():
     got = {}
-    def ask(
-        clip, pairs, *, trusted, seed=0, recipe=dict(epochs=2, batch_size=8, learning_rate=1e-4), strength=0.5, **other
-    ):
+    usual = dict(epochs=2, batch_size=8, learning_rate=1e-4)
+    def ask(clip, pairs, *, trusted, seed=0, recipe=usual, strength=0.5, **other):
         got.update(pairs=pairs, trusted=trusted, seed=seed, recipe=recipe, strength=strength, other=other)
         with torch.no_grad():
             clip.model.logit_scale += 1e-3
@@ -121,7 +123,9 @@ def test_a_function_gets_what_it_asks_for_and_nothing_else():
         repair("smoke-RN", "world:train:30", "ask", trusted="world:validation:40", settings=dict(strenght=1))
 
 @pytest.mark.parametrize("function, words", [
-    (lambda: None, "takes clip first"), (lambda model, pairs: None, "takes clip first"), (lambda clip, pairs, *, refrence: None, "did you mean reference"),
+    (lambda: None, "takes clip first"),
+    (lambda model, pairs: None, "takes clip first"),
+    (lambda clip, pairs, *, refrence: None, "did you mean reference"),
     (lambda clip, pairs, *, share: None, "as a setting it needs a default"),
 ])
 def test_a_function_that_cannot_be_a_defence_is_refused(function, words):
@@ -185,10 +189,21 @@ def spoil_one(clip, pairs):
     nudge(clip, pairs.captions[1] and 1e-3)
 
 @pytest.mark.parametrize("function, words", [
-    (spoil_pairs, "an input was changed: pairs"), (spoil_rows, "an input was changed: pairs"), (spoil_labels, "an input was changed: images"), (spoil_reference, "an input was changed: reference"),
-    (spoil_nan, "conv1.weight is not finite"), (spoil_shape, "logit_scale has another shape"), (spoil_size, "loads as another one"), (spoil_facts, "cannot be written as JSON"),
-    (spoil_type, "not list"), (spoil_selected, "needs a column row"), (spoil_why, "without a why"), (spoil_numpy, "same seed gave another model"), (spoil_random, "same seed gave another model"),
-    (spoil_error, "KeyError with 20 pairs"), (spoil_one, "IndexError with one pair"),
+    (spoil_pairs, "an input was changed: pairs"),
+    (spoil_rows, "an input was changed: pairs"),
+    (spoil_labels, "an input was changed: images"),
+    (spoil_reference, "an input was changed: reference"),
+    (spoil_nan, "conv1.weight is not finite"),
+    (spoil_shape, "logit_scale has another shape"),
+    (spoil_size, "loads as another one"),
+    (spoil_facts, "cannot be written as JSON"),
+    (spoil_type, "not list"),
+    (spoil_selected, "needs a column row"),
+    (spoil_why, "without a why"),
+    (spoil_numpy, "same seed gave another model"),
+    (spoil_random, "same seed gave another model"),
+    (spoil_error, "KeyError with 20 pairs"),
+    (spoil_one, "IndexError with one pair"),
 ], ids=lambda f: getattr(f, "__name__", ""))
 def test_the_check_finds_what_is_wrong(function, words):
     with pytest.raises(AssertionError, match=words):
@@ -202,20 +217,21 @@ def test_the_check_leaves_the_random_generators_alone():
     assert P.check_repair("cleanclip", count=20, recipe=dict(epochs=1))["steps"] == 1
     with pytest.raises(AssertionError):
         P.check_repair(spoil_numpy, count=20)
-    assert (
-        random.getstate() == states[0]
-        and (np.random.get_state()[1] == states[1]).all()
-        and torch.equal(torch.get_rng_state(), states[2])
-    )
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert torch.equal(torch.get_rng_state(), states[2])
 
-@pytest.mark.parametrize("name, options", [("supervised", dict(recipe=dict(epochs=1))), ("ubt", dict(recipe=dict(epochs=1, batch_size=8), settings=dict(steps=4)))])
+@pytest.mark.parametrize("name, options", [
+    ("supervised", dict(recipe=dict(epochs=1))),
+    ("ubt", dict(recipe=dict(epochs=1, batch_size=8), settings=dict(steps=4))),
+])
 def test_built_in_defences_conform(name, options):
     assert isinstance(P.check_repair(name, **options), dict)
 
 
 # packages
 
-GOOD = '''
+GOOD = """
 from dataclasses import dataclass
 from mcl_repro.attacks.base import Attack
 import torch
@@ -227,33 +243,31 @@ class Dots(Attack):
 
 def soften(clip, pairs, *, by=.01):
     with torch.no_grad(): clip.model.logit_scale -= by
-'''
-BROKEN = {
-    "dies_on_import": (
-        "repairs",
-        "dies",
-        "dies_on_import:x",
-        "from mcl_repro.tools.plugins import register_repair\n@register_repair('half')\ndef half(clip, pairs): "
-        "pass\nraise RuntimeError('first line\\nsecond line')",
-        "RuntimeError: first line",
-    ),
+"""
+DIES = """
+from mcl_repro.tools.plugins import register_repair
+@register_repair('half')
+def half(clip, pairs): pass
+raise RuntimeError('first line\\nsecond line')
+"""
+IDLE = """
+from dataclasses import dataclass
+from mcl_repro.attacks.base import Attack
+@dataclass(frozen=True)
+class Idle(Attack):
+    name = 'idle_one'
+    def paint(self, images, rng): return images
+"""
+TAKEN = "def f(clip, pairs): pass"
+BROKEN = {     # module -> kind, name and value of its entry point, code, what is said
+    "dies_on_import": ("repairs", "dies", "dies_on_import:x", DIES, "RuntimeError: first line"),
     "leaves": ("repairs", "leaves", "leaves:x", "import sys\nsys.exit(3)", "SystemExit: 3"),
     "lacks": ("attacks", "lacks", "lacks:Missing", "", "AttributeError"),
-    "takes_a_name": (
-        "repairs", "cleanclip", "takes_a_name:f", "def f(clip, pairs): pass",
-        "SettingsError: defence 'cleanclip' is there already",
-    ),
+    "takes_a_name": ("repairs", "cleanclip", "takes_a_name:f", TAKEN, "SettingsError: defence 'cleanclip' is there"),
     "no_attack": ("attacks", "number", "no_attack:seven", "seven = 7", "SettingsError"),
-    "fails_the_check": (
-        "attacks",
-        "idle",
-        "fails_the_check:Idle",
-        "from dataclasses import dataclass\nfrom mcl_repro.attacks.base import "
-        "Attack\n@dataclass(frozen=True)\nclass Idle(Attack):\n    name = 'idle_one'\n    def paint(self, images, "
-        "rng): return images",
-        "SettingsError: attack idle_one does not pass",
-    ),
+    "fails_the_check": ("attacks", "idle", "fails_the_check:Idle", IDLE, "attack idle_one does not pass"),
 }
+ENTRIES = [("attacks", "dots", "good_one:Dots"), ("repairs", "soften", "good_one:soften")]     # of the good one
 
 def install(folder, module, code, entries):
     "A package as pip leaves it: a module and its dist-info."
@@ -261,63 +275,45 @@ def install(folder, module, code, entries):
     info = folder/f"{module}-1.0.dist-info"
     info.mkdir()
     (info/"METADATA").write_text(f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "".join(f"[mcl_repro.{kind}]\n{name} = {value}\n" for kind, name, value in entries)
-    )
+    points = [f"[mcl_repro.{kind}]\n{name} = {value}\n" for kind, name, value in entries]
+    (info/"entry_points.txt").write_text("".join(points))
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     P._loaded.clear()
     yield tmp_path
-    for module in [m for m in sys.modules if m in BROKEN or m in ("good_one", "decorated")]:
-        del sys.modules[module]
+    for module in (*BROKEN, "good_one", "decorated"):
+        sys.modules.pop(module, None)
 
 def test_an_installed_package_is_picked_up_once(packages):
-    install(
-        packages, "good_one", GOOD, [("attacks", "dots", "good_one:Dots"), ("repairs", "soften", "good_one:soften")]
-    )
+    install(packages, "good_one", GOOD, ENTRIES)
     told = P.load_plugins()
     mine = told[told.package == "good-one"]
-    assert (
-        sorted(mine.name) == ["dots", "soften"]
-        and (mine.problem == "").all()
-        and "dots" in ATTACKS
-        and "soften" in METHODS
-    )
+    assert sorted(mine.name) == ["dots", "soften"]
+    assert (mine.problem == "").all()
+    assert "dots" in ATTACKS
+    assert "soften" in METHODS
     assert {"dots"} <= set(P._wanted_attacks(None)) and {"soften"} <= set(P._wanted_repairs(None, dict(pairs=1)))
     del ATTACKS["dots"]
     assert P.load_plugins().equals(told) and "dots" not in ATTACKS                    # a second call loads nothing
     assert P.check_repair("soften", count=10) == {}
 
 def test_decorators_in_a_package_do_no_harm(packages):
-    code = (
-        GOOD.replace("@dataclass", "@register_attack\n@dataclass")
-        .replace("def soften", "@register_repair('soften')\ndef soften")
-        .replace("import torch", "import torch\nfrom mcl_repro.tools.plugins import register_attack, register_repair")
-    )
-    install(
-        packages,
-        "decorated",
-        code,
-        [
-            ("attacks", "dots", "decorated:Dots"), ("repairs", "soften", "decorated:soften"),
-            ("repairs", "all", "decorated"),
-        ],
-    )
-    assert (
-        (P.load_plugins().query("package == 'decorated'").problem == "").all()
-        and "dots" in ATTACKS
-        and "soften" in METHODS
-        and "all" not in METHODS
-    )
+    both = "from mcl_repro.tools.plugins import register_attack, register_repair\n"
+    code = GOOD.replace("@dataclass", "@register_attack\n@dataclass")
+    code = both + code.replace("def soften", "@register_repair('soften')\ndef soften")
+    points = [(kind, name, value.replace("good_one", "decorated")) for kind, name, value in ENTRIES]
+    install(packages, "decorated", code, [*points, ("repairs", "all", "decorated")])
+    assert (P.load_plugins().query("package == 'decorated'").problem == "").all()
+    assert "dots" in ATTACKS
+    assert "soften" in METHODS
+    assert "all" not in METHODS
 
 def test_broken_packages_are_told_in_one_line_each_and_stop_nobody(packages):
     for module, (kind, name, value, code, _) in BROKEN.items():
         install(packages, module, code, [(kind, name, value)])
-    install(
-        packages, "good_one", GOOD, [("attacks", "dots", "good_one:Dots"), ("repairs", "soften", "good_one:soften")]
-    )
+    install(packages, "good_one", GOOD, ENTRIES)
     before = set(ATTACKS), set(METHODS)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -335,14 +331,11 @@ def test_broken_packages_are_told_in_one_line_each_and_stop_nobody(packages):
 
 def small(**more):
     "A comparison that takes a second or two."
-    options = (
-        dict(
-            images="world:zeroshot_test:80", trusted="world:validation:30", rate=0.1,
-            recipe=dict(epochs=1, batch_size=30, learning_rate=1e-3), repairs=["shrink"], attacks=["badnets"],
-        )
-        | more
+    given = dict(
+        images="world:zeroshot_test:80", trusted="world:validation:30", rate=0.1, repairs=["shrink"],
+        attacks=["badnets"], recipe=dict(epochs=1, batch_size=30, learning_rate=1e-3),
     )
-    return P.compare("smoke-RN", "world:train:60", "banana", **options)
+    return P.compare("smoke-RN", "world:train:60", "banana", **given | more)
 
 @pytest.fixture
 def shrink():
@@ -354,15 +347,12 @@ def shrink():
 def test_what_is_registered_stands_in_the_table_unasked(shrink):
     P.register_attack(make_attack_class())
     found = small(attacks=None, repairs=None)
-    assert list(dict.fromkeys(found.attack)) == ["badnets", "stripes"] and list(dict.fromkeys(found.defence)) == [
-        "clean model", "none", "cleanclip", "shrink",
-    ]
-    assert (
-        len(found) == 2 * 4 * 2
-        and found.value.notna().all()
-        and (found.ci_low <= found.value).all()
-        and (found.value <= found.ci_high).all()
-    )
+    assert list(dict.fromkeys(found.attack)) == ["badnets", "stripes"]
+    assert list(dict.fromkeys(found.defence)) == ["clean model", "none", "cleanclip", "shrink"]
+    assert len(found) == 2 * 4 * 2
+    assert found.value.notna().all()
+    assert (found.ci_low <= found.value).all()
+    assert (found.value <= found.ci_high).all()
     alone = found.set_index(["attack", "defence", "metric"])
     # another temperature classifies as before
     assert alone.loc[("badnets", "none", "CA"), "value"] == alone.loc[("badnets", "shrink", "CA"), "value"]
@@ -370,7 +360,10 @@ def test_what_is_registered_stands_in_the_table_unasked(shrink):
 
 def test_a_comparison_goes_on_and_computes_only_what_is_new(shrink, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(P, "train", lambda *a, original=train, **k: (trained.append(1), original(*a, **k))[1])
+    def counted(*args, **kwargs):
+        trained.append(1)
+        return train(*args, **kwargs)
+    monkeypatch.setattr(P, "train", counted)
     class Killed(BaseException):
         pass
     def killed(*a, **k):
@@ -400,11 +393,9 @@ def test_a_refusal_is_a_line_of_the_table(shrink):
         return dict(refused=True, why="all is well")
     found = small(repairs=["picky", "calm", "shrink"])
     lines = found.set_index(["defence", "metric"])
-    assert (
-        np.isnan(lines.value["picky", "ASR"])
-        and "not to my taste" in lines.note["picky", "CA"]
-        and lines.note["calm", "CA"] == "left as it is: all is well"
-    )
+    assert np.isnan(lines.value["picky", "ASR"])
+    assert "not to my taste" in lines.note["picky", "CA"]
+    assert lines.note["calm", "CA"] == "left as it is: all is well"
     assert lines.value["calm", "ASR"] == lines.value["none", "ASR"] and lines.note["shrink", "CA"] == ""
     assert P.comparison_view(found).loc["badnets", ("ASR", "picky")] == "refused"
 
@@ -420,9 +411,17 @@ def test_defences_see_the_poisoned_pairs_and_never_the_clean_ones():
     assert seen["trusted"].name.startswith("world:validation") and seen["reference"].name == "smoke-RN"
 
 @pytest.mark.parametrize("options, words", [
-    (dict(attacks=["badnet"]), "none of"), (dict(repairs=["cleanclp"]), "did you mean cleanclip"), (dict(repairs=["cleanclip"], trusted=None), "cleanclip needs trusted"),
-    (dict(repairs=["supervised"]), "give labelled= to compare"), (dict(repairs={"x": dict(method="cleanclip", setting={})}), "unknown option"), (dict(recipe=dict(epochs=0, batch_size=1, learning_rate=1)), "epochs must be positive"),
-    (dict(recipe=dict(lr=1)), "recipe"), (dict(images="world:train:20"), "has no classes"), (dict(rate=2), "poison rate"), (dict(attacks=["ssba"]), "needs the setting 'encoder'"), (dict(attacks=[]), "no attack"),
+    (dict(attacks=["badnet"]), "none of"),
+    (dict(repairs=["cleanclp"]), "did you mean cleanclip"),
+    (dict(repairs=["cleanclip"], trusted=None), "cleanclip needs trusted"),
+    (dict(repairs=["supervised"]), "give labelled= to compare"),
+    (dict(repairs={"x": dict(method="cleanclip", setting={})}), "unknown option"),
+    (dict(recipe=dict(epochs=0, batch_size=1, learning_rate=1)), "epochs must be positive"),
+    (dict(recipe=dict(lr=1)), "recipe"),
+    (dict(images="world:train:20"), "has no classes"),
+    (dict(rate=2), "poison rate"),
+    (dict(attacks=["ssba"]), "needs the setting 'encoder'"),
+    (dict(attacks=[]), "no attack"),
 ])
 def test_what_cannot_work_is_told_before_anything_is_trained(monkeypatch, options, words):
     monkeypatch.setattr(P, "train", lambda *a, **k: pytest.fail("trained"))

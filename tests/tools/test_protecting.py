@@ -1,5 +1,5 @@
 "Protecting somebody's photos: bad files, kills at every point, other people's folders, and what the card may say."
-import json, shutil
+import shutil
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
@@ -8,7 +8,7 @@ from PIL import Image
 from mcl_repro.tools import protecting
 from mcl_repro.tools.cards import read_card
 from mcl_repro.model.clip import save_clip
-from mcl_repro.data.pairs import ArrayImages, FileImages
+from mcl_repro.data.pairs import FileImages
 from mcl_repro.data.readers import read_csv_pairs
 from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import DataError, SettingsError
@@ -69,9 +69,8 @@ def test_two_runs_leave_the_same_files(done, tmp_path, pairs):
     assert files(again.folder) == files(done.folder)
     free = protect(pairs, "smoke-RN", **QUICK)
     assert (free.folder, free.card, free.table.to_csv()) == (None, done.card, done.table.to_csv())
-    assert free.protection.noise.tobytes() == done.protection.noise.tobytes() and not isinstance(
-        free.protection.noise, np.memmap
-    )
+    assert free.protection.noise.tobytes() == done.protection.noise.tobytes()
+    assert not isinstance(free.protection.noise, np.memmap)
 
 @pytest.mark.parametrize("unit, at", [("batches", 1), ("batches", 2), ("pairs", 24)])
 def test_a_killed_call_goes_on_to_the_same_files(done, tmp_path, pairs, unit, at):
@@ -116,11 +115,9 @@ def test_the_given_surrogate_stays_as_it_is(pairs):
     clip.model.train()
     before, flags = model_fingerprint(clip), [p.requires_grad for p in clip.model.parameters()]
     protect(pairs, clip, **QUICK)
-    assert (
-        model_fingerprint(clip) == before
-        and clip.model.training
-        and [p.requires_grad for p in clip.model.parameters()] == flags
-    )
+    assert model_fingerprint(clip) == before
+    assert clip.model.training
+    assert [p.requires_grad for p in clip.model.parameters()] == flags
     assert all(p.grad is None for p in clip.model.parameters())
 
 def test_a_checkpoint_is_another_surrogate_than_an_untrained_one(copied, pairs, tmp_path):
@@ -155,10 +152,8 @@ def test_unreadable_photos_are_listed_and_left_out(tmp_path):
     assert not (tmp_path/"out").exists()
     made = protect(source, "smoke-RN", tmp_path/"out", tolerance=.2, **QUICK)
     listed = pd.read_csv(tmp_path/"out"/"left_out.csv")
-    assert (
-        list(listed["id"]) == ["empty.jpg#0", "half.png#0"]
-        and listed["problem"].str.contains("empty.jpg|half.png").all()
-    )
+    assert list(listed["id"]) == ["empty.jpg#0", "half.png#0"]
+    assert listed["problem"].str.contains("empty.jpg|half.png").all()
     assert len(read_csv_pairs(tmp_path/"out"/"published"/"pairs.csv")) == 9
     assert any("pairs: 2 of 11 were left out" in n for n in made.card.notes)
 
@@ -171,8 +166,13 @@ def test_long_captions_are_named_before_any_work(pairs, tmp_path, monkeypatch):
         protect(pairs, "smoke-RN", search=dict(length=99))
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(format="zip"), "'zip' is none of csv, flickr, coco, webdataset"), (dict(format="coco", keep_size=True), "published as csv, not as coco"),
-    (dict(method="MEM"), "'MEM' is none of"), (dict(tolerance=2.), "tolerance is the share"), (dict(search=dict(words="poems")), "poems"), (dict(speed=3), "protect has no setting 'speed'")])
+    (dict(format="zip"), "'zip' is none of csv, flickr, coco, webdataset"),
+    (dict(format="coco", keep_size=True), "published as csv, not as coco"),
+    (dict(method="MEM"), "'MEM' is none of"),
+    (dict(tolerance=2.), "tolerance is the share"),
+    (dict(search=dict(words="poems")), "poems"),
+    (dict(speed=3), "protect has no setting 'speed'"),
+])
 def test_settings_that_cannot_work_are_refused_before_any_work(pairs, tmp_path, settings, message):
     with pytest.raises(SettingsError, match=message):
         protect(pairs, "smoke-RN", tmp_path/"out", **{**QUICK, **settings})
@@ -197,11 +197,9 @@ def test_remarks_on_pairs_that_are_not_what_they_seem(pairs):
         captions={3: "собака бежит", 5: pairs.captions[4]}, image_rows=[4 if k == 5 else k for k in range(24)]
     )
     notes = " ".join(protect(odd, "smoke-RN", **QUICK).card.notes)
-    assert (
-        "1 captions are mostly in letters other than Latin ones" in notes
-        and "1 pairs share their picture" in notes
-        and "1 pairs are the same picture and caption" in notes
-    )
+    assert "1 captions are mostly in letters other than Latin ones" in notes
+    assert "1 pairs share their picture" in notes
+    assert "1 pairs are the same picture and caption" in notes
 
 # ---- what was published
 
@@ -211,9 +209,8 @@ def test_changed_files_are_noticed(copied, pairs):
     pixels[:4] ^= 64
     Image.fromarray(pixels).save(picture)
     made = protect(pairs, "smoke-RN", copied, **QUICK)
-    assert made.card.tone == "bad" and made.card.outcome.startswith(
-        "4.2% of the published pictures are not as they were made"
-    )
+    assert made.card.tone == "bad"
+    assert made.card.outcome.startswith("4.2% of the published pictures are not as they were made")
 
 def test_missing_and_escaping_rows_are_refused(copied, pairs):
     table = copied/"published"/"pairs.csv"
@@ -246,11 +243,9 @@ def test_the_card_on_disk_is_the_card(done):
         "PSNR of published pictures", "noise that is left, after jpeg_75", "noise that is left, after resize",
     }
     report = pd.read_csv(done.folder/"report.csv", keep_default_na=False)
-    assert (
-        list(report["id"]) == done.pairs.ids
-        and (report["linf"] <= 8).all()
-        and list(report["caption"]) == done.pairs.captions
-    )
+    assert list(report["id"]) == done.pairs.ids
+    assert (report["linf"] <= 8).all()
+    assert list(report["caption"]) == done.pairs.captions
     assert not (
         set(p.name for p in (done.folder / "published").rglob("*"))
         & {"CARD.md", "report.csv", "noise.npy", "triggers.npy"}
@@ -267,9 +262,8 @@ def test_whole_photos_keep_size_and_bound(tmp_path):
     made = protect(source, "smoke-RN", tmp_path/"out", keep_size=True, **QUICK)
     given = read_csv_pairs(source)
     assert [made.pairs[k].image.size for k in range(8)] == [given[k].image.size for k in range(8)]
-    assert made.table["linf"].between(1, 8).all() and any(
-        "1 photos are smaller than the 32 pixels" in n for n in made.card.notes
-    )
+    assert made.table["linf"].between(1, 8).all()
+    assert any("1 photos are smaller than the 32 pixels" in n for n in made.card.notes)
     large = made.table[np.minimum(made.table["width"], made.table["height"]) > 40]
     assert (large["cosine_published"] > .6).all() and (made.table["kept_published"] > 0).all()
     assert "at their own size" in made.card.outcome

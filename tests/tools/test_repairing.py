@@ -1,31 +1,32 @@
 """Repairing a model of one's own: nothing long before what can be refused, nothing lost by a kill, nothing changed that
 was given, nothing looked at that a defender does not have.
 """
-import copy, json, sys
+import copy
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from PIL import Image
 
-from mcl_repro.tools import repairing
-from mcl_repro.attacks.base import make_attack, poison
-from mcl_repro.tools.cards import read_card
-from mcl_repro.papers.cleanclip import class_scores, load_head
+from defenders import FORBIDDEN, public_images
+from mcl_repro.attacks.base import Attack, make_attack, poison
+from mcl_repro.core.errors import DataError, SettingsError, UserError
 from mcl_repro.core.libraries import import_open_clip
-from mcl_repro.model.clip import build_clip, embed_images, embed_texts, load_weights
 from mcl_repro.data.pairs import LabelledImages
 from mcl_repro.data.readers import read_csv_pairs
 from mcl_repro.data.registry import open_data
-from mcl_repro.core.errors import DataError, SettingsError, UserError
-from mcl_repro.tools.inputs import as_clip, Cost, model_fingerprint
-from mcl_repro.tools.repairing import INPUTS, make_plan, Method, METHODS, repair
+from mcl_repro.model.clip import build_clip, embed_images, embed_texts, load_weights, save_clip, zero_shot_weights
 from mcl_repro.model.training import Recipe, train, training_set
-from test_defences import FORBIDDEN, public_images
-from mcl_repro.attacks.base import Attack
-from mcl_repro.model.clip import save_clip, zero_shot_weights
-from mcl_repro.model.training import train
 from mcl_repro.papers.cfbd import detect
+from mcl_repro.papers.cleanclip import class_scores, load_head
+from mcl_repro.tools import repairing
+from mcl_repro.tools.cards import read_card
+from mcl_repro.tools.inputs import as_clip, Cost, model_fingerprint
+from mcl_repro.tools.repairing import INPUTS, Method, METHODS, repair, settle
 
 PAIRS, TRUSTED, IMAGES = "world:train:64", "world:validation:60", "world:zeroshot_validation:200:1"
 # so low a bar that any model looks poisoned
@@ -65,7 +66,7 @@ def no_work(monkeypatch):
     "Nothing that takes long may begin."
     def began(*args, **kwargs):
         raise AssertionError("long work began")
-    for name in ("train", "readable_pairs", "training_set", "_write_json"):
+    for name in ("train", "readable_pairs", "training_set", "write_json"):
         monkeypatch.setattr(repairing, name, began)
 
 def files(folder):
@@ -101,8 +102,15 @@ def test_what_cannot_work_is_refused_before_any_work(no_work, tmp_path, change, 
         repair(call.pop("model"), call.pop("pairs"), folder=tmp_path/"x", **call)
     assert says in str(e.value) and "\n" not in str(e.value) and not (tmp_path/"x").exists()
 
-@pytest.mark.parametrize("settings, says", [(dict(mask="image"), "mask is text"), (dict(verdict=1.), "verdict is the share"), (dict(trusted_share=0.), "trusted_share lies between"), (dict(variant="oral"), "unknown variant of ubt"),
-                                            (dict(suspicious_share=.01), "too few for ubt"), (dict(relevance_start_layer=7), "start_layer: 7"), (dict(overfit=dict(epochs=-1)), "epochs must be positive")])
+@pytest.mark.parametrize("settings, says", [
+    (dict(mask="image"), "mask is text"),
+    (dict(verdict=1.), "verdict is the share"),
+    (dict(trusted_share=0.), "trusted_share lies between"),
+    (dict(variant="oral"), "unknown variant of ubt"),
+    (dict(suspicious_share=.01), "too few for ubt"),
+    (dict(relevance_start_layer=7), "start_layer: 7"),
+    (dict(overfit=dict(epochs=-1)), "epochs must be positive"),
+])
 def test_ubts_settings_are_looked_at_first(no_work, model, reference, settings, says):
     with pytest.raises(SettingsError, match=says):
         repair(model, PAIRS, "ubt", reference=reference, settings=settings)
@@ -142,7 +150,11 @@ def test_a_handful_of_pairs_is_too_few(model):
     with pytest.raises(DataError, match="1 are too few to learn from"):
         repair(model, open_data("world:validation:8").select([0]), "finetune")
 
-@pytest.mark.parametrize("method, data", [("finetune", dict(pairs=TRUSTED)), ("cleanclip", dict(pairs=TRUSTED)), ("supervised", dict(pairs=None, images=IMAGES))])
+@pytest.mark.parametrize("method, data", [
+    ("finetune", dict(pairs=TRUSTED)),
+    ("cleanclip", dict(pairs=TRUSTED)),
+    ("supervised", dict(pairs=None, images=IMAGES)),
+])
 def test_batches_of_one_are_refused_by_name(no_work, method, data, model):
     with pytest.raises(SettingsError, match="batch_size: a pair alone has nothing to be compared with"):
         repair(model, method=method, recipe=dict(batch_size=1), **data)
@@ -184,9 +196,8 @@ def crawl(tmp_path):
     folder.mkdir()
     lines = ["image,caption"]
     for k in range(30):
-        Image.fromarray(np.random.default_rng(k).integers(0, 256, (30 + k, 40, 3), dtype=np.uint8)).convert(
-            "L" if k % 3 else "RGB"
-        ).save(folder / f"{k}.png")
+        pixels = np.random.default_rng(k).integers(0, 256, (30 + k, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert("L" if k % 3 else "RGB").save(folder/f"{k}.png")
         lines.append(f"{k}.png," + {5: "собака бежит", 6: "2024"}.get(k, f"picture number {k}"))
     lines.append("7.png,picture number 7")
     (folder/"3.png").write_bytes(b"")
@@ -213,9 +224,8 @@ def test_broken_pictures_are_left_out_up_to_the_tolerance_and_said(crawl, model,
 def test_rows_of_selected_pairs_are_those_of_what_was_given(crawl, model, reference):
     given = read_csv_pairs(crawl)
     done = repair(model, given, "ubt", reference=reference, settings=QUICK, tolerance=.1)
-    assert [given.ids[r] for r in done.selected["row"]] == list(done.selected["id"]) and [
-        given.captions[r] for r in done.selected["row"]
-    ] == list(done.selected["caption"])
+    assert [given.ids[r] for r in done.selected["row"]] == list(done.selected["id"])
+    assert [given.captions[r] for r in done.selected["row"]] == list(done.selected["caption"])
     assert not {3, 4} & set(done.selected["row"])
 
 
@@ -223,7 +233,8 @@ def test_rows_of_selected_pairs_are_those_of_what_was_given(crawl, model, refere
 
 def test_nothing_is_claimed_about_clean_quality_that_nobody_watched(model, reference, poisoned):
     done = repair(model, poisoned, "ubt", reference=reference, settings=QUICK)
-    assert "nobody watched" in done.card.outcome and [r["what"] for r in done.card.measured] == [
+    assert "nobody watched" in done.card.outcome
+    assert [r["what"] for r in done.card.measured] == [
         "cosine of the selected pairs",
         "weights moved, relative to their length",
     ]
@@ -234,20 +245,17 @@ def test_what_was_given_is_not_changed(model, reference, poisoned):
         p.requires_grad_(False)                  # loaded for use
     before, other = model_fingerprint(given), model_fingerprint(reference)
     done = repair(given, poisoned, "ubt", reference=reference, settings=QUICK)
-    assert (
-        (model_fingerprint(given), model_fingerprint(reference)) == (before, other)
-        and given.model.training
-        and not any(p.requires_grad for p in given.model.parameters())
-    )
+    assert (model_fingerprint(given), model_fingerprint(reference)) == (before, other)
+    assert given.model.training
+    assert not any(p.requires_grad for p in given.model.parameters())
     assert model_fingerprint(done.clip) != before and not done.clip.model.training and done.report.iloc[-1]["after"] > 0
 
 @pytest.mark.parametrize("method", ["cleanclip", "finetune"])
 def test_any_module_with_two_encoders(method, tmp_path):
     done = repair(letters(), TRUSTED, method, folder=tmp_path, recipe=dict(epochs=1, batch_size=16))
     again = load_weights(letters(), tmp_path/"clip.safetensors")
-    assert torch.equal(embed_texts(again, ["a dog"]), embed_texts(done.clip, ["a dog"])) and not torch.equal(
-        embed_texts(letters(), ["a dog"]), embed_texts(done.clip, ["a dog"])
-    )
+    assert torch.equal(embed_texts(again, ["a dog"]), embed_texts(done.clip, ["a dog"]))
+    assert not torch.equal(embed_texts(letters(), ["a dog"]), embed_texts(done.clip, ["a dog"]))
     assert done.card.settings["profile"] == "paper" and not any("not known" in l["text"] for l in done.card.limits)
 
 def test_open_clip_loads_what_was_written(tmp_path):
@@ -262,32 +270,26 @@ def test_open_clip_loads_what_was_written(tmp_path):
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     tokens = oc.get_tokenizer("ViT-S-32-alt")(["a dog"])
     with torch.no_grad():
-        assert torch.equal(loaded.encode_image(pixels), done.clip.model.encode_image(pixels)) and torch.equal(
-            loaded.encode_text(tokens), done.clip.model.encode_text(tokens)
-        )
+        assert torch.equal(loaded.encode_image(pixels), done.clip.model.encode_image(pixels))
+        assert torch.equal(loaded.encode_text(tokens), done.clip.model.encode_text(tokens))
         assert not torch.equal(loaded.encode_text(tokens), theirs.eval().encode_text(tokens))
     assert as_clip(tmp_path/"clip.safetensors").name == "ViT-S-32-alt"
 
 def test_a_model_that_does_not_look_poisoned_is_left_as_it_is(model, reference, tmp_path):
     done = repair(model, PAIRS, "ubt", reference=reference, settings=dict(QUICK, verdict=.999), folder=tmp_path)
     assert "no proof" in done.card.outcome
-    assert (
-        done.facts["refused"]
-        and not len(done.selected)
-        and "was left as it is by ubt" in done.card.outcome
-        and model_fingerprint(done.clip) == model_fingerprint(model)
-    )
-    assert (
-        done.report.set_index("what")["after"]["weights moved, relative to their length"] == 0
-        and not (tmp_path / "selected.csv").exists()
-    )
+    assert done.facts["refused"]
+    assert not len(done.selected)
+    assert "was left as it is by ubt" in done.card.outcome
+    assert model_fingerprint(done.clip) == model_fingerprint(model)
+    assert done.report.set_index("what")["after"]["weights moved, relative to their length"] == 0
+    assert not (tmp_path/"selected.csv").exists()
 
 def test_the_head_is_written_read_and_used(model, tmp_path):
     done = repair(model, None, "supervised", images=IMAGES, folder=tmp_path, recipe=dict(epochs=1))
     clip = as_clip(tmp_path/"clip.safetensors")
-    assert load_head(type("", (), dict(path=tmp_path)), clip) == done.facts["classnames"] and not hasattr(
-        done.clip.model, "head"
-    )
+    assert load_head(type("", (), dict(path=tmp_path)), clip) == done.facts["classnames"]
+    assert not hasattr(done.clip.model, "head")
     images = open_data(IMAGES).images.take(range(9))
     scores = class_scores(clip, images)
     done.clip.model.head = done.head
@@ -296,9 +298,8 @@ def test_the_head_is_written_read_and_used(model, tmp_path):
 
 def test_a_probe_changes_no_weight(model):
     done = repair(model, None, "supervised", images=IMAGES, settings=dict(head_only=True), recipe=dict(epochs=1))
-    assert model_fingerprint(done.clip) == model_fingerprint(model) and any(
-        "does not repair" in s or "not repair" in s for s in done.card.done
-    )
+    assert model_fingerprint(done.clip) == model_fingerprint(model)
+    assert any("does not repair" in s or "not repair" in s for s in done.card.done)
 
 def test_cfbd_trains_a_new_model_from_the_reference_or_leaves_the_old_one(model, monkeypatch):
     bigger, pairs = build_clip("mini-RN", seed=2), open_data("world:train:220")
@@ -307,20 +308,17 @@ def test_cfbd_trains_a_new_model_from_the_reference_or_leaves_the_old_one(model,
         settings=dict(mapping=dict(epochs=1), detect=dict(guard=False)), recipe=dict(epochs=1),
     )
     assert (done.clip.name == "mini-RN") == done.facts["poisoned"] == (not done.facts.get("refused"))
-    found = detect
-    monkeypatch.setattr(
-        repairing, "detect", lambda *a, **k: replace(found(*a, **k), attacked=True, flagged=np.arange(5))
-    )
+    def five_flagged(*args, **kwargs):
+        return replace(detect(*args, **kwargs), attacked=True, flagged=np.arange(5))
+    monkeypatch.setattr(repairing, "detect", five_flagged)
     done = repair(
         model, pairs, "cfbd", reference=bigger, trusted=TRUSTED, settings=dict(mapping=dict(epochs=1)),
         recipe=dict(epochs=1),
     )
-    assert (
-        done.clip.name == "mini-RN"
-        and done.facts["pairs"] == 215
-        and list(done.selected["row"]) == list(range(5))
-        and "left out" in done.card.outcome
-    )
+    assert done.clip.name == "mini-RN"
+    assert done.facts["pairs"] == 215
+    assert list(done.selected["row"]) == list(range(5))
+    assert "left out" in done.card.outcome
     assert "weights moved" not in " ".join(done.report["what"])               # of two architectures
 
 
@@ -352,9 +350,8 @@ def test_a_repair_that_was_stopped_goes_on_to_the_same_bytes(method, model, refe
         patch.setitem(train.__globals__, "save_checkpoint", dying)
         with pytest.raises(KeyboardInterrupt):
             call("killed")
-    assert (tmp_path / "killed/unfinished/checkpoint.safetensors").exists() and not (
-        tmp_path / "killed/clip.safetensors"
-    ).exists()
+    assert (tmp_path/"killed/unfinished/checkpoint.safetensors").exists()
+    assert not (tmp_path/"killed/clip.safetensors").exists()
     steps = []
     monkeypatch.setitem(
         train.__globals__, "_step", lambda *a, real=train.__globals__["_step"]: steps.append(1) or real(*a)
@@ -443,45 +440,32 @@ def halve(clip, pairs, *, recipe, settings, progress=None, checkpoint=None, **ot
     )
 
 def test_a_method_of_your_own(monkeypatch, model, tmp_path):
-    monkeypatch.setitem(
-        METHODS,
-        "halve",
-        Method(
-            halve, ("pairs", "trusted"), "Shrink.",
-            dict(by=0.5, recipe=dict(epochs=1, batch_size=16, learning_rate=1e-4)),
-        ),
-    )
+    defaults = dict(by=0.5, recipe=dict(epochs=1, batch_size=16, learning_rate=1e-4))
+    monkeypatch.setitem(METHODS, "halve", Method(halve, ("pairs", "trusted"), "Shrink.", defaults))
     with pytest.raises(SettingsError, match="halve needs trusted"):
         repair(model, PAIRS, "halve")
     done = repair(model, PAIRS, "halve", trusted="world:validation:240", settings=dict(by=.25), folder=tmp_path)
-    assert (
-        done.facts["rows"] == [0, 1, 2]
-        and done.facts["found"] == 0.5
-        and list(done.selected.columns) == ["row", "id", "caption", "score"]
-        and list(done.selected["row"]) == [4, 2]
-    )
-    assert (
-        done.card.settings["settings"] == dict(by=0.25)
-        and "Shrink." in done.card.done[-1]
-        and any("halve" in l["text"] for l in done.card.limits)
-    )
+    assert done.facts["rows"] == [0, 1, 2]
+    assert done.facts["found"] == 0.5
+    assert list(done.selected.columns) == ["row", "id", "caption", "score"]
+    assert list(done.selected["row"]) == [4, 2]
+    assert done.card.settings["settings"] == dict(by=0.25)
+    assert "Shrink." in done.card.done[-1]
+    assert any("halve" in l["text"] for l in done.card.limits)
     assert any("only 24 pairs" in n for n in done.card.notes)                   # a tenth of what it trusts
     assert repair(model, PAIRS, "halve", trusted=TRUSTED, dry_run=True).pairs == 64
     assert json.loads(json.dumps(done.facts)) == done.facts
 
 def test_the_card_says_what_was_done_and_is_the_same_every_time(model, reference, poisoned, tmp_path):
     done = [CALLS["ubt"](model, reference, poisoned, folder=tmp_path/name) for name in "ab"]
-    assert files(tmp_path / "a") == files(tmp_path / "b") and sorted(files(tmp_path / "a")) == [
-        "CARD.md", "clip.safetensors", "report.csv", "selected.csv",
-    ]
+    assert files(tmp_path/"a") == files(tmp_path/"b")
+    assert sorted(files(tmp_path/"a")) == ["CARD.md", "clip.safetensors", "report.csv", "selected.csv"]
     card = read_card(tmp_path/"a/CARD.md")
     assert card == done[0].card and card.kind == "repaired model" and "only a trigger can tell" in card.outcome
-    assert [i["what"] for i in card.inputs] == ["model", "pairs", "reference", "trusted"] and all(
-        len(i["fingerprint"]) == 64 for i in card.inputs
-    )
-    assert list(done[0].report.columns) == ["what", "before", "after", "unit"] and done[0].report["what"].tolist() == [
-        r["what"] for r in card.measured
-    ]
+    assert [i["what"] for i in card.inputs] == ["model", "pairs", "reference", "trusted"]
+    assert all(len(i["fingerprint"]) == 64 for i in card.inputs)
+    assert list(done[0].report.columns) == ["what", "before", "after", "unit"]
+    assert done[0].report["what"].tolist() == [r["what"] for r in card.measured]
 
 def test_a_fall_of_clean_quality_is_said_first(model, monkeypatch):
     "A method that ruins the model, on pictures that the model knows."
@@ -491,32 +475,23 @@ def test_a_fall_of_clean_quality_is_said_first(model, monkeypatch):
             clip.model.text_projection[0, 0] = 1.
     monkeypatch.setitem(METHODS, "ruin", Method(ruin, holds_out="pairs"))
     images = open_data(IMAGES)
-    known = LabelledImages(
-        images.ids, images.images,
-        (embed_images(model, images.images) @ zero_shot_weights(model, images.classnames)).argmax(1).numpy(),
-        images.classnames, "known",
-    )
+    scores = embed_images(model, images.images) @ zero_shot_weights(model, images.classnames)
+    known = LabelledImages(images.ids, images.images, scores.argmax(1).numpy(), images.classnames, "known")
     done = repair(model, PAIRS, "ruin", images=known)
     assert "Clean quality fell: accuracy, zero-shot from 100.0% to" in done.card.outcome and done.card.tone == "bad"
 
 def test_settings_follow_the_architecture_and_the_number_of_pairs(model):
     public = replace(model, name="RN50")
-    assert (
-        make_plan(METHODS["cleanclip"], public, 100_000).recipe["learning_rate"] == 1e-5
-        and make_plan(METHODS["cleanclip"], model, 8000).recipe["learning_rate"] == 5e-4
-    )
-    assert (
-        make_plan(METHODS["ubt"], public, 500_000).settings["select"] == 500
-        and make_plan(METHODS["ubt"], public, 500_000).settings["steps"] == 3906
-    )
-    few = make_plan(METHODS["supervised"], public, 900).recipe
-    assert few["epochs"] == 40 and few["warmup_steps"] <= 40 * (900 // 80) // 10
+    for clip, count, rate in ((public, 100_000, 1e-5), (model, 8000, 5e-4)):
+        assert settle(METHODS["cleanclip"], clip, count).recipe["learning_rate"] == rate
+    settings = settle(METHODS["ubt"], public, 500_000).settings
+    assert (settings["select"], settings["steps"]) == (500, 3906)
+    few = settle(METHODS["supervised"], public, 900).recipe
+    assert few["epochs"] == 40 and few["warmup_steps"] <= 40*(900 // 80) // 10
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dry_run_writes_nothing_and_tells_the_cost(method, model, tmp_path):
-    cost = repair(
-        model, "world:train:220", method, reference="smoke-RN", trusted=TRUSTED, images=IMAGES, folder=tmp_path / "x",
-        dry_run=True,
-    )
+    given = dict(reference="smoke-RN", trusted=TRUSTED, images=IMAGES, folder=tmp_path/"x")
+    cost = repair(model, "world:train:220", method, **given, dry_run=True)
     assert isinstance(cost, Cost) and cost.seconds > 0 and cost.memory > 0 and not (tmp_path/"x").exists()
     assert set(METHODS[method].needs) <= set(INPUTS)
