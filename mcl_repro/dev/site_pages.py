@@ -120,7 +120,7 @@ def _shown(cell):
         return None
     exported = "export" in directives
     prompt = (", ".join(_defined(source)) or "imports") if exported else "code of this cell"
-    tags = [*cell.metadata.get("tags", []), *["hide-input"]*exported]
+    tags = list(dict.fromkeys([*cell.metadata.get("tags", []), *["hide-input"]*exported]))
     about = {"code_prompt_show": prompt, "code_prompt_hide": prompt}
     return nbformat.from_dict(cell | {"source": source, "metadata": {"tags": tags, "mystnb": about}})
 
