@@ -151,11 +151,11 @@ def read_yaml(
 # %% ../../nbs/core/files.ipynb #70ba0e6b
 @cache
 def package_yaml(
-    name: str,  # a file of the package, such as "papers/tables.yaml"
+    name: str,  # a file of the package, such as "report/papers/tables.yaml"
 ) -> dict:
     "A YAML file that is part of this package, read once by the fast parser."
     text = resources.files("mcl_repro").joinpath(*name.split("/")).read_text(encoding="utf-8")
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))   # noqa: S506  both are safe
 
 # %% ../../nbs/core/files.ipynb #8adef19c
 def sha256_of(

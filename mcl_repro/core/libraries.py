@@ -6,29 +6,34 @@
 __all__ = ['import_torchvision', 'import_open_clip']
 
 # %% ../../nbs/core/libraries.ipynb #3a6ca2db
-import importlib, sys, torch
+import importlib
+import sys
+
+import torch
 
 # %% ../../nbs/core/libraries.ipynb #6508746d
-_missing_operators = dict(nms="(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-                          qnms="(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_OPERATORS = {
+    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
 
 # %% ../../nbs/core/libraries.ipynb #75ec872d
-def import_torchvision():
-    "torchvision, with its operator schemas declared when its compiled extension does not fit the installed torch."
+def import_torchvision():  # the module
+    "torchvision, with its operators declared where its compiled part does not fit the installed torch."
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
-    for name in [n for n in sys.modules if n == "torchvision" or n.startswith("torchvision.")]:
-        del sys.modules[name]
-    for name, schema in _missing_operators.items():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]      # what was imported before it failed
+    for name, schema in _OPERATORS.items():
         if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f"torchvision::{name}", schema)
     return importlib.import_module("torchvision")
 
 # %% ../../nbs/core/libraries.ipynb #2d2f0d0d
-def import_open_clip():
+def import_open_clip():  # the module
     "open_clip, importable beside any torchvision; see `import_torchvision`."
     import_torchvision()
     return importlib.import_module("open_clip")

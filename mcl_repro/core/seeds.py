@@ -9,6 +9,9 @@ __all__ = ['seeded']
 import numpy as np
 
 # %% ../../nbs/core/seeds.ipynb #39ef60a9
-def seeded(*numbers) -> int:
-    "One 63-bit seed from several integers: the same for the same numbers, unrelated for others."
-    return int(np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
+def seeded(
+    *numbers: int,  # of any size; negative ones too
+) -> int:           # from 0 to 2**63 - 1
+    "One seed from several integers: the same for the same numbers, unrelated for others."
+    sequence = np.random.SeedSequence([number % 2**32 for number in numbers])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)

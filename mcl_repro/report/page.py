@@ -7,14 +7,14 @@ __all__ = ['VERDICTS', 'read_notebooks', 'read_claims_file', 'write_report']
 
 # %% ../../nbs/report/page.ipynb #4404115f
 import json
-import pandas as pd
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from ..core.errors import SettingsError
-from ..core.files import package_yaml, write_atomically
-from ..lab.store import read_record
-from .printed import printed_entries, table_spec
+from ..core.files import package_yaml, read_json, write_atomically
+from .printed import LAYOUTS, printed_entries, table_spec
 from .tables import own_table_spec, page_templates, read_table, table_grid
 
 # %% ../../nbs/report/page.ipynb #e3823af3
@@ -26,154 +26,190 @@ class _Paper:
     id: str
     name: str
     title: str
-    notebook: dict|None
+    notebook: dict | None
     tables: list
     figures: list
     claims: list
     to_do: list     # printed tables that no file was found for
 
     @property
-    def measured(self):
-        return sum(t["grid"]["measured"] for t in self.tables)
+    def measured(self) -> int:
+        "How many printed cells have a number of ours."
+        return sum(table["grid"]["measured"] for table in self.tables)
+
     @property
-    def own(self):
-        return sum(t["grid"]["own"] for t in self.tables)
+    def own(self) -> int:
+        "How many numbers are ours alone."
+        return sum(table["grid"]["own"] for table in self.tables)
+
     @property
-    def printed(self):
-        return sum(len(t["rows"]) for t in printed_entries("tables").values() if t["paper"] == self.id)
+    def printed(self) -> int:
+        "How many cells the paper prints."
+        return sum(len(table["rows"]) for table in printed_entries("tables").values() if table["paper"] == self.id)
+
     @property
-    def verdicts(self):
-        return {v: n for v in VERDICTS if (n := sum(c["verdict"] == v for c in self.claims))}
+    def verdicts(self) -> dict:
+        "How many claims have which verdict."
+        counts = {verdict: sum(claim["verdict"] == verdict for claim in self.claims) for verdict in VERDICTS}
+        return {verdict: count for verdict, count in counts.items() if count}
 
 # %% ../../nbs/report/page.ipynb #5ec2caa2
+def _links(kind, id, formats):
+    "Where a table's or a figure's files are, from the page."
+    return {format: f"{kind}/{id}.{format}" for format in formats}
+
 def _read_table(path, about):
+    "A table as the page shows it."
     frame = read_table(path.with_suffix(".csv"))
-    stem = f"tables/{about['id']}"
-    return {
-        "id": about["id"],
-        "grid": table_grid(frame, own_table_spec(frame)),
-        "note": about["note"],
-        "links": {s: f"{stem}.{s}" for s in ("csv", "md", "tex")},
-    }
+    grid = table_grid(frame, own_table_spec(frame))
+    links = _links("tables", about["id"], ("csv", "md", "tex"))
+    return {"id": about["id"], "grid": grid, "note": about["note"], "links": links}
 
 def _read_figure(path, about):
+    "A figure as the page shows it."
     for kind in ("png", "svg", "csv"):
         path.with_suffix(f".{kind}").stat()
-    f = printed_entries("figures").get(about["id"], {})
-    paper, _, name = about["id"].partition(".")
-    number = f"Figure {f['number']}" if f else f"{name} (ours)"
-    return {
-        "id": about["id"],
-        "heading": number,
-        "alt": about["alt"],
-        "note": about["note"],
-        "expected": f.get("expected_shape", ""),
-        "links": {s: f"figures/{about['id']}.{s}" for s in ("svg", "png", "csv")},
-    }
+    printed = printed_entries("figures").get(about["id"], {})
+    name = about["id"].partition(".")[2].replace("_", " ").capitalize()
+    heading = f"Figure {printed['number']}" if printed else f"{name} (ours)"
+    links = _links("figures", about["id"], ("svg", "png", "csv"))
+    return {"id": about["id"], "heading": heading, "alt": about["alt"], "note": about["note"],
+            "expected": printed.get("expected_shape", ""), "links": links}
 
 # %% ../../nbs/report/page.ipynb #59727894
 def _read_all(folder, kind, read, problems):
     "Every `<kind>/<id>.json` of a run through `read`, in the papers' order; what fails is noted in `problems`."
-    order = list(printed_entries(kind))
     found = []
     for path in sorted(Path(folder, kind).glob("[!.]*.json")):
         try:
             found.append(read(path, json.loads(path.read_text(encoding="utf-8"))))
-        except Exception as e:
-            problems.append(f"{kind}/{path.name}: {type(e).__name__}: {e}")
-    return sorted(found, key=lambda f: (order.index(f["id"]) if f["id"] in order else len(order), f["id"]))
+        except Exception as error:
+            problems.append(f"{kind}/{path.name}: {type(error).__name__}: {error}")
+    places = {id: place for place, id in enumerate(printed_entries(kind))}
+    return sorted(found, key=lambda entry: (places.get(entry["id"], len(places)), entry["id"]))
 
 # %% ../../nbs/report/page.ipynb #aa361b48
-def read_notebooks(folder, problems) -> dict:
-    "Per executed notebook: status, times, parameters, and what papermill says went wrong."
-    found = {}
-    for path in sorted(
-        Path(folder, "notebooks").glob("[!.]*.ipynb"), key=lambda p: (p.name.endswith(".failed.ipynb"), p.name)
-    ):
-        name, failed = path.name.removesuffix(".ipynb").removesuffix(".failed"), path.name.endswith(".failed.ipynb")
-        try:
-            notebook = json.loads(path.read_text(encoding="utf-8"))
-            run = notebook["metadata"].get("papermill", {})
-        except (OSError, ValueError, KeyError) as e:
-            problems.append(f"notebooks/{path.name}: {e}")
-            continue
-        ours = notebook["metadata"].get("mcl_repro", {})
+def _execution(path, metadata) -> dict:
+    "What the page says of one executed copy."
+    run, ours = metadata.get("papermill", {}), metadata.get("mcl_repro", {})
+    if path.name.endswith(".failed.ipynb") or run.get("exception"):
+        status = "failed"
+    else:
         whole = run.get("exception") is None and run.get("end_time") is not None
-        entry = {
-            "name": name,
-            "status": "failed" if failed or run.get("exception") else "complete" if whole else "interrupted",
-            "seconds": run.get("duration"),
-            "started": (run.get("start_time") or "")[:16].replace("T", " "),
-            "error": ours.get("error", ""),
-            "ipynb": f"notebooks/{path.name}",
-            "html": f"notebooks/{path.stem}.html" if path.with_suffix(".html").exists() else "",
-            "command": ours.get("command", ""),
-        }
-        if failed and name in found:
-            found[name] |= {"last": entry}
+        status = "complete" if whole else "interrupted"
+    return {
+        "name": path.name.removesuffix(".ipynb").removesuffix(".failed"),
+        "status": status,
+        "seconds": run.get("duration"),
+        "started": (run.get("start_time") or "")[:16].replace("T", " "),
+        "error": ours.get("error", ""),
+        "ipynb": f"notebooks/{path.name}",
+        "html": f"notebooks/{path.stem}.html" if path.with_suffix(".html").exists() else "",
+        "command": ours.get("command", ""),
+    }
+
+def read_notebooks(
+    folder: str | Path,  # a run's folder
+    problems: list,      # gets a line for each copy that cannot be read
+) -> dict:               # name -> status, times, files, error; `last`: the failed copy beside a good one
+    "The executed notebooks of a run, and how they ended."
+    found = {}
+    paths = Path(folder, "notebooks").glob("[!.]*.ipynb")
+    for path in sorted(paths, key=lambda path: (path.name.endswith(".failed.ipynb"), path.name)):
+        try:
+            entry = _execution(path, json.loads(path.read_text(encoding="utf-8"))["metadata"])
+        except (OSError, ValueError, KeyError) as error:
+            problems.append(f"notebooks/{path.name}: {error}")
+            continue
+        if path.name.endswith(".failed.ipynb") and entry["name"] in found:
+            found[entry["name"]]["last"] = entry
         else:
-            found[name] = entry
+            found[entry["name"]] = entry
     return found
 
 # %% ../../nbs/report/page.ipynb #0817c13a
-def read_claims_file(folder, problems) -> list[dict]:
+def _with_sentence(row, folder) -> dict:
+    "A row of claims.csv with the claim's sentence and the address of its page."
+    claim = printed_entries("claims").get(row["id"], {})
+    page = f"claims/{row['id']}.html"
+    beside = {"statement": claim.get("statement", ""), "where": claim.get("where", ""),
+              "page": page if (Path(folder)/page).exists() else ""}
+    return {"audit": "", "margin": "", "evidence": ""} | row | beside
+
+def read_claims_file(
+    folder: str | Path,  # a run's folder
+    problems: list,      # gets a line where the file cannot be read
+) -> list[dict]:         # rows of `claims.csv`, each with its sentence; [] where nothing was judged
     "`claims.csv` with the sentence each claim is about."
     path = Path(folder)/"claims.csv"
-    known = printed_entries("claims")
     if not path.exists():
         return []
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-        rows[:1] and rows[0]["verdict"]
-    except Exception as e:
-        problems.append(f"claims.csv: {type(e).__name__}: {e}")
+        if rows:
+            rows[0]["verdict"]      # without it this is some other file
+    except Exception as error:
+        problems.append(f"claims.csv: {type(error).__name__}: {error}")
         return []
-    return [
-        {
-            "audit": "",
-            "margin": "",
-            "evidence": "",
-            **r,
-            "statement": known.get(r["id"], {}).get("statement", ""),
-            "where": known.get(r["id"], {}).get("where", ""),
-            "page": f"claims/{r['id']}.html" if (Path(folder) / "claims" / f"{r['id']}.html").exists() else "",
-        }
-        for r in rows
-    ]
+    return [_with_sentence(row, folder) for row in rows]
 
 # %% ../../nbs/report/page.ipynb #19fc95b2
-def _provenance_view(provenance) -> dict:
-    "Sections of `provenance.json` with what the page computes from them."
-    sections = {}
-    for name, s in sorted((provenance.get("notebooks") or {}).items()):
-        stages = s.get("stages") or []
-        sections[name] = s | {
-            "stages": stages,
-            "seconds": sum(x.get("seconds") or 0 for x in stages),
-            "peak": max([x.get("peak_memory_mb") or 0 for x in stages], default=0),
-            "cut": max([x for x in stages if x.get("captions_cut")], key=lambda x: x["captions_cut"], default=None),
-            "stand_ins": sorted(
-                r for r, d in (s.get("data") or {}).items() if str(d.get("source", "")).startswith("world:")
-            ),
-            "flat": _flat(s.get("settings") or {}),
-        }
-    return {
-        "sections": sections,
-        "stand_ins": sorted({r for s in sections.values() for r in s["stand_ins"]}),
-        "roles": sorted({r for s in sections.values() for r in s.get("data") or {}}),
-    }
-
 def _flat(settings, prefix=""):
     "Nested settings as dotted name -> text."
     out = {}
-    for k, v in settings.items():
-        if isinstance(v, dict) and v:
-            out.update(_flat(v, f"{prefix}{k}."))
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            out |= _flat(value, f"{prefix}{name}.")
         else:
-            out[f"{prefix}{k}"] = v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
+            out[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return out
 
+def _section_view(section) -> dict:
+    "A section of `provenance.json` with what the page computes from it."
+    stages, data = section.get("stages") or [], section.get("data") or {}
+    cut = [stage for stage in stages if stage.get("captions_cut")]
+    return section | {
+        "stages": stages,
+        "seconds": sum(stage.get("seconds") or 0 for stage in stages),
+        "peak": max([stage.get("peak_memory_mb") or 0 for stage in stages], default=0),
+        "cut": max(cut, key=lambda stage: stage["captions_cut"], default=None),
+        "stand_ins": sorted(role for role, of in data.items() if str(of.get("source", "")).startswith("world:")),
+        "flat": _flat(section.get("settings") or {}),
+    }
+
+def _provenance_view(provenance) -> dict:
+    "All sections, and the roles of all of them."
+    notebooks = provenance.get("notebooks") or {}
+    sections = {name: _section_view(section) for name, section in sorted(notebooks.items())}
+    stand_ins = {role for section in sections.values() for role in section["stand_ins"]}
+    roles = {role for section in sections.values() for role in section.get("data") or {}}
+    return {"sections": sections, "stand_ins": sorted(stand_ins), "roles": sorted(roles)}
+
 # %% ../../nbs/report/page.ipynb #8e822d7e
+def _with_forests(tables, figures):
+    "Each table with the picture of it, and the figures that are no table's."
+    by_id = {figure["id"]: figure for figure in figures}
+    for table in tables:
+        table["forest"] = by_id.pop(f"{table['id']}_forest", None)
+    return tables, list(by_id.values())
+
+def _papers(notebooks, tables, figures, claims) -> list[_Paper]:
+    "Every paper, and whatever else tables and figures are named after."
+    named = package_yaml(LAYOUTS)["papers"]
+    def paper_of(entry):
+        return entry["id"].partition(".")[0]
+    done = {table["id"] for table in tables}
+    found = []
+    for paper in (*named, *sorted({paper_of(entry) for entry in (*tables, *figures)} - set(named))):
+        about = named.get(paper, {})
+        parts = ([entry for entry in entries if paper_of(entry) == paper] for entries in (tables, figures, claims))
+        printed = [table for table in printed_entries("tables") if table.startswith(f"{paper}.")]
+        to_do = [table_spec(table) for table in printed if table not in done]
+        name, title = about.get("name", paper), about.get("title", "")
+        found.append(_Paper(paper, name, title, notebooks.get(paper), *parts, to_do))
+    return found
+
+# %% ../../nbs/report/page.ipynb #2e586eb3
 def _read_run(folder) -> dict:
     "Everything that the page shows, read from a run's folder."
     problems = []
@@ -181,41 +217,26 @@ def _read_run(folder) -> dict:
     claims = read_claims_file(folder, problems)
     tables = _read_all(folder, "tables", _read_table, problems)
     figures = _read_all(folder, "figures", _read_figure, problems)
-    for t in tables:
-        t["forest"] = next((f for f in figures if f["id"] == f"{t['id']}_forest"), None)      # shown with its table
-    figures = [f for f in figures if not any(f is t["forest"] for t in tables)]
-    provenance = read_record(Path(folder)/"provenance.json") or {}
-    named = package_yaml("report/papers/layouts.yaml")["papers"]
-    of = lambda items, p: [i for i in items if i["id"].partition(".")[0] == p]
-    ids = [*named, *sorted({i["id"].partition(".")[0] for i in (*tables, *figures)} - set(named))]
-    done = {t["id"] for t in tables}
-    papers = [
-        _Paper(
-            p, named.get(p, {}).get("name", p), named.get(p, {}).get("title", ""), notebooks.get(p), of(tables, p),
-            of(figures, p), of(claims, p),
-            [table_spec(t) for t in printed_entries("tables") if t.startswith(f"{p}.") and t not in done],
-        )
-        for p in ids
-    ]
-    shown = [p for p in papers if p.tables or p.figures or p.notebook or p.claims]
+    tables, figures = _with_forests(tables, figures)
+    papers = _papers(notebooks, tables, figures, claims)
+    shown = [paper for paper in papers if paper.tables or paper.figures or paper.notebook or paper.claims]
     return {
         "profile": Path(folder).resolve().name,
         "papers": shown,
-        "waiting": [p for p in papers if p not in shown and p.printed],
+        "waiting": [paper for paper in papers if paper not in shown and paper.printed],
         "notebooks": notebooks,
-        "provenance": _provenance_view(provenance),
+        "provenance": _provenance_view(read_json(Path(folder)/"provenance.json", default=None) or {}),
         "problems": problems,
         "verdicts": VERDICTS,
     }
 
 # %% ../../nbs/report/page.ipynb #d91a85b0
 def write_report(
-    folder:str|Path,  # a run's folder, runs/<profile>
-)->Path: # its `index.html`
+    folder: str | Path,  # a run's folder, runs/<profile>
+) -> Path:               # its `index.html`
     "Write the page anew from what the folder holds; it loads nothing from a network and links only into the folder."
     folder = Path(folder)
     if not folder.is_dir():
         raise SettingsError(f"there is no run in {folder}; make one with `mcl_repro run`")
-    return write_atomically(
-        folder / "index.html", page_templates().get_template("report.html.j2").render(_read_run(folder))
-    )
+    template = page_templates().get_template("report.html.j2")
+    return write_atomically(folder/"index.html", template.render(_read_run(folder)))

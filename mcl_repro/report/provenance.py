@@ -73,8 +73,8 @@ def _roles(lab) -> dict:
     for role in lab.profile.get("roles", {}):
         try:
             data = lab.role(role)
-        except Exception:
-            continue       # a role that this notebook did not use may name data that is not on this machine
+        except Exception:  # noqa: S112  data of a role that the notebook did not use need not be on this machine
+            continue
         found[role] = {"source": without_paths(data.source, whole=True), "fingerprint": data.fingerprint}
     return found
 
