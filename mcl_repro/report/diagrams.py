@@ -6,11 +6,12 @@
 __all__ = ['KINDS', 'Box', 'Arrow', 'draw_diagram', 'diagram_table']
 
 # %% ../../nbs/report/diagrams.ipynb #c2cacc1e
-import pandas as pd
 from typing import NamedTuple
 
+import pandas as pd
+
 from ..core.errors import SettingsError
-from ..core.words import near
+from ..core.words import near, one_line
 
 # %% ../../nbs/report/diagrams.ipynb #4ee08e50
 class Box(NamedTuple):
@@ -41,179 +42,188 @@ KINDS = {
 
 # %% ../../nbs/report/diagrams.ipynb #5fb225d3
 def _check_names(boxes, arrows, groups):
-    "Every box once, every arrow and group between known ones, every kind known"
-    names = [b.name for b in boxes]
-    for b in boxes:
-        if names.count(b.name) > 1:
-            raise SettingsError(f"draw_diagram: the box {b.name!r} is given twice; names must differ")
-        if b.kind not in KINDS:
-            raise SettingsError(f"draw_diagram: box {b.name!r}: {near(b.kind, KINDS, 'kind')}")
+    "Every box once, every arrow and group between known ones, every kind known."
+    names = [box.name for box in boxes]
     if not names:
         raise SettingsError("draw_diagram: no boxes given")
-    for used, where in [(n, f"arrow {a.start!r} to {a.end!r}") for a in arrows for n in (a.start, a.end)] + [
-        (n, f"group {g!r}") for g, members in groups.items() for n in members
-    ]:
-        if used not in names:
-            raise SettingsError(f"draw_diagram: {where}: {near(used, names, 'box')}")
+    for box in boxes:
+        if names.count(box.name) > 1:
+            raise SettingsError(f"draw_diagram: the box {box.name!r} is given twice; names must differ")
+        if box.kind not in KINDS:
+            raise SettingsError(f"draw_diagram: box {box.name!r}: {near(box.kind, KINDS, 'kind')}")
+    used = [(name, f"arrow {a.start!r} to {a.end!r}") for a in arrows for name in (a.start, a.end)]
+    used += [(name, f"group {title!r}") for title, members in groups.items() for name in members]
+    for name, where in used:
+        if name not in names:
+            raise SettingsError(f"draw_diagram: {where}: {near(name, names, 'box')}")
 
 # %% ../../nbs/report/diagrams.ipynb #5aa68bf3
-def _outline(b, unit):
+def _outline(box, unit):
     "Left, right, bottom and top of a box in inches; the diagram's y grows upwards here."
-    (x, y), (w, h) = (b.x*unit[0], -b.y*unit[1]), (b.width*unit[0]/2, b.height*unit[1]/2)
+    (across, down), (width, height) = unit, (box.width, box.height)
+    x, y, w, h = box.x*across, -box.y*down, width*across/2, height*down/2
     return x - w, x + w, y - h, y + h
 
+def _centre(outline):
+    "The middle of an outline."
+    left, right, low, high = outline
+    return (left + right)/2, (low + high)/2
+
 def _apart(one, other):
+    "Whether two outlines have nothing in common."
     return one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
+
+def _holds(outline, point):
+    "Whether a point lies within an outline."
+    left, right, low, high = outline
+    return left < point[0] < right and low < point[1] < high
+
+# %% ../../nbs/report/diagrams.ipynb #f585c9db
+def _arc(start, end, bend, count=201) -> list:
+    "Points on the way from one point to another: a quadratic Bézier curve, as matplotlib's `arc3` draws it."
+    (x0, y0), (x1, y1) = start, end
+    cx, cy = (x0 + x1)/2 + bend*(y1 - y0), (y0 + y1)/2 - bend*(x1 - x0)
+    points = []
+    for i in range(count):
+        s = i/(count - 1)
+        first, control, last = (1 - s)**2, 2*s*(1 - s), s*s
+        points.append((first*x0 + control*cx + last*x1, first*y0 + control*cy + last*y1))
+    return points
 
 def _visible(arrow, outlines) -> list:
     "Points of an arrow's arc outside of its two boxes; `SettingsError` where it runs through another one."
-    centre = lambda o: ((o[0] + o[1])/2, (o[2] + o[3])/2)
-    (x0, y0), (x1, y1) = centre(outlines[arrow.start]), centre(outlines[arrow.end])
-    cx, cy = (x0 + x1)/2 + arrow.bend*(y1 - y0), (y0 + y1)/2 - arrow.bend*(x1 - x0)
-    points = [
-        ((1 - t) ** 2 * x0 + 2 * t * (1 - t) * cx + t * t * x1, (1 - t) ** 2 * y0 + 2 * t * (1 - t) * cy + t * t * y1)
-        for t in (i / 200 for i in range(201))
-    ]
-    inside = {name: [o[0] < x < o[1] and o[2] < y < o[3] for x, y in points] for name, o in outlines.items()}
+    points = _arc(_centre(outlines[arrow.start]), _centre(outlines[arrow.end]), arrow.bend)
     for name in outlines.keys() - {arrow.start, arrow.end}:
-        if any(inside[name]):
-            raise SettingsError(
-                f"draw_diagram: the arrow {arrow.start!r} to {arrow.end!r} runs through the box {name!r}; bend "
-                "it or move the box"
-            )
-    return [p for i, p in enumerate(points) if not inside[arrow.start][i] and not inside[arrow.end][i]]
+        if any(_holds(outlines[name], point) for point in points):
+            what = f"the arrow {arrow.start!r} to {arrow.end!r} runs through the box {name!r}"
+            raise SettingsError(f"draw_diagram: {what}; bend it or move the box")
+    ends = outlines[arrow.start], outlines[arrow.end]
+    return [point for point in points if not any(_holds(outline, point) for outline in ends)]
 
 # %% ../../nbs/report/diagrams.ipynb #b1c56ff9
 def _check_text(fig, ax, texts, labels, outlines):
     "Text within its box, labels outside of all boxes, both as really drawn."
     fig.draw_without_rendering()
-    def extent(t):
-        (left, low), (right, high) = ax.transData.inverted().transform(t.get_window_extent())
+    def extent(text):
+        (left, low), (right, high) = ax.transData.inverted().transform(text.get_window_extent())
         return left, right, low, high
-    for name, t in texts.items():
-        (l, r, b, h), o = extent(t), outlines[name]
-        if l < o[0] + .02 or r > o[1] - .02 or b < o[2] or h > o[3]:
-            raise SettingsError(
-                f"draw_diagram: the text of box {name!r} is larger than the box; break its lines, shorten it "
-                "or give the box more width or height"
-            )
-    for a, t in labels:
-        for name, o in outlines.items():
-            if not _apart(extent(t), o):
-                raise SettingsError(
-                    f"draw_diagram: the label {a.label!r} lies on the box {name!r}; shorten it, bend the arrow "
-                    "or move the boxes apart"
-                )
+    for name, text in texts.items():
+        (left, right, low, high), box = extent(text), outlines[name]
+        if left < box[0] + .02 or right > box[1] - .02 or low < box[2] or high > box[3]:
+            remedy = "break its lines, shorten it or give the box more width or height"
+            raise SettingsError(f"draw_diagram: the text of box {name!r} is larger than the box; {remedy}")
+    for arrow, label in labels:
+        for name, outline in outlines.items():
+            if not _apart(extent(label), outline):
+                remedy = "shorten it, bend the arrow or move the boxes apart"
+                raise SettingsError(f"draw_diagram: the label {arrow.label!r} lies on the box {name!r}; {remedy}")
 
 # %% ../../nbs/report/diagrams.ipynb #680adb39
+_LINE = "#3c4650"
+
 def _frame(outlines, side=.1, top=.32):
     "A rectangle around some others, with room for a title."
-    l, r, b, t = zip(*outlines)
-    return min(l) - side, max(r) + side, min(b) - side, max(t) + top
+    left, right, low, high = zip(*outlines)
+    return min(left) - side, max(right) + side, min(low) - side, max(high) + top
 
 def _patch(box, outline):
     "The drawn shape of a box."
     from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
-    l, r, b, t = outline
+    left, right, low, high = outline
+    width, height = right - left, high - low
     colour, shape = KINDS[box.kind]
-    style = dict(fc=colour, ec="#3c4650", lw=.9, zorder=2)
+    style = dict(fc=colour, ec=_LINE, lw=.9, zorder=2)
     if shape == "none":
         style |= dict(ec="none", fc="none")
     if shape == "round":
-        return FancyBboxPatch((l, b), r - l, t - b, boxstyle=f"round,pad=0,rounding_size={(t - b)/3}", **style)
+        return FancyBboxPatch((left, low), width, height, boxstyle=f"round,pad=0,rounding_size={height/3}", **style)
     if shape == "hexagon":
-        cut = (t - b)/5
-        return Polygon(
-            [(l + cut, b), (r - cut, b), (r, (b + t) / 2), (r - cut, t), (l + cut, t), (l, (b + t) / 2)], **style
-        )
-    return Rectangle((l, b), r - l, t - b, **style)
+        cut, middle = height/5, (low + high)/2
+        return Polygon([(left + cut, low), (right - cut, low), (right, middle),
+                        (right - cut, high), (left + cut, high), (left, middle)], **style)
+    return Rectangle((left, low), width, height, **style)
 
 # %% ../../nbs/report/diagrams.ipynb #3922023c
-def draw_diagram(
-    boxes:list,  # `Box` entries
-    arrows:list=(),  # `Arrow` entries
-    groups:dict|None=None,  # title -> names of the boxes in its frame
-    unit:tuple=(1.62, 1.0),  # inches per unit of the grid, across and down
-    fontsize:float=8.5,  # of the boxes; labels and titles go with it
-):  # a matplotlib figure as large as it needs to be
-    """Draw boxes, arrows and groups; raises `SettingsError` for a name given twice or unknown, and for anything that
-    overlaps or does not fit.
-    """
+def _laid_out(boxes, groups, unit):
+    "Outlines of boxes and of the frames around groups; raises `SettingsError` for boxes that overlap."
+    outlines = {box.name: _outline(box, unit) for box in boxes}
+    names = list(outlines)
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            if not _apart(outlines[name], outlines[other]):
+                raise SettingsError(f"draw_diagram: the boxes {other!r} and {name!r} overlap; move them apart")
+    frames = {title: _frame([outlines[name] for name in members]) for title, members in groups.items()}
+    return outlines, frames
+
+def _canvas(outlines, frames):
+    "A figure that is as large as what goes on it, one inch for a unit."
     import matplotlib.pyplot as plt
     from matplotlib.layout_engine import PlaceHolderLayoutEngine
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-    boxes, arrows, groups = [Box(*b) for b in boxes], [Arrow(*a) for a in arrows], groups or {}
-    _check_names(boxes, arrows, groups)
-    outlines = {b.name: _outline(b, unit) for b in boxes}
-    for i, b in enumerate(boxes):
-        for c in boxes[:i]:
-            if not _apart(outlines[b.name], outlines[c.name]):
-                raise SettingsError(f"draw_diagram: the boxes {c.name!r} and {b.name!r} overlap; move them apart")
-    frames = {title: _frame([outlines[n] for n in names]) for title, names in groups.items()}
     left, right, low, high = _frame([*outlines.values(), *frames.values()], .1, .1)
-    paths = [_visible(a, outlines) for a in arrows]
-    # 'none' falls back to the style's layout after a first save
-    fig = plt.figure(figsize=(right - left, high - low), layout=PlaceHolderLayoutEngine(True, False), facecolor="white")
+    layout = PlaceHolderLayoutEngine(True, False)     # with layout "none" a second save would use the style's
+    fig = plt.figure(figsize=(right - left, high - low), layout=layout, facecolor="white")
     ax = fig.add_axes((0, 0, 1, 1))
     ax.set(xlim=(left, right), ylim=(low, high))
     ax.axis("off")
-    for title, (l, r, b, t) in frames.items():
-        ax.add_patch(
-            FancyBboxPatch(
-                (l, b),
-                r - l,
-                t - b,
-                boxstyle="round,pad=0,rounding_size=.08",
-                fc="#fafafa",
-                ec="#9aa3ad",
-                ls="--",
-                lw=0.9,
-                zorder=0,
-            )
-        )
-        ax.text(l + .08, t - .06, title, fontsize=fontsize + 1, fontweight="bold", va="top", zorder=3)
-    patches, texts, labels = {}, {}, []
+    return fig, ax
+
+# %% ../../nbs/report/diagrams.ipynb #f4a715fd
+def _draw_frames(ax, frames, fontsize):
+    "Groups: a dashed frame and a title."
+    from matplotlib.patches import FancyBboxPatch
+    style = dict(boxstyle="round,pad=0,rounding_size=.08", fc="#fafafa", ec="#9aa3ad", ls="--", lw=.9, zorder=0)
+    for title, (left, right, low, high) in frames.items():
+        ax.add_patch(FancyBboxPatch((left, low), right - left, high - low, **style))
+        ax.text(left + .08, high - .06, title, fontsize=fontsize + 1, fontweight="bold", va="top", zorder=3)
+
+def _draw_boxes(ax, boxes, outlines, unit, fontsize):
+    "Boxes with their texts: their patches and texts by name."
+    patches, texts = {}, {}
+    style = dict(ha="center", va="center", fontsize=fontsize, zorder=4, linespacing=1.15)
     for box in boxes:
         patches[box.name] = ax.add_patch(_patch(box, outlines[box.name]))
-        texts[box.name] = ax.text(
-            box.x * unit[0], -box.y * unit[1], box.text, ha="center", va="center", fontsize=fontsize, zorder=4,
-            linespacing=1.15,
-        )
-    for a, seen in zip(arrows, paths):
-        ends = [(b.x*unit[0], -b.y*unit[1]) for n in (a.start, a.end) for b in boxes if b.name == n]
-        ax.add_patch(
-            FancyArrowPatch(
-                *ends,
-                patchA=patches[a.start],
-                patchB=patches[a.end],
-                shrinkA=1,
-                shrinkB=1,
-                arrowstyle="-|>",
-                mutation_scale=10,
-                color="#3c4650",
-                lw=1.1,
-                connectionstyle=f"arc3,rad={a.bend}",
-                zorder=1,
-            )
-        )
-        if a.label:
-            labels.append(
-                (
-                    a,
-                    ax.text(
-                        *seen[len(seen) // 2],
-                        a.label,
-                        ha="center",
-                        va="center",
-                        fontsize=fontsize - 1,
-                        color="#3c4650",
-                        zorder=3,
-                        bbox=dict(fc="white", ec="none", pad=1.2),
-                    ),
-                )
-            )
+        texts[box.name] = ax.text(box.x*unit[0], -box.y*unit[1], box.text, **style)
+    return patches, texts
+
+def _draw_arrow(ax, arrow, path, patches, ends, fontsize):
+    "An arrow, and its label in the middle of what is seen of it; None without one."
+    from matplotlib.patches import FancyArrowPatch
+    style = dict(shrinkA=1, shrinkB=1, arrowstyle="-|>", mutation_scale=10, color=_LINE, lw=1.1, zorder=1)
+    ax.add_patch(FancyArrowPatch(*ends, patchA=patches[arrow.start], patchB=patches[arrow.end],
+                                 connectionstyle=f"arc3,rad={arrow.bend}", **style))
+    if not arrow.label:
+        return None
+    around = dict(fc="white", ec="none", pad=1.2)
+    return ax.text(*path[len(path)//2], arrow.label, ha="center", va="center", fontsize=fontsize - 1, color=_LINE,
+                   zorder=3, bbox=around)
+
+# %% ../../nbs/report/diagrams.ipynb #02ecc15b
+def draw_diagram(
+    boxes: list,                  # `Box` entries
+    arrows: list = (),            # `Arrow` entries
+    groups: dict | None = None,   # title -> names of the boxes in its frame
+    unit: tuple = (1.62, 1.),     # inches per unit of the grid, across and down
+    fontsize: float = 8.5,        # of the boxes; labels and titles go with it
+):                                # a matplotlib figure as large as it needs to be
+    """Draw boxes, arrows and groups.
+
+    Raises `SettingsError` for a name given twice or unknown, and for anything that overlaps or does not fit.
+    """
+    import matplotlib.pyplot as plt
+    boxes, arrows, groups = [Box(*box) for box in boxes], [Arrow(*arrow) for arrow in arrows], groups or {}
+    _check_names(boxes, arrows, groups)
+    outlines, frames = _laid_out(boxes, groups, unit)
+    paths = [_visible(arrow, outlines) for arrow in arrows]
+    fig, ax = _canvas(outlines, frames)
+    _draw_frames(ax, frames, fontsize)
+    patches, texts = _draw_boxes(ax, boxes, outlines, unit, fontsize)
+    places = {box.name: (box.x*unit[0], -box.y*unit[1]) for box in boxes}
+    labels = []
+    for arrow, path in zip(arrows, paths):
+        ends = places[arrow.start], places[arrow.end]
+        labels.append((arrow, _draw_arrow(ax, arrow, path, patches, ends, fontsize)))
     try:
-        _check_text(fig, ax, texts, labels, outlines)
+        _check_text(fig, ax, texts, [(arrow, label) for arrow, label in labels if label], outlines)
     except SettingsError:
         plt.close(fig)
         raise
@@ -221,13 +231,13 @@ def draw_diagram(
 
 # %% ../../nbs/report/diagrams.ipynb #74c8acfa
 def diagram_table(
-    boxes:list,  # `Box` entries
-    arrows:list,  # `Arrow` entries
-)->pd.DataFrame: # one row per box and per arrow: part, name, to, kind, text
+    boxes: list,     # `Box` entries
+    arrows: list,    # `Arrow` entries
+) -> pd.DataFrame:   # one row per box and per arrow: part, name, to, kind, text
     "What a diagram shows, as the numbers that `save_figure` wants beside a picture."
-    flat = lambda text: " ".join(text.split())
-    rows = [dict(part="box", name=b.name, to="", kind=b.kind, text=flat(b.text)) for b in (Box(*b) for b in boxes)]
-    return pd.DataFrame(
-        rows
-        + [dict(part="arrow", name=a.start, to=a.end, kind="", text=flat(a.label)) for a in (Arrow(*a) for a in arrows)]
-    )
+    rows = []
+    for box in (Box(*box) for box in boxes):
+        rows.append(dict(part="box", name=box.name, to="", kind=box.kind, text=one_line(box.text)))
+    for arrow in (Arrow(*arrow) for arrow in arrows):
+        rows.append(dict(part="arrow", name=arrow.start, to=arrow.end, kind="", text=one_line(arrow.label)))
+    return pd.DataFrame(rows)

@@ -7,13 +7,14 @@ __all__ = ['STYLE', 'use_style', 'save_figure', 'forest']
 
 # %% ../../nbs/report/figures.ipynb #037545b4
 import tempfile
-import numpy as np
-import pandas as pd
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 from ..core.errors import SettingsError
-from ..core.words import near
 from ..core.files import write_atomically
+from ..core.words import near
 from .printed import label_key, label_text, NUMBER_COLUMNS, printed_entries, printed_value
 from .tables import check_id, own_table_spec, printed_name, sidecar_path, unit_text
 
@@ -35,112 +36,108 @@ STYLE = {
     "grid.linewidth": 0.8,
 }
 
-def use_style(
-)->list: # ten colours that a colour-blind reader can tell apart
+def use_style() -> list:  # ten colours that a colour-blind reader can tell apart
     "Set the house style for every matplotlib and seaborn figure that follows."
     import seaborn as sns
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=STYLE)
     return sns.color_palette("colorblind")
 
 # %% ../../nbs/report/figures.ipynb #96247bf3
-def save_figure(
-    fig,  # a matplotlib figure
-    figure_id:str,  # an id of papers/tables.yaml such as 'ubt.fig4', or 'paper.name' with extra=True
-    folder:str|Path,  # the run's folder; files go to its `figures/`
-    numbers:pd.DataFrame,  # what is drawn, one row per point or bin
-    alt:str="",  # what a reader who cannot see it should know (default: the transcription's description)
-    note:str="",  # what it was made with
-    extra:bool=False,  # True for a figure that no paper has
-)->Path: # the PNG
-    """Write `<id>.png` (150 dpi), `.svg`, `.csv` (the numbers behind it) and `.json`; raises `SettingsError` for an
-    unknown id.
-    """
-    import matplotlib as mpl
+def _described(figure_id, alt, extra) -> str:
+    "The description of a figure; raises `SettingsError` for an unknown id, and where there is none."
     figures = printed_entries("figures")
     if figure_id not in figures and not extra:
-        raise SettingsError(
-            f"{near(figure_id, figures, 'figure')}; for a figure that no paper has give extra=True"
-        )
+        remedy = "for a figure that no paper has give extra=True"
+        raise SettingsError(f"{near(figure_id, figures, 'figure')}; {remedy}")
     check_id("figure", figure_id, "ubt.losses")
-    if not len(numbers):
-        raise SettingsError(f"figure {figure_id!r}: no numbers to write beside it")
     alt = alt or figures.get(figure_id, {}).get("plots", "")
     if not alt:
         raise SettingsError(f"figure {figure_id!r} needs alt, a sentence for readers who cannot see it")
-    out, stem = Path(folder)/"figures", Path(folder)/"figures"/figure_id
-    files = [
-        write_atomically(
-            stem.with_name(f"{figure_id}.csv"), numbers.to_csv(index=False, lineterminator="\n", float_format="%.10g")
-        )
-    ]
-    for kind, meta in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        with mpl.rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}), tempfile.TemporaryDirectory() as tmp:
-            fig.savefig(Path(tmp)/f"f.{kind}", format=kind, dpi=150, metadata=meta, facecolor="white")
-            files.append(write_atomically(out/f"{figure_id}.{kind}", (Path(tmp)/f"f.{kind}").read_bytes()))
-    sidecar_path(folder, "figures", figure_id, {"alt": alt, "note": note, "extra": figure_id not in figures}, files)
-    return out/f"{figure_id}.png"
+    return alt
+
+_UNDATED = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+
+def _drawn(fig, kind) -> bytes:
+    "A figure as a PNG (150 dpi) or an SVG, the same bytes for the same figure."
+    import matplotlib as mpl
+    with mpl.rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/f"figure.{kind}"
+        fig.savefig(path, format=kind, dpi=150, metadata=_UNDATED[kind], facecolor="white")
+        return path.read_bytes()
+
+def save_figure(
+    fig,                    # a matplotlib figure
+    figure_id: str,         # of a paper's figure, such as "ubt.fig4", or "paper.name" with extra=True
+    folder: str | Path,     # the run's folder; files go to its `figures/`
+    numbers: pd.DataFrame,  # what is drawn, one row per point or bin
+    alt: str = "",          # what a reader who cannot see it should know; "": the transcription's description
+    note: str = "",         # what it was made with
+    extra: bool = False,    # True for a figure that no paper has
+) -> Path:                  # the PNG
+    "Write `<id>.png`, `.svg`, `.csv` (the numbers behind it) and `.json`; raises `SettingsError` for an unknown id."
+    alt = _described(figure_id, alt, extra)
+    if not len(numbers):
+        raise SettingsError(f"figure {figure_id!r}: no numbers to write beside it")
+    contents = {"csv": numbers.to_csv(index=False, lineterminator="\n", float_format="%.10g")}
+    contents |= {kind: _drawn(fig, kind) for kind in ("png", "svg")}
+    figures = Path(folder)/"figures"
+    files = [write_atomically(figures/f"{figure_id}.{kind}", content) for kind, content in contents.items()]
+    about = {"alt": alt, "note": note, "extra": figure_id not in printed_entries("figures")}
+    sidecar_path(folder, "figures", figure_id, about, files)
+    return figures/f"{figure_id}.png"
 
 # %% ../../nbs/report/figures.ipynb #d7f898fa
 def _forest_rows(df, spec):
     "The cells that have both numbers in one unit, as (metric, unit, label of the line, row), in the table's order."
     printed = printed_value(spec)
-    named = [
-        f
-        for f in (*spec.rows, *spec.columns)
-        if f in spec.factors and f != "metric" and df[f].map(label_text).nunique() > 1
-    ]
+    running = [name for name in (*spec.rows, *spec.columns) if name in spec.factors and name != "metric"]
+    named = [name for name in running if df[name].map(label_text).nunique() > 1]
     for row in df.to_dict("records"):
-        p = printed.get(label_key(spec, row))
-        if p and row["value"] == row["value"] and row["paper_value"] == row["paper_value"] and row["unit"] == p["unit"]:
-            yield (
-                row["metric"],
-                unit_text(row["unit"]),
-                ", ".join(printed_name("labels", label_text(row[f])) for f in named)
-                or printed_name("labels", row["metric"]),
-                row,
-            )
+        cell = printed.get(label_key(spec, row))
+        both = row["value"] == row["value"] and row["paper_value"] == row["paper_value"]
+        if cell and both and row["unit"] == cell["unit"]:
+            labels = [printed_name("labels", label_text(row[name])) for name in named]
+            line = ", ".join(labels) or printed_name("labels", row["metric"])
+            yield row["metric"], unit_text(row["unit"]), line, row
 
 # %% ../../nbs/report/figures.ipynb #9a6c9176
+def _forest_panel(ax, places, rows, metric, unit):
+    "One metric: the paper's number and ours on a line for each cell."
+    value, low, high, paper = (np.array([row[name] for row in rows], float)
+                               for name in ("value", "ci_low", "ci_high", "paper_value"))
+    blue, orange = "#0173b2", "#de8f05"
+    ax.hlines(places, np.fmin(value, paper), np.fmax(value, paper), color="#d5d9de", lw=1, zorder=1)
+    ax.hlines(places, low, high, color=blue, lw=2.2, alpha=.6, zorder=2)
+    ax.plot(value, places, "o", color=blue, ms=4, label="ours, 95% interval")
+    ax.plot(paper, places, "D", color=orange, mfc="none", ms=4, mew=1.3, label="paper")
+    ends = np.r_[value, paper]
+    if unit == "%":
+        ax.set_xlim(-3, 103)
+    elif ends.min() > 0 and ends.max() > 50*ends.min():
+        ax.set_xscale("log")
+    ax.set_title(printed_name("labels", metric) + (f" ({unit})" if unit else ""), fontsize=9)
+    ax.tick_params(labelsize=7.5)
+    ax.grid(axis="y", visible=False)
+
 def forest(
-    df:pd.DataFrame,  # from `tidy`, or `read_table`
-    table_id:str|None=None,  # only for a frame that does not say which table it is
-): # a matplotlib figure and its numbers; (None, empty frame) where no cell has both numbers
+    df: pd.DataFrame,             # from `tidy`, or `read_table`
+    table_id: str | None = None,  # only for a frame that does not say which table it is
+):                                # a matplotlib figure and its numbers; (None, empty frame) where none has both
     "The paper's number and ours, with its interval, for every printed cell of a table."
     import matplotlib.pyplot as plt
-    spec, panels = own_table_spec(df, table_id), {}
-    for metric, unit, label, row in _forest_rows(df, spec):
-        panels.setdefault((metric, unit), []).append((label, row))
-    numbers = pd.DataFrame(
-        [
-            dict(metric=m, cell=label, **{k: row[k] for k in NUMBER_COLUMNS})
-            for (m, _), rows in panels.items()
-            for label, row in rows
-        ]
-    )
+    panels = {}
+    for metric, unit, line, row in _forest_rows(df, own_table_spec(df, table_id)):
+        panels.setdefault((metric, unit), []).append((line, row))
+    cells = [(metric, line, row) for (metric, _), rows in panels.items() for line, row in rows]
+    numbers = pd.DataFrame([dict(metric=metric, cell=line) | {name: row[name] for name in NUMBER_COLUMNS}
+                            for metric, line, row in cells])
     if not panels:
         return None, numbers
-    lines = list(dict.fromkeys(label for rows in panels.values() for label, _ in rows))
-    blue, orange = "#0173b2", "#de8f05"
-    fig, axes = plt.subplots(
-        1, len(panels), figsize=(min(2.4 + 2.6 * len(panels), 11), 0.9 + 0.19 * len(lines)), sharey=True, squeeze=False
-    )
+    lines = list(dict.fromkeys(line for _, line, _ in cells))
+    size = min(2.4 + 2.6*len(panels), 11), .9 + .19*len(lines)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for ax, ((metric, unit), rows) in zip(axes[0], panels.items()):
-        at = [lines.index(label) for label, _ in rows]
-        value, low, high, paper = (
-            np.array([row[k] for _, row in rows], float) for k in ("value", "ci_low", "ci_high", "paper_value")
-        )
-        ax.hlines(at, np.fmin(value, paper), np.fmax(value, paper), color="#d5d9de", lw=1, zorder=1)
-        ax.hlines(at, low, high, color=blue, lw=2.2, alpha=.6, zorder=2)
-        ax.plot(value, at, "o", color=blue, ms=4, label="ours, 95% interval")
-        ax.plot(paper, at, "D", color=orange, mfc="none", ms=4, mew=1.3, label="paper")
-        ends = np.r_[value, paper]
-        if unit not in ("%",) and ends.min() > 0 and ends.max() > 50*ends.min():
-            ax.set_xscale("log")
-        elif unit == "%":
-            ax.set_xlim(-3, 103)
-        ax.set_title(printed_name("labels", metric) + (f" ({unit})" if unit else ""), fontsize=9)
-        ax.tick_params(labelsize=7.5)
-        ax.grid(axis="y", visible=False)
+        _forest_panel(ax, [lines.index(line) for line, _ in rows], [row for _, row in rows], metric, unit)
     axes[0, 0].set_yticks(range(len(lines)), lines)
     axes[0, 0].set_ylim(len(lines) - .4, -.6)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=8)
