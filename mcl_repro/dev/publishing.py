@@ -325,12 +325,8 @@ def _front_table(nbs, folder) -> str:
     judged, papers = read_judged(folder), find_notebooks(nbs)
     rows = [_front_row(nbs, folder, n, papers[n], judged) for n in _ABOUT if n in papers]
     verdicts = " | ".join(v.replace("_", " ") for v in _OURS)
-    return "\n".join(
-        [
-            f"| paper | what it does | printed numbers with ours beside | claims | {verdicts} |",
-            "|---|---|" + "---:|" * 6, *rows,
-        ]
-    )
+    head = f"| paper | what it does | printed numbers with ours beside | claims | {verdicts} |"
+    return "\n".join([head, "|---|---|" + "---:|"*6, *rows])
 
 # %% ../../nbs/dev/publishing.ipynb #33e798a0
 PICTURE, _DRAWN = "readme.png", "ubt.table1"     # in `results`, and the table that it shows

@@ -112,8 +112,8 @@ def sources(tmp_path_factory):
     committed = [c for c in toy_cells() if "injected-parameters" not in c.metadata.get("tags", [])]
     write(top/"nbs/papers/toy.ipynb", committed)
     write(top/"nbs/tutorials/first.ipynb", [text("# First steps"), code("1"), text("## Then\n\nStop.")])
-    write(top/"nbs/00_aside.ipynb", [text("# Aside"), code("answer = 42")])
-    write(top/"nbs/.ipynb_checkpoints/00_aside-checkpoint.ipynb", [text("# Old")])
+    write(top/"nbs/aside.ipynb", [text("# Aside"), code("answer = 42")])
+    write(top/"nbs/.ipynb_checkpoints/aside-checkpoint.ipynb", [text("# Old")])
     home = "Read [first](nbs/tutorials/first.ipynb), then [toy](nbs/papers/toy.ipynb)."
     write(top/"nbs/index.ipynb", [text("# Home\n\n> Of a toy."), text(home)])
     run = top/"runs/smoke"
@@ -190,7 +190,7 @@ class Found(HTMLParser):
 
 def test_pages_stand_in_the_order_of_the_home_page(sources, toy_library):
     pages = made.collect_pages(sources/"nbs", sources/"runs/smoke")
-    assert [p.name for p in pages] == ["index", "tutorials/first", "papers/toy", "00_aside"]
+    assert [p.name for p in pages] == ["index", "tutorials/first", "papers/toy", "aside"]
     assert [p.name for p in pages if p.executed] == ["papers/toy"]
     assert pages[2].module == "toy_library.papers.toy"
 
@@ -200,13 +200,13 @@ def test_a_copy_that_did_not_run_to_its_end_is_not_taken(sources, tmp_path):
     assert not any(p.executed for p in made.collect_pages(sources/"nbs", tmp_path))
 
 
-def test_a_copy_is_taken_for_a_numbered_notebook_too(tmp_path):
+def test_a_copy_is_taken_for_the_notebook_that_has_parameters(tmp_path):
     write(tmp_path/"nbs/index.ipynb", [text("# Home")])
-    write(tmp_path/"nbs/10_toy.ipynb", [code("n = 1", metadata={"tags": ["parameters"]})])
-    write(tmp_path/"nbs/11_toy.ipynb", [code("n = 1")])
+    write(tmp_path/"nbs/toy.ipynb", [code("n = 1", metadata={"tags": ["parameters"]})])
+    write(tmp_path/"nbs/plain/toy.ipynb", [code("n = 1")])
     write(tmp_path/"run/notebooks/toy.ipynb", [code("n = 2")], papermill={"end_time": "2026-01-01"})
     pages = made.collect_pages(tmp_path/"nbs", tmp_path/"run")
-    assert {p.name: p.executed for p in pages} == {"index": False, "10_toy": True, "11_toy": False}
+    assert {p.name: p.executed for p in pages} == {"index": False, "toy": True, "plain/toy": False}
 
 
 def test_the_project_s_own_notebooks_link_to_notebooks_that_exist():
@@ -233,7 +233,7 @@ def test_every_module_that_a_notebook_writes_is_in_the_package():
 @needs_sphinx
 def test_structure(built):
     files = {p.relative_to(built).as_posix() for p in built.rglob("*") if p.is_file()}
-    assert {"index.html", "papers/toy.html", "tutorials/first.html", "00_aside.html", "claims.html", "search.html",
+    assert {"index.html", "papers/toy.html", "tutorials/first.html", "aside.html", "claims.html", "search.html",
             "searchindex.js", "genindex.html", "api/index.html", "api/toy_library.papers.toy.html",
             "claims/ubt.c01.html", "tables/ubt.table1.csv", "_static/site.css"} <= files
     assert [f for f in files if re.search(r"\.(pickle|doctree|pyc|rst|md)$|\.buildinfo|_sources/", f)] == []
@@ -250,13 +250,13 @@ def test_directives_and_hidden_cells_do_not_show(built):
         assert hidden not in body
     assert "'smoke'" in body
     assert "Outputs of the run smoke" in body
-    assert "As committed" in words(article(built, "00_aside.html"))
+    assert "As committed" in words(article(built, "aside.html"))
 
 
 @needs_sphinx
 def test_the_notebook_can_be_downloaded_as_it_is(built, sources):
-    links = [link for link in Found(article(built, "00_aside.html")).links if link.endswith(".ipynb")]
-    assert nbformat.read(built/links[0], 4) == nbformat.read(sources/"nbs/00_aside.ipynb", 4)
+    links = [link for link in Found(article(built, "aside.html")).links if link.endswith(".ipynb")]
+    assert nbformat.read(built/links[0], 4) == nbformat.read(sources/"nbs/aside.ipynb", 4)
 
 
 @needs_sphinx
