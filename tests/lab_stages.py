@@ -24,6 +24,12 @@ def die_if(what):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def hold_if(what):
+    "Wait as long as there is a file $LAB_STARTS.hold.<what>."
+    while Path(f"{os.environ['LAB_STARTS']}.hold.{what}").exists():
+        time.sleep(.02)
+
+
 @stage
 def make(work, *, seed, rows=200):
     started(f"make{seed}")
@@ -45,12 +51,13 @@ def fit(work, *, data, seed, steps=5, sleep=0.02):
             first, weights = int(s["step"]), s["weights"]
     for step in range(first, steps):
         started(f"fit{seed}.step{step}")
-        time.sleep(sleep + float(os.environ.get("LAB_SLOW", 0)))
+        time.sleep(sleep)
         weights = weights - 0.1*(x*(x@weights)[:, None]).mean(0)
         np.savez(work.scratch/"part.npz", step=step + 1, weights=weights)
         os.replace(work.scratch/"part.npz", state)
         work.progress(step + 1, steps, "steps")
         die_if(f"fit{seed}.step{step}")
+        hold_if(f"fit{seed}.step{step}")
     np.save(work.out/"weights.npy", weights)
     return {"norm": float(np.linalg.norm(weights))}
 
@@ -59,9 +66,8 @@ def fit(work, *, data, seed, steps=5, sleep=0.02):
 def table(work, *, fits):
     started("table")
     die_if("table")
-    (work.out / "table.csv").write_text(
-        "seed,norm\n" + "".join(f"{i},{f.result['norm']!r}\n" for i, f in enumerate(fits))
-    )
+    lines = [f"{i},{f.result['norm']!r}\n" for i, f in enumerate(fits)]
+    (work.out/"table.csv").write_text("seed,norm\n" + "".join(lines))
     return {"mean": sum(f.result["norm"] for f in fits)/len(fits)}
 
 
@@ -155,7 +161,8 @@ def in_worker():
 
 def graph(lab, n=2, **settings):
     "make -> fit for n seeds, and a table of all."
-    return lab.node(table, fits=[lab.node(fit, data=lab.node(make, seed=s), seed=s, **settings) for s in range(n)])
+    fits = [lab.node(fit, data=lab.node(make, seed=s), seed=s, **settings) for s in range(n)]
+    return lab.node(table, fits=fits)
 
 
 def main(runs, engine="serial", jobs=None, **settings):
@@ -167,8 +174,7 @@ def main(runs, engine="serial", jobs=None, **settings):
 
 if __name__ == "__main__":
     import lab_stages  # the stages under the name that workers import them by
-    runs, engine, jobs, *settings = sys.argv[1:]
-    lab_stages.main(
-        runs, engine, int(jobs) or None,
-        **{k: float(v) if "." in v else int(v) for k, v in (s.split("=") for s in settings)},
-    )
+    runs, engine, jobs, *given = sys.argv[1:]
+    settings = dict(pair.split("=") for pair in given)
+    numbers = {name: float(text) if "." in text else int(text) for name, text in settings.items()}
+    lab_stages.main(runs, engine, int(jobs) or None, **numbers)
