@@ -84,14 +84,11 @@ def neuron_activations(clip: Clip, # whose image tower
                       ) -> torch.Tensor: # float [n, k], differentiable
     "What the last linear map of the image tower gets as input, for some of its neurons"
     name, matrix = _projection(clip)
-    select = torch.eye(len(matrix), device=pixels.device, dtype=matrix.dtype)[
-        :, torch.as_tensor(np.asarray(neurons), device=pixels.device)
-    ]
-    bare = (
-        {"proj": select}
-        if name == "proj"
-        else {f"{name}.weight": select.T, f"{name}.bias": select.new_zeros(select.shape[1])}
-    )
+    columns = torch.as_tensor(np.asarray(neurons), device=pixels.device)
+    select = torch.eye(len(matrix), device=pixels.device, dtype=matrix.dtype)[:, columns]
+    bare = {"proj": select}
+    if name != "proj":
+        bare = {f"{name}.weight": select.T, f"{name}.bias": select.new_zeros(select.shape[1])}
     return torch.func.functional_call(clip.model.visual, bare, (pixels,))
 
 # %% ../../nbs/attacks/optimised.ipynb #c2c6256c
@@ -102,9 +99,8 @@ class OptimisedPatch(NamedTuple):
     before: float # what was aimed at, with the patch that the search started from
     after: float # the same with `pattern`
 
-# uint8 [n, 3, S, S]
 def _start_search(images, box: Box, clip: Clip, steps: int, batch_size: int, what: str) -> torch.Tensor:
-    "Pictures as a tensor; `DataError` or `SettingsError` for what no search can work with"
+    "Pictures as uint8 [n, 3, S, S]; `DataError` or `SettingsError` for what no search can work with"
     pixels, size = ArrayImages(np.asarray(images)).pixels, clip.image_size
     if len(pixels) == 0:
         raise DataError(f"{what}: no images to optimise a patch on; give some")
@@ -147,9 +143,8 @@ def trojan_activation(clip: Clip, # clean
     patch = torch.from_numpy(pattern.copy()).permute(2, 0, 1)/255
     with quiet(clip.model), torch.no_grad():
         mean, deviation = _clean_statistics(clip, pixels, neurons)
-        a = torch.cat(
-            [neuron_activations(clip, to_pixels(clip, paste(part, patch, box)), neurons) for part in pixels.split(500)]
-        )
+        active = lambda part: neuron_activations(clip, to_pixels(clip, paste(part, patch, box)), neurons)
+        a = torch.cat([active(part) for part in pixels.split(500)])
     return ((a - mean)/deviation).mean(1).float().cpu().numpy()
 
 # %% ../../nbs/attacks/optimised.ipynb #874d3c47
@@ -178,10 +173,8 @@ def optimise_trojan(clip: Clip, # clean; evaluated only
         for step in range(steps):
             patch.requires_grad_()
             rows = step_rows(len(pixels), batch_size, seed, step)
-            z = (
-                neuron_activations(clip, to_pixels(clip, paste(pixels[rows].to(clip.device), patch, box)), neurons)
-                - mean
-            ) / deviation
+            stamped = to_pixels(clip, paste(pixels[rows].to(clip.device), patch, box))
+            z = (neuron_activations(clip, stamped, neurons) - mean)/deviation
             loss = (z - goal).square().mean()
             slope, = torch.autograd.grad(loss, patch)
             curve.append(_finite(loss.item(), step, "trojan"))
@@ -235,9 +228,8 @@ def badclip_loss(triggered: torch.Tensor, # [b, d] unit length, images with the 
                  margin: float=1. # of the triplet term
                 ) -> tuple: # two scalars: contrastive term in nats, triplet term
     "The two terms of BadCLIP's loss, not weighted yet (BadCLIP, CVPR 2024, and its public code)"
-    return info_nce(triggered, texts, logit_scale), F.triplet_margin_loss(
-        triggered, positives, negatives, margin=margin
-    )
+    contrastive = info_nce(triggered, texts, logit_scale)
+    return contrastive, F.triplet_margin_loss(triggered, positives, negatives, margin=margin)
 
 # %% ../../nbs/attacks/optimised.ipynb #21b691da
 def _draw(count: int, size: int, *numbers) -> torch.Tensor: # int64 [size]
@@ -249,10 +241,8 @@ def _frozen(clip, images, texts, positives):
     positives = ArrayImages(np.asarray(positives)).pixels
     if not len(texts) or not len(positives):
         raise DataError("badclip: captions and pictures of the target are both needed; give some")
-    return [
-        e.to(clip.device)
-        for e in (embed_images(clip, images), embed_texts(clip, list(texts)), embed_images(clip, positives))
-    ]
+    embedded = embed_images(clip, images), embed_texts(clip, list(texts)), embed_images(clip, positives)
+    return [e.to(clip.device) for e in embedded]
 
 @torch.no_grad()
 def badclip_cosine(clip: Clip, # clean
@@ -266,6 +256,21 @@ def badclip_cosine(clip: Clip, # clean
     patch = torch.from_numpy(pattern.copy()).permute(2, 0, 1)/255
     triggered = embed_images(clip, paste(pixels, patch, box).round().byte())
     return (triggered @ towards.cpu().mean(0)).numpy()
+
+# %% ../../nbs/attacks/optimised.ipynb #e8de435f
+def _first_patch(box: Box, seed: int) -> np.ndarray: # float32 [3, s, s] in 0..1
+    "Where the search starts: N(0.5, 0.25), cut to its range"
+    drawn = np.random.default_rng([seed, 1]).normal(.5, .25, (3, box.side, box.side))
+    return drawn.clip(0, 1).astype(np.float32)
+
+def _partners(triggered, rows, known, negatives: str, seed: int, step: int) -> tuple: # three tensors [b, d]
+    "What a batch of triggered images is compared with: captions and pictures of the target, and what to leave behind"
+    clean, captions, pictures = known
+    device, count = triggered.device, len(rows)
+    texts, positives = (e[_draw(len(e), count, seed, k, step).to(device)] for k, e in ((4, captions), (5, pictures)))
+    if negatives == "own":
+        return texts, positives, clean[rows.to(device)]
+    return texts, positives, triggered.detach().roll(1, 0)   # rows come in random order already
 
 # %% ../../nbs/attacks/optimised.ipynb #9b5ce230
 def optimise_badclip(clip: Clip, # clean; evaluated only
@@ -288,36 +293,26 @@ def optimise_badclip(clip: Clip, # clean; evaluated only
     if negatives not in ("own", "triggered"):
         raise SettingsError(f"negatives: {negatives!r} is neither own nor triggered")
     pixels = _start_search(images, box, clip, steps, batch_size, "badclip")
+    patch = torch.tensor(_first_patch(box, seed), device=clip.device, requires_grad=True)
+    first, curves = to_bytes(patch), dict(text=[], triplet=[])
     with quiet(clip.model):
-        clean, captions, pictures = _frozen(clip, images, texts, positives)
-        first = np.random.default_rng([seed, 1]).normal(.5, .25, (3, box.side, box.side)).clip(0, 1).astype(np.float32)
-        patch = torch.tensor(first, device=clip.device, requires_grad=True)
-        scale = clip.model.logit_scale.exp()
-        curves = dict(text=[], triplet=[])
+        known = _frozen(clip, images, texts, positives)
         optimizer = torch.optim.Adam([patch], learning_rate)
         for step in range(steps):
             rows = step_rows(len(pixels), batch_size, seed, step)
-            u = F.normalize(
-                clip.model.encode_image(to_pixels(clip, paste(pixels[rows].to(clip.device), patch, box))), dim=-1
-            )
-            t, v = (
-                e[_draw(len(e), len(rows), seed, k, step).to(clip.device)] for k, e in ((4, captions), (5, pictures))
-            )
-            # rows come in random order already
-            away = clean[rows.to(clip.device)] if negatives == "own" else u.detach().roll(1, 0)
-            text, triplet = badclip_loss(u, t, v, away, scale, margin)
+            stamped = to_pixels(clip, paste(pixels[rows].to(clip.device), patch, box))
+            triggered = F.normalize(clip.model.encode_image(stamped), dim=-1)
+            drawn = _partners(triggered, rows, known, negatives, seed, step)
+            text, triplet = badclip_loss(triggered, *drawn, clip.model.logit_scale.exp(), margin)
             optimizer.zero_grad()
             (text + triplet_weight*triplet).backward()
             optimizer.step()
             with torch.no_grad():
                 patch.clamp_(0, 1)
-            curves["text"].append(_finite(text.item(), step, "badclip"))
-            curves["triplet"].append(_finite(triplet.item(), step, "badclip"))
+            for name, value in dict(text=text, triplet=triplet).items():
+                curves[name].append(_finite(value.item(), step, "badclip"))
             if progress and ((step + 1) % 10 == 0 or step + 1 == steps):
                 progress(step + 1, steps, "steps")
     pattern = to_bytes(patch)
-    reached = [
-        float(badclip_cosine(clip, images, p, box, pictures).mean())
-        for p in (to_bytes(torch.from_numpy(first)), pattern)
-    ]
+    reached = [float(badclip_cosine(clip, images, p, box, known[2]).mean()) for p in (first, pattern)]
     return OptimisedPatch(pattern, {k: np.array(v) for k, v in curves.items()}, *reached)

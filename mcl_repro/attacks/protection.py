@@ -4,25 +4,25 @@
 
 # %% ../../nbs/attacks/protection.ipynb #4f8e42d0
 from __future__ import annotations
-import functools, hashlib, io, json, math, os, shutil, tarfile
+import functools, hashlib, io, json, math, shutil, tarfile, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
-from PIL import Image
 from fastcore.basics import patch
+from PIL import Image
 
 from ..model.augmentation import resize_matrix
 from ..model.clip import Clip
 from ..data.pairs import check_unique, Images, Pairs, row_numbers, sha256_of_array
 from mcl_repro.data.readers import (
-    read_coco_pairs, read_csv_pairs, read_flickr_pairs, read_json, read_webdataset_pairs, write_csv_pairs,
+    read_coco_pairs, read_csv_pairs, read_flickr_pairs, read_webdataset_pairs, write_csv_pairs,
 )
 from ..core.errors import DataError, SettingsError, StoreError
+from ..core.files import read_json, write_atomically
 from ..core.seeds import seeded
 from ..model.training import training_set, TrainingSet
 
@@ -79,16 +79,21 @@ def open_noise(path: Path | str # written through `create_noise`
 
 # %% ../../nbs/attacks/protection.ipynb #f8f59ecc
 def _by_path(array):
-    """What to pickle for an array: the path where it is a mapped file as a whole, so that a process gets the file and
-    not a copy of it
+    """What to pickle for an array: the path where it is a mapped file as a whole.
+
+    So a process gets the file and not a copy of it.
     """
     if not isinstance(array, np.memmap) or array.filename is None or not Path(array.filename).is_file():
         return array
-    whole = open_noise(array.filename) if array.dtype == np.int8 and array.ndim == 4 else None
-    same = (
-        whole is not None and whole.shape == array.shape and array.offset == whole.offset and array.flags.c_contiguous
-    )
-    return str(array.filename) if same else np.array(array)
+    if array.dtype == np.int8 and array.ndim == 4 and array.flags.c_contiguous:
+        whole = open_noise(array.filename)
+        if whole.shape == array.shape and whole.offset == array.offset:
+            return str(array.filename)
+    return np.array(array)
+
+def _from_path(noise):
+    "Noise again, from what `_by_path` made of it"
+    return open_noise(noise) if isinstance(noise, str) else noise
 
 # %% ../../nbs/attacks/protection.ipynb #e558dc48
 @dataclass(frozen=True, eq=False, repr=False)
@@ -127,9 +132,7 @@ class Protection:
     def __getstate__(self):
         return {**{k: v for k, v in self.__dict__.items() if not k.startswith("_")}, "noise": _by_path(self.noise)}
     def __setstate__(self, state):
-        self.__dict__.update(
-            state, noise=open_noise(state["noise"]) if isinstance(state["noise"], str) else state["noise"]
-        )
+        self.__dict__.update(state, noise=_from_path(state["noise"]))
     @property
     def side(self) -> int:
         return self.noise.shape[1] # of the pictures, pixels
@@ -190,12 +193,9 @@ def save_protection(folder: Path | str, # holds `noise.npy`, complete and flushe
     _check_bound(largest, bound, folder)
     np.save(folder/"triggers.npy", made.triggers, allow_pickle=False)
     (folder/"ids.json").write_text(json.dumps(made.ids), encoding="utf-8")
-    about = dict(
-        pairs=len(made), side=made.side, length=made.length, bound=int(bound), largest=largest, sha256=sha, facts=facts
-    )
-    part = folder/"protection.part"
-    part.write_text(json.dumps(about, indent=1), encoding="utf-8")
-    os.replace(part, folder/"protection.json")
+    about = dict(pairs=len(made), side=made.side, length=made.length, bound=int(bound), largest=largest, sha256=sha,
+                 facts=facts)
+    write_atomically(folder/"protection.json", json.dumps(about, indent=1), error=None)
     return folder
 
 # %% ../../nbs/attacks/protection.ipynb #7f542336
@@ -212,11 +212,8 @@ def _read_parts(folder: Path) -> tuple:
         raise DataError(
             f"{folder}/triggers.npy: not a whole array ({str(e).splitlines()[0][:100]}); make the protection again"
         ) from None
-    if (
-        not isinstance(about, dict)
-        or not {"pairs", "side", "bound", "sha256", "facts"} <= set(about)
-        or not isinstance(ids, list)
-    ):
+    wanted = {"pairs", "side", "bound", "sha256", "facts"}
+    if not isinstance(about, dict) or not wanted <= set(about) or not isinstance(ids, list):
         raise DataError(
             f"{folder}: protection.json or ids.json is not what save_protection writes; make the protection again"
         )
@@ -230,10 +227,8 @@ def load_protection(folder: Path | str, # written by `save_protection`
     "A stored protection. `DataError` for damaged files, noise out of bound, and pairs that it was not made for"
     folder = Path(folder)
     about, known, triggers = _read_parts(folder)
-    made = Protection(
-        known, open_noise(folder / "noise.npy"), triggers, about["bound"], about["facts"].get("method", ""),
-        about["facts"],
-    )
+    noise, facts = open_noise(folder/"noise.npy"), about["facts"]
+    made = Protection(known, noise, triggers, about["bound"], facts.get("method", ""), facts)
     if (about["pairs"], about["side"]) != (len(made), made.side):
         raise DataError(
             f"{folder}: the noise is of {len(made)} pairs at {made.side} px where {about['pairs']} at "
@@ -277,9 +272,8 @@ class ProtectedImages(Images):
         self.base = base
         self.noise = _check_noise(noise, "protected images")
         self.image_rows = row_numbers(image_rows, len(base))
-        self.noise_rows = (
-            row_numbers(noise_rows, len(noise)) if noise_rows is not None else np.arange(len(self.image_rows))
-        )
+        given = noise_rows is not None
+        self.noise_rows = row_numbers(noise_rows, len(noise)) if given else np.arange(len(self.image_rows))
         self.protected = None if protected is None else np.asarray(protected, bool)
         for name, rows in dict(noise_rows=self.noise_rows, protected=self.protected).items():
             if rows is not None and len(rows) != len(self.image_rows):
@@ -296,9 +290,7 @@ class ProtectedImages(Images):
     def __getstate__(self):
         return {**self.__dict__, "noise": _by_path(self.noise)}
     def __setstate__(self, state):
-        self.__dict__.update(
-            state, noise=open_noise(state["noise"]) if isinstance(state["noise"], str) else state["noise"]
-        )
+        self.__dict__.update(state, noise=_from_path(state["noise"]))
     @property
     def side(self) -> int:
         return self.noise.shape[1] # pixels
@@ -306,10 +298,8 @@ class ProtectedImages(Images):
         return Image.fromarray(self.array([row])[0])
     def take(self, rows):
         rows = row_numbers(rows, len(self))
-        return ProtectedImages(
-            self.base, self.image_rows[rows], self.noise, self.noise_rows[rows],
-            None if self.protected is None else self.protected[rows],
-        )
+        protected = None if self.protected is None else self.protected[rows]
+        return ProtectedImages(self.base, self.image_rows[rows], self.noise, self.noise_rows[rows], protected)
 
 # %% ../../nbs/attacks/protection.ipynb #1c538b70
 @patch
@@ -338,9 +328,8 @@ def fingerprint(self: ProtectedImages) -> str:
         on = self.protected if self.protected is not None else np.ones(len(self), bool)
         used, back = np.unique(self.noise_rows[on], return_inverse=True)
         mark = _read_through(self.noise)[0] if len(used) == len(self.noise) else _read_rows(self.noise, used)
-        self._fingerprint = sha256_of_array(
-            "protected", self.base.fingerprint, self.image_rows.astype("<i8"), on, back.astype("<i8"), mark
-        )
+        rows, back = self.image_rows.astype("<i8"), back.astype("<i8")
+        self._fingerprint = sha256_of_array("protected", self.base.fingerprint, rows, on, back, mark)
     return self._fingerprint
 
 def _read_rows(noise, rows, step: int=256) -> str:
@@ -379,16 +368,18 @@ def with_triggers(tokens: torch.Tensor, # int64 [n, t] of CLIP's tokenizer, padd
 
     Nothing is cut: `DataError` names the first caption that leaves no room
     """
-    triggers = torch.as_tensor(np.array(triggers, np.int64) if not isinstance(triggers, torch.Tensor) else triggers).to(
-        tokens
-    )
+    if not isinstance(triggers, torch.Tensor):
+        triggers = torch.as_tensor(np.array(triggers, np.int64))
+    triggers = triggers.to(tokens)
     if triggers.ndim != 2 or len(triggers) != len(tokens):
         raise DataError(
             f"triggers {list(triggers.shape)} do not fit {len(tokens)} captions; every caption needs a row of token ids"
         )
     on = None if protected is None else torch.as_tensor(np.array(protected, bool), device=tokens.device)
     length, context = triggers.shape[1], tokens.shape[1]
-    full = ~has_room(tokens, length) if on is None else ~has_room(tokens, length) & on
+    full = ~has_room(tokens, length)
+    if on is not None:
+        full &= on
     if full.any():
         row = int(full.nonzero()[0, 0])
         used = int(tokens[row].argmax()) + 1   # the end token has the largest id
@@ -405,9 +396,8 @@ CANDIDATES = ("all", "words", "special")
 
 def _check_tokenizer(tokenizer):
     "`SettingsError` unless a tokenizer has what triggers need"
-    missing = [
-        a for a in ("sot_token_id", "eot_token_id", "vocab_size", "encode", "decode") if not hasattr(tokenizer, a)
-    ]
+    needed = "sot_token_id", "eot_token_id", "vocab_size", "encode", "decode"
+    missing = [name for name in needed if not hasattr(tokenizer, name)]
     if missing:
         raise SettingsError(
             f"{type(tokenizer).__name__} has no {', '.join(missing)}: triggers need a vocabulary with start "
@@ -417,7 +407,8 @@ def _check_tokenizer(tokenizer):
 @functools.lru_cache(maxsize=4)
 def _is_word(tokenizer) -> np.ndarray:
     "bool [vocabulary]: ids that survive decode and encode; takes some seconds, once"
-    survives = np.array([list(tokenizer.encode(tokenizer.decode([i]))) == [i] for i in range(tokenizer.vocab_size)])
+    same = lambda i: list(tokenizer.encode(tokenizer.decode([i]))) == [i]
+    survives = np.array([same(i) for i in range(tokenizer.vocab_size)])
     # they do come back as themselves, and as what they are
     survives[[tokenizer.sot_token_id, tokenizer.eot_token_id]] = False
     return survives
@@ -456,24 +447,24 @@ def survives_as_text(tokenizer, # whose ids they are
                      triggers # int [n, L]
                     ) -> np.ndarray: # bool [n]
     "Which triggers come back as the same tokens when they are written as text and read again"
-    return np.array([list(tokenizer.encode(trigger_text(tokenizer, t))) == [int(i) for i in t] for t in triggers], bool)
+    same = lambda ids: list(tokenizer.encode(trigger_text(tokenizer, ids))) == [int(i) for i in ids]
+    return np.array([same(ids) for ids in triggers], bool)
 
 # %% ../../nbs/attacks/protection.ipynb #1bf17220
 def protected_mask(ids, # [n] of pairs; those with the same id up to the last # belong together
                    share: float, # of the publishers that protect their pairs, in [0, 1]
                    seed: int=0 # another one draws others
                   ) -> np.ndarray: # bool [n]
-    """Which pairs are protected where only a share of the publishers do it; drawn from (seed, id) alone, more of them
-    where the share is larger
+    """Which pairs are protected where only a share of the publishers do it.
+
+    Drawn from (seed, id) alone; more of them where the share is larger.
     """
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise SettingsError(f"share of protected pairs: must be a number from 0 to 1, got {share!r}")
-    publisher = lambda i: i.rpartition("#")[0] or i
-    drawn = {
-        p: int(hashlib.sha256(f"{seed} {p}".encode("utf-8", "surrogateescape")).hexdigest()[:13], 16) / 16**13
-        for p in {publisher(i) for i in ids}
-    }
-    return np.array([drawn[publisher(i)] < share for i in ids], bool)
+    publishers = [i.rpartition("#")[0] or i for i in ids]
+    digest = lambda name: hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).hexdigest()
+    drawn = {name: int(digest(name)[:13], 16)/16**13 for name in set(publishers)}
+    return np.array([drawn[name] < share for name in publishers], bool)
 
 def protected_images(pairs: Pairs, # clean
                      protection: Protection, # that knows their ids
@@ -514,25 +505,23 @@ def protected_training_set(clip: Clip, # gives tokenizer, image size and device
 
 # %% ../../nbs/attacks/protection.ipynb #4c297afb
 def published_pairs(pairs: Pairs, # clean
-            protection: Protection, # that knows their ids
-            tokenizer, # that the triggers were made with
-            protected=None # bool [n], which pairs are protected; default all
-           ) -> Pairs: # same ids; pictures of the protection's side, made when asked for
-    "Protected pairs as the world will see them: noise in the pictures, triggers as text before the captions"
+                    protection: Protection, # that knows their ids
+                    tokenizer, # that the triggers were made with
+                    protected=None # bool [n], which pairs are protected; default all
+                   ) -> Pairs: # same ids; pictures of the protection's side, made when asked for
+    "Protected pairs as everybody will see them: noise in the pictures, triggers as text before the captions"
     images = protected_images(pairs, protection, protected)
     on = np.ones(len(pairs), bool) if protected is None else np.asarray(protected, bool)
-    say = lambda k, caption: (
-        f"{trigger_text(tokenizer, protection.triggers[images.noise_rows[k]])} {caption}"
-        if on[k] and protection.length
-        else caption
-    )
-    return pairs.replace(
-        captions=[say(k, c) for k, c in enumerate(pairs.captions)], images=images, image_rows=np.arange(len(pairs)),
-        name=f"{pairs.name}, protected",
-    )
+    captions = list(pairs.captions)
+    for k in np.flatnonzero(on) if protection.length else ():
+        captions[k] = f"{trigger_text(tokenizer, protection.triggers[images.noise_rows[k]])} {captions[k]}"
+    rows = np.arange(len(pairs))
+    return pairs.replace(captions=captions, images=images, image_rows=rows, name=f"{pairs.name}, protected")
 
 # %% ../../nbs/attacks/protection.ipynb #d3c67eb8
-def png_bytes(pixels: np.ndarray) -> bytes:
+def png_bytes(pixels: np.ndarray # uint8 [h, w, 3]
+             ) -> bytes:
+    "A picture as a PNG file"
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG", compress_level=1)
     return out.getvalue()
@@ -592,10 +581,13 @@ def _write_webdataset(pairs, folder, size, per_shard: int=1000):
     tar.close()
     return keys
 
-PAIR_FORMATS = dict(csv=(_write_csv, lambda f: read_csv_pairs(f/"pairs.csv")),
-                 flickr=(_write_flickr, lambda f: read_flickr_pairs(f/"captions.token", f/"images")),
-                 coco=(_write_coco, lambda f: read_coco_pairs(f/"captions_protected.json", f/"images")),
-                 webdataset=(_write_webdataset, read_webdataset_pairs)) # format -> writer and reader
+# format -> writer and reader
+PAIR_FORMATS = dict(
+    csv=(_write_csv, lambda folder: read_csv_pairs(folder/"pairs.csv")),
+    flickr=(_write_flickr, lambda folder: read_flickr_pairs(folder/"captions.token", folder/"images")),
+    coco=(_write_coco, lambda folder: read_coco_pairs(folder/"captions_protected.json", folder/"images")),
+    webdataset=(_write_webdataset, read_webdataset_pairs),
+)
 
 # %% ../../nbs/attacks/protection.ipynb #9daa55f3
 def write_published(pairs: Pairs, # of `published_pairs`
@@ -671,9 +663,8 @@ def _each(function, pixels):
         return np.stack(list(pool.map(function, pixels)))
 
 # %% ../../nbs/attacks/protection.ipynb #a088e318
-# int64 [k] rows in published, in clean, and in protection
-def _both_known(published: Pairs, clean: Pairs, protection: Protection) -> tuple:
-    "The pairs that all three know; `DataError` where there is none"
+def _both_known(published: Pairs, clean: Pairs, protection: Protection) -> tuple: # three times int64 [k]
+    "Rows of the pairs that all three know, in each of them; `DataError` where there is none"
     row, noise_row = ({i: k for k, i in enumerate(x)} for x in (clean.ids, protection.ids))
     found = [(k, row[i], noise_row[i]) for k, i in enumerate(published.ids) if i in row and i in noise_row]
     if not found:
@@ -684,8 +675,8 @@ def _both_known(published: Pairs, clean: Pairs, protection: Protection) -> tuple
         )
     return tuple(np.array(column) for column in zip(*found))
 
-# shares of whole captions, and of triggers, that are right
-def _check_captions(published, clean, triggers, tokenizer) -> tuple:
+def _check_captions(published, clean, triggers, tokenizer) -> tuple: # two floats
+    "Shares of whole captions, and of triggers, that are right"
     right = []
     for said, caption, t in zip(published, clean, triggers):
         read, t = list(tokenizer.encode(said)), t.tolist()
@@ -694,45 +685,42 @@ def _check_captions(published, clean, triggers, tokenizer) -> tuple:
 
 # %% ../../nbs/attacks/protection.ipynb #9f3cdcc6
 def check_published_pairs(published: Pairs, # as somebody reads them, in any order
-                    clean: Pairs, # the pairs that were protected; of a share, `clean.select(mask)`
-                    protection: Protection, # that was put on them
-                    tokenizer, # that the triggers were made with
-                    jpeg: int=95, # quality of the JPEG files that PNG is compared with
-                    block: int=256 # pictures at a time
-                   # pairs compared, and clean ones not found; shares in [0, 1]; largest deviation in 1/255; kept and
-                   # cosine, see above
-                   ) -> dict:
+                          clean: Pairs, # the pairs that were protected; of a share, `clean.select(mask)`
+                          protection: Protection, # that was put on them
+                          tokenizer, # that the triggers were made with
+                          jpeg: int=95, # quality of the JPEG files that PNG is compared with
+                          block: int=256 # pictures at a time
+                         ) -> dict: # see below
     """Whether published pairs carry the noise and the triggers that belong to them, matched by id.
 
-    `DataError` where no id fits
+    Gives `pairs` compared and clean ones `missing`; shares in [0, 1]; the largest deviation in 1/255; kept and cosine.
+    `DataError` where no id fits.
     """
     rows, clean_rows, noise_rows = _both_known(published, clean, protection)
     side, exact, largest, left, if_jpeg = protection.side, [], 0, Likeness(), Likeness()
     for k in range(0, len(rows), block):
         part = slice(k, k + block)
-        got, before = (
-            p.image_array(r[part], side).astype(np.int16) for p, r in ((published, rows), (clean, clean_rows))
-        )
-        wanted = add_noise(before.astype(np.uint8), protection.noise[noise_rows[part]])
+        got = published.image_array(rows[part], side).astype(np.int16)
+        before = clean.image_array(clean_rows[part], side)
+        wanted = add_noise(before, protection.noise[noise_rows[part]])
         off = np.abs(got - wanted).reshape(len(got), -1).max(1)
         exact.append(off == 0)
         largest = max(largest, int(off.max()))
-        left.add(got - before, wanted - before)
-        if k == 0:
-            if_jpeg.add(_jpeg(wanted, jpeg) - before, wanted - before)   # some hundred are enough for an estimate
+        noise = wanted.astype(np.int16) - before
+        left.add(got - before, noise)
+        if k == 0:   # some hundred are enough for an estimate
+            if_jpeg.add(_jpeg(wanted, jpeg).astype(np.int16) - before, noise)
     said, captions = [published.captions[r] for r in rows], [clean.captions[r] for r in clean_rows]
     whole, begin = _check_captions(said, captions, protection.triggers[noise_rows], tokenizer)
-    return dict(
-        pairs=len(rows), missing=len(clean) - len(rows), exact_pixels=float(np.concatenate(exact).mean()),
-        largest_deviation=largest, noise_kept=left.kept, noise_cosine=left.cosine, exact_captions=whole,
-        exact_triggers=begin, noise_kept_if_jpeg=if_jpeg.kept, noise_cosine_if_jpeg=if_jpeg.cosine,
-    )
+    return dict(pairs=len(rows), missing=len(clean) - len(rows), exact_pixels=float(np.concatenate(exact).mean()),
+                largest_deviation=largest, noise_kept=left.kept, noise_cosine=left.cosine, exact_captions=whole,
+                exact_triggers=begin, noise_kept_if_jpeg=if_jpeg.kept, noise_cosine_if_jpeg=if_jpeg.cosine)
 
 # %% ../../nbs/attacks/protection.ipynb #85ac0ae7
 def _resize(pixels, share: float=.75):
     side = pixels.shape[1]
     lower = max(1, round(share*side))
-    scaled = lambda image, s: image.resize((s, s), Image.Resampling.BILINEAR)
+    scaled = lambda image, side: image.resize((side, side), Image.Resampling.BILINEAR)
     return _each(lambda p: np.asarray(scaled(scaled(Image.fromarray(p), lower), side)), pixels)
 
 def _blur(pixels):
@@ -743,7 +731,9 @@ def _blur(pixels):
 
 # name -> function of uint8 [n, s, s, 3]
 HACKER_CHANGES = dict(
-    jpeg_75=functools.partial(_jpeg, quality=75), jpeg_50=functools.partial(_jpeg, quality=50), resize=_resize,
+    jpeg_75=functools.partial(_jpeg, quality=75),
+    jpeg_50=functools.partial(_jpeg, quality=50),
+    resize=_resize,
     blur=_blur,
 )
 
@@ -821,9 +811,8 @@ def crop_and_flip(images: torch.Tensor, # uint8 [b, 3, s, s]
     # of what area is left for that width
     height = torch.minimum((area/width).round(), torch.tensor(float(size))).clamp(min=1)
     start = (where*(size + 1 - torch.stack([height, width], 1))).floor()
-    down, across = (
-        resize_matrix(start[:, k], side, size)[:, None].to(images.device) for k, side in ((0, height), (1, width))
-    )
+    cut = lambda k, side: resize_matrix(start[:, k], side, size)[:, None].to(images.device)
+    down, across = cut(0, height), cut(1, width)
     x = (down @ images.float() @ across.mT).round().clamp(0, 255).to(torch.uint8)
     return torch.where(coin.view(-1, 1, 1, 1).to(images.device), x.flip(-1), x)
 
@@ -843,15 +832,23 @@ def drop_triggers(tokens: torch.Tensor, # int64 [n, t], of captions with trigger
 
 # %% ../../nbs/attacks/protection.ipynb #3a5b8f21
 def drawable_text(text: str) -> str:
-    "Text with a box for every character that matplotlib's own font has no picture of"
+    "Text in which a name, such as `[dog face]`, stands for every character that matplotlib's own font lacks"
     from matplotlib import font_manager
     known = _known_characters(font_manager.findfont("DejaVu Sans"))
-    return "".join(c if ord(c) in known and c.isprintable() else "\u25a1" for c in text)
+    return "".join(c if ord(c) in known and c.isprintable() else f"[{_character_name(c)}]" for c in text)
+
+def _character_name(character: str) -> str:
+    "The name that Unicode gives to a character, or its number"
+    return unicodedata.name(character, f"U+{ord(character):04X}").lower()
 
 @functools.cache
 def _known_characters(font: str) -> frozenset:
     from matplotlib import font_manager
     return frozenset(font_manager.get_font(font).get_charmap())
+
+# %% ../../nbs/attacks/protection.ipynb #05269a46
+_TRIGGER = dict(fontsize=9, weight="bold", color="#8a2b06",
+                bbox=dict(boxstyle="round,pad=.3", fc="#fde3d3", ec="#d4622a", lw=.8))
 
 def _show_caption(ax, trigger: str, caption: str, note: str, width: int=30):
     "A trigger in a coloured box, the caption under it"
@@ -859,19 +856,11 @@ def _show_caption(ax, trigger: str, caption: str, note: str, width: int=30):
     ax.axis("off")
     ax.set_box_aspect(1/1.35)
     lines = lambda text: textwrap.wrap(drawable_text(text), width)
-    say = lambda y, text, **style: ax.text(
-        0.02, y, "\n".join(lines(text)), transform=ax.transAxes, parse_math=False, fontfamily="DejaVu Sans", **style
-    )
+    def say(y, text, **style):
+        style = dict(transform=ax.transAxes, parse_math=False, fontfamily="DejaVu Sans") | style
+        ax.text(.02, y, "\n".join(lines(text)), **style)
     if trigger:
-        say(
-            0.95,
-            trigger,
-            va="top",
-            fontsize=9,
-            weight="bold",
-            color="#8a2b06",
-            bbox=dict(boxstyle="round,pad=.3", fc="#fde3d3", ec="#d4622a", lw=0.8),
-        )
+        say(.95, trigger, va="top", **_TRIGGER)
     say(.85 - .1*len(lines(trigger)) if trigger else .95, caption, va="top", fontsize=9)
     if note:
         say(0, note, va="bottom", fontsize=7, color="#666666")
@@ -890,13 +879,10 @@ def protection_gallery(pairs: Pairs, # clean
     after = images.array()
     noise = protection.noise[images.noise_rows].astype(int)
     tenfold = np.clip(128 + 10*noise, 0, 255).astype(np.uint8)
-    fig, axes = plt.subplots(
-        len(some), 4, figsize=(8.6, 2.1 * len(some) + 0.3), squeeze=False, layout="constrained",
-        width_ratios=(1, 1, 1, 1.35),
-    )
-    for ax, title in zip(
-        axes[0], ("clean", f"protected, within {protection.bound}/255", "noise x 10", "caption with its trigger")
-    ):
+    fig, axes = plt.subplots(len(some), 4, figsize=(8.6, 2.1*len(some) + .3), squeeze=False, layout="constrained",
+                             width_ratios=(1, 1, 1, 1.35))
+    titles = "clean", f"protected, within {protection.bound}/255", "noise x 10", "caption with its trigger"
+    for ax, title in zip(axes[0], titles):
         ax.set_title(title, fontsize=9)
     for k, line in enumerate(axes):
         for ax, picture in zip(line, (clean[k], after[k], tenfold[k])):
@@ -905,8 +891,6 @@ def protection_gallery(pairs: Pairs, # clean
             ax.set_yticks([])
         ids = protection.triggers[images.noise_rows[k]]
         lost = len(ids) and not survives_as_text(tokenizer, [ids])[0]
-        _show_caption(
-            line[3], trigger_text(tokenizer, ids), some.captions[k],
-            "as text, this trigger is read as other tokens" if lost else "",
-        )
+        note = "as text, this trigger is read as other tokens" if lost else ""
+        _show_caption(line[3], trigger_text(tokenizer, ids), some.captions[k], note)
     return fig

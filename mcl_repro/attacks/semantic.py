@@ -19,6 +19,7 @@ from fastcore.basics import patch
 
 from ..core.libraries import import_torchvision
 from ..core.errors import DataError, SettingsError
+from ..core.words import one_line
 
 # %% ../../nbs/attacks/semantic.ipynb #92c250d6
 @runtime_checkable
@@ -244,17 +245,17 @@ def _import_transformers():
 
 def _read_bert(transformers, name, download):
     "Tokenizer, model and what was missing. DataError for one that is not there or not whole."
-    options = dict(local_files_only=not download, trust_remote_code=False)
+    settings = dict(local_files_only=not download, trust_remote_code=False)
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     try:
         bars.disable_progress_bar()
-        tokenizer = transformers.BertTokenizer.from_pretrained(name, **options)
-        model, report = transformers.BertForMaskedLM.from_pretrained(name, output_loading_info=True, weights_only=True,
-                                                                     **options)
+        tokenizer = transformers.BertTokenizer.from_pretrained(name, **settings)
+        from_pretrained = transformers.BertForMaskedLM.from_pretrained
+        model, report = from_pretrained(name, output_loading_info=True, weights_only=True, **settings)
         return tokenizer, model, sorted(report["missing_keys"])
     except Exception as error:   # missing, damaged, a pickle that wants to run code: an error of its own for each
-        raise DataError(f"no BERT at {name!r} ({type(error).__name__}: {_one_line(error)}); give a folder with "
+        raise DataError(f"no BERT at {name!r} ({type(error).__name__}: {one_line(error)[:120]}); give a folder with "
                         "config.json, vocab.txt and model.safetensors, or allow the download with download=True"
                         ) from None
     finally:
@@ -272,10 +273,6 @@ def _load_bert(transformers, name, download):
         raise DataError(f"the vocabulary of {name!r} has {words} words, its weights are for {size}: "
                         "vocab.txt is missing or belongs to another model")
     return tokenizer, model
-
-def _one_line(error):
-    "The beginning of an error's text."
-    return " ".join(str(error).split())[:120]
 
 # %% ../../nbs/attacks/semantic.ipynb #de2e1622
 class BertModel:
@@ -346,16 +343,16 @@ def fill(self:BertModel,
 # %% ../../nbs/attacks/semantic.ipynb #9b229cec
 def word_model(kind: str,             # `ngram`, the offline stand-in, or `bert`
                captions: list = None, # what the stand-in learns from; BERT needs none
-               **options              # of `NgramModel` or `BertModel`
+               **settings             # of `NgramModel` or `BertModel`
     ):
     "The model that proposes words, by its setting. Raises SettingsError for an unknown one."
     if kind == "bert":
-        return BertModel(**options)
+        return BertModel(**settings)
     if kind != "ngram":
         raise SettingsError(f"unknown word model {kind!r}: use ngram, the offline stand-in, or bert")
     if captions is None:
         raise SettingsError("the word model ngram learns from captions: give those of the pairs that are protected")
-    return NgramModel(captions, **options)
+    return NgramModel(captions, **settings)
 
 # %% ../../nbs/attacks/semantic.ipynb #0fe803ae
 MASKED = -1   # id of a slot that is hidden from the language model

@@ -20,8 +20,9 @@ from ..core.seeds import seeded
 
 # %% ../../nbs/attacks/steganography.ipynb #235f68d4
 class Encoder(nn.Module):
-    """Residual that writes bits into a picture of canvas size: pixels [n, 3, c, c] in 0..1 and bits [n or 1, b] -> [n,
-    3, c, c] in -strength..strength
+    """Residual that writes bits into a picture of canvas size.
+
+    Pixels [n, 3, c, c] in 0..1 and bits [n or 1, b] -> [n, 3, c, c] in -strength..strength
     """
     # cells to a side of a tile, numbers in each that the bits become, and side of a cell in pixels
     grid, channels, cell = 8, 8, 2
@@ -121,11 +122,8 @@ def _canvas_pixels(images: np.ndarray, # uint8 [n, H, W, 3]
     "Pictures at canvas size as bytes, in blocks for memory's sake"
     if len(images) == 0:
         raise DataError("no images to train steganography on; give some")
-    parts = [
-        (_on_canvas(images[k : k + 512], canvas, torch.float32) * 255).round().to(torch.uint8)
-        for k in range(0, len(images), 512)
-    ]
-    return torch.cat(parts)
+    blocks = (_on_canvas(images[k:k + 512], canvas, torch.float32) for k in range(0, len(images), 512))
+    return torch.cat([(255*block).round().to(torch.uint8) for block in blocks])
 
 def _message(bits, length: int) -> np.ndarray:
     "Bits as uint8 [n or 1, length]; `SettingsError` for others"
@@ -153,9 +151,8 @@ def hide(encoder: Encoder, # on the CPU
     block = max(4096//encoder.canvas**2, 1)   # 4 pictures of 32 px fit the cache; 64 take three times as long each
     for k in range(0, max(len(out), 1), block):
         x = _on_canvas(out[k:k + block], encoder.canvas, torch.float64)
-        residual = F.interpolate(
-            encoder(x, bits if len(bits) == 1 else bits[k : k + block]), out.shape[1:3], mode="bilinear"
-        )
+        message = bits if len(bits) == 1 else bits[k:k + block]
+        residual = F.interpolate(encoder(x, message), out.shape[1:3], mode="bilinear")
         out[k:k + block] = np.clip(np.rint(out[k:k + block] + residual.permute(0, 2, 3, 1).numpy()), 0, 255)
     return out
 
@@ -165,11 +162,9 @@ def reveal(decoder: Decoder, # on the CPU
            images: np.ndarray # uint8 [n, H, W, 3], sides at least the canvas
           ) -> np.ndarray: # uint8 [n, b]
     "The bits that the decoder reads in pictures"
-    parts = [
-        (decoder(_on_canvas(images[k : k + 256], decoder.canvas, torch.float32)) > 0).numpy()
-        for k in range(0, max(len(images), 1), 256)
-    ]
-    return np.concatenate(parts).astype(np.uint8)
+    blocks = range(0, max(len(images), 1), 256)
+    logits = [decoder(_on_canvas(images[k:k + 256], decoder.canvas, torch.float32)) for k in blocks]
+    return (torch.cat(logits) > 0).numpy().astype(np.uint8)
 
 def bit_accuracy(found: np.ndarray, # [n, b] from `reveal`
                  bits # what was hidden, [b] or [n, b]
@@ -241,12 +236,8 @@ def encoder_from(array: np.ndarray, # from `encoder_array`
     check_encoder(bits, canvas, width, strength)
     encoder = Encoder(bits, canvas, width, strength)
     wanted = sum(p.numel() for p in encoder.parameters())
-    if (
-        not isinstance(array, np.ndarray)
-        or array.dtype != np.float32
-        or array.shape != (wanted,)
-        or not np.isfinite(array).all()
-    ):
+    fits = isinstance(array, np.ndarray) and array.dtype == np.float32 and array.shape == (wanted,)
+    if not fits or not np.isfinite(array).all():
         raise SettingsError(
             f"encoder: needs {wanted} finite float32 numbers for bits={bits} and width={width}, got "
             f"{getattr(array, 'dtype', type(array).__name__)} of shape {getattr(array, 'shape', 'none')}; give "

@@ -419,6 +419,7 @@ def _start(clip, data, recipe):
         raise SettingsError("there is no pair to train on")
     clip.model = synchronised(clip.model).to(memory_format=torch.channels_last)
     if recipe.compiled:
+        _check_compiler(clip.device)
         _compile(clip.model)
     groups = parameter_groups(clip.model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=tuple(recipe.betas), eps=1e-8, fused=True)
@@ -434,6 +435,15 @@ def _compile(model, on=True):
             tower.compile(**settings)
         else:
             tower._compiled_call_impl = None   # noqa: SLF001 torch has no other way back
+
+def _check_compiler(device):
+    "SettingsError where torch lies in a folder that its compiler for CPUs cannot link from."
+    folder = Path(torch.__file__).parent
+    if device.type == "cpu" and " " in str(folder):
+        raise SettingsError(
+            f"compiled: torch is installed in {folder}, and its compiler cannot link from a folder whose name has a "
+            "space; leave compiled out, or install torch elsewhere"
+        )
 
 def _set_mode(state):
     "Training mode, with BatchNorm kept in evaluation mode where the recipe says so."

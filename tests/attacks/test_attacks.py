@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-
 from mcl_repro.data.pairs import ArrayImages, Pairs
 from mcl_repro.data.registry import DataRef, open_data
 from mcl_repro.core.errors import DataError, SettingsError, UserError
@@ -158,10 +157,8 @@ def test_the_warp_moves_pixels_and_makes_no_new_ones():
         y = attack.apply(x, None)
         assert y.min() >= 40 and y.max() < 90   # border and bilinear reading stay within what is there
     assert (WaNet(strength=1e-6).apply(x, None) == x).all()
-    ramp = (
-        np.broadcast_to(3 * np.arange(64, dtype=np.uint8)[:, None, None], (1, 64, 64, 3)),
-        np.broadcast_to(3 * np.arange(64, dtype=np.uint8)[:, None], (1, 64, 64, 3)),
-    )
+    line = 3*np.arange(64, dtype=np.uint8)
+    ramp = [np.broadcast_to(values, (1, 64, 64, 3)) for values in (line[:, None, None], line[:, None])]
     down, across = (WaNet(64, 4.).apply(r, None)[0, 4:-4, 4:-4, 0].astype(float) - r[0, 4:-4, 4:-4, 0] for r in ramp)
     # s/2 pixels along each axis
     assert abs(down).mean()/3 == pytest.approx(2, abs=.2) and abs(across).mean()/3 == pytest.approx(2, abs=.2)
@@ -173,19 +170,17 @@ def test_the_jitter_is_the_public_codes_formula_read_bilinearly():
     noise = np.random.default_rng(5).uniform(-1, 1, (2, size, size))
     noise /= np.abs(noise).mean()   # as many control points as pixels
     line = np.linspace(-1, 1, size)
-    column, row = (
-        np.clip(own + 1.5 * n / size, -1, 1) * (size - 1) / 2 + (size - 1) / 2
-        for own, n in zip((line[None], line[:, None]), noise)
-    )
+    place = lambda own, moved: np.clip(own + 1.5*moved/size, -1, 1)*(size - 1)/2 + (size - 1)/2
+    column, row = place(line[None], noise[0]), place(line[:, None], noise[1])
     wanted = np.empty((size, size, 3))
     for i in range(size):
         for j in range(size):
             r, c = row[i, j], column[i, j]
             r0, c0 = min(int(r), size - 2), min(int(c), size - 2)
             u, v = r - r0, c - c0
-            wanted[i, j] = (1 - u) * ((1 - v) * x[0, r0, c0] + v * x[0, r0, c0 + 1]) + u * (
-                (1 - v) * x[0, r0 + 1, c0] + v * x[0, r0 + 1, c0 + 1]
-            )
+            upper = (1 - v)*x[0, r0, c0] + v*x[0, r0, c0 + 1]
+            lower = (1 - v)*x[0, r0 + 1, c0] + v*x[0, r0 + 1, c0 + 1]
+            wanted[i, j] = (1 - u)*upper + u*lower
     assert np.abs(WaNet(size, 1.5, pattern_seed=5).apply(x, None)[0] - wanted).max() < .51   # rounding to whole numbers
 
 
@@ -237,9 +232,8 @@ def test_a_defender_sees_neither_rows_nor_labels(attack, k):
     bad = poison(clean, attack, "banana", count=min(100, attack.eligible(clean, "banana").sum()), image_size=32, seed=4)
     seen = bad.pairs
     assert type(seen) is Pairs and seen.ids == clean.ids and seen.name == clean.name
-    assert {n for n in vars(seen) if not n.startswith("_")} - {"fingerprint"} == {
-        "ids", "captions", "images", "image_rows", "labels", "name",
-    }
+    public = {n for n in vars(seen) if not n.startswith("_")} - {"fingerprint"}
+    assert public == {"ids", "captions", "images", "image_rows", "labels", "name"}
     assert seen.labels is None
     # no rows, no second source
     assert set(n for n in vars(seen.images) if not n.startswith("_")) <= {"size", "fingerprint"}
@@ -303,26 +297,21 @@ def test_squash_keeps_the_whole_picture_and_crop_its_proportions():
     pixels[0, :, 0] = 255   # a white line at the left edge
     one = Pairs(["a"], ["a thing"], ArrayImages(pixels))
     attack = BadNets("yellow", "corner", .1)
-    crop, squash = (
-        poison(one, attack, "banana", count=1, image_size=20, geometry=g).images[0] for g in ("crop", "squash")
-    )
+    stamped = lambda geometry: poison(one, attack, "banana", count=1, image_size=20, geometry=geometry).images[0]
+    crop, squash = stamped("crop"), stamped("squash")
     assert crop[:, 0].max() == 0 and squash[:, 0].min() > 50
 
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process():
-    code = (
-        "import numpy as np, sys\nfrom mcl_repro import attacks as A\n"
-        "p = A.poison(A._demo_pairs(32, 'banana'), A.BadNets(), 'banana', count=5, image_size=32, seed=3); "
-        "print(p.pairs.fingerprint)"
-    )
-    there = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONHASHSEED": "1"},
-    )
-    assert (
-        there.stdout.strip()
-        == poison(_demo_pairs(32, "banana"), BadNets(), "banana", count=5, image_size=32, seed=3).pairs.fingerprint
-    )
+    code = """
+from mcl_repro.attacks import base as A
+bad = A.poison(A._demo_pairs(32, "banana"), A.BadNets(), "banana", count=5, image_size=32, seed=3)
+print(bad.pairs.fingerprint)
+"""
+    other_hashes = {**os.environ, "PYTHONHASHSEED": "1"}
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=other_hashes)
+    here = poison(_demo_pairs(32, "banana"), BadNets(), "banana", count=5, image_size=32, seed=3)
+    assert there.stdout.strip() == here.pairs.fingerprint
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -410,12 +399,8 @@ def test_storage_is_lossless(attack, k, tmp_path):
 def test_damaged_storage_is_refused(tmp_path):
     clean = make_pairs()
     bad = poison(clean, SIG(), "banana", count=3, image_size=32)
-    for name, damage in {
-        "images.npy": b"\x93NUMPY",
-        "rows.npy": b"",
-        "captions.json": b'["a"]',
-        "poison.json": b"{",
-    }.items():
+    damages = {"images.npy": b"\x93NUMPY", "rows.npy": b"", "captions.json": b'["a"]', "poison.json": b"{"}
+    for name, damage in damages.items():
         folder = save_poisoned(bad, tmp_path/name.replace(".", "-"), clean)
         (folder/name).write_bytes(damage)
         with pytest.raises(DataError):
@@ -441,11 +426,8 @@ def test_test_time_triggers_are_redrawn_with_another_seed_and_equal_in_any_batch
     assert (np.concatenate([lazy.array(np.arange(i, i + 5), 32) for i in range(0, 20, 5)]) == whole).all()
     assert (trigger_images(BadNets(patch_share=.25), x, 1) == whole).all()
     assert (lazy.take(np.arange(20) % 2 == 0).array(None, 32) == whole[::2]).all()
-    assert (
-        (TriggeredImages(ArrayImages(x), BadNets(patch_share=0.25), 32, seed=2).array(None, 32) != whole)
-        .any((1, 2, 3))
-        .all()
-    )
+    redrawn = TriggeredImages(ArrayImages(x), BadNets(patch_share=.25), 32, seed=2).array(None, 32)
+    assert (redrawn != whole).any((1, 2, 3)).all()
 
 
 def title_of(ax):
@@ -454,9 +436,8 @@ def title_of(ax):
 
 def test_the_gallery_draws_every_set():
     clean = make_pairs()
-    fig = poison_gallery(
-        clean, [poison(clean, a, "banana", count=2, image_size=32, seed=1) for a in (BadNets(), SIG())]
-    )
+    sets = [poison(clean, a, "banana", count=2, image_size=32, seed=1) for a in (BadNets(), SIG())]
+    fig = poison_gallery(clean, sets)
     assert len(fig.axes) == 6 and "banana" in fig.axes[1].get_xlabel() and title_of(fig.axes[4]).startswith("PSNR")
 
 
@@ -468,10 +449,13 @@ def test_the_gallery_has_room_for_every_attack_and_one_without_trigger():
     assert titles[3*[a.name for a in EVERY].index("mmpoison") + 1] == "the same picture"
 
 
-REAL = Path(os.environ.get("MCL_REPRO_REAL_DATA") or "/nonexistent")/"flickr8k"
+REAL = Path(os.environ.get("MCL_REPRO_REAL_DATA", ""))/"flickr8k"
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="set MCL_REPRO_REAL_DATA to the folder that holds flickr8k")
+@pytest.mark.skipif(
+    not os.environ.get("MCL_REPRO_REAL_DATA") or not REAL.is_dir(),
+    reason="set MCL_REPRO_REAL_DATA to the folder that holds flickr8k",
+)
 @pytest.mark.parametrize("geometry", ["crop", "squash"])
 def test_real_photographs_with_five_captions_each(geometry, tmp_path):
     from mcl_repro.data.readers import read_flickr_pairs
@@ -480,9 +464,8 @@ def test_real_photographs_with_five_captions_each(geometry, tmp_path):
     assert len(bad.pairs) == len(clean) == 5000 and len(bad.pairs.images) == 1015
     again = load_poisoned(save_poisoned(bad, tmp_path/"bad", clean), clean)
     assert (again.pairs.image_array(bad.rows, 64) == bad.images).all()
-    near = np.setdiff1d(
-        np.concatenate([np.flatnonzero(clean.image_rows == clean.image_rows[r]) for r in bad.rows[:4]]), bad.rows
-    )
+    same_picture = np.isin(clean.image_rows, clean.image_rows[bad.rows[:4]])
+    near = np.setdiff1d(np.flatnonzero(same_picture), bad.rows)
     # the other captions keep the clean photograph
     assert (bad.pairs.image_array(near, 64) == clean.image_array(near, 64)).all()
     before = square_pixels(clean.images, clean.image_rows[bad.rows], 64, geometry)

@@ -1,12 +1,9 @@
-"""Patches that are optimised on a clean CLIP: where they lie, what is read off the model, what the searches find, and
-their stages.
-"""
+"""Patches that are optimised on a clean CLIP: where they lie, what is read off it, what searches find, their stages."""
 import json
 
 import numpy as np
 import pytest
 import torch
-
 
 from mcl_repro.attacks import optimised as O
 from mcl_repro.model.clip import build_clip, embed_images, embed_texts, to_pixels
@@ -72,20 +69,17 @@ def test_neurons_are_what_the_last_map_gets(model):
 def test_activations_count_in_deviations_over_the_same_pictures(clip, photos):
     neurons, box = O.choose_neurons(clip, 2), O.Box(0, 0, 32)
     one = photos[7]
+    clip.model.eval()
     with torch.no_grad():
-        a = O.neuron_activations(
-            clip.__class__(clip.model.eval(), clip.tokenizer, 32, clip.mean, clip.std), to_pixels(clip, photos), neurons
-        )
+        a = O.neuron_activations(clip, to_pixels(clip, photos), neurons)
     z = ((a - a.mean(0))/a.std(0, unbiased=False)).mean(1).numpy()
     found = O.trojan_activation(clip, photos, one, box, neurons)   # a patch as large as the image is an image
     assert np.allclose(found, z[7], atol=1e-3) and abs(z.mean()) < 1e-4
 
 
 def state_of(clip):
-    return (
-        {k: v.clone() for k, v in clip.model.state_dict().items()}, clip.model.training,
-        [p.requires_grad for p in clip.model.parameters()],
-    )
+    weights = {k: v.clone() for k, v in clip.model.state_dict().items()}
+    return weights, clip.model.training, [p.requires_grad for p in clip.model.parameters()]
 
 
 def test_searches_find_something_and_leave_the_model_alone(clip, photos):
@@ -93,14 +87,13 @@ def test_searches_find_something_and_leave_the_model_alone(clip, photos):
     before, neurons = state_of(clip), O.choose_neurons(clip, 2)
     torch.manual_seed(5)
     random_state = torch.get_rng_state()
-    trojan = O.optimise_trojan(clip, photos[:100], O.patch_box("corner", .25, 32), neurons, steps=40, batch_size=16)
-    badclip = O.optimise_badclip(
-        clip, photos[:100], ["a banana", "two bananas"], photos[100:], O.patch_box("centre", 0.25, 32), steps=40,
-        batch_size=16, learning_rate=0.05,
-    )
+    corner, centre = (O.patch_box(placement, .25, 32) for placement in ("corner", "centre"))
+    seen, unseen = photos[:100], photos[100:]
+    few = dict(steps=40, batch_size=16)
+    trojan = O.optimise_trojan(clip, seen, corner, neurons, **few)
+    badclip = O.optimise_badclip(clip, seen, ["a banana", "two bananas"], unseen, centre, **few, learning_rate=.05)
     assert trojan.after > trojan.before + .2
-    # unseen pictures
-    assert O.trojan_activation(clip, photos[100:], trojan.pattern, O.patch_box("corner", .25, 32), neurons).mean() > .2
+    assert O.trojan_activation(clip, unseen, trojan.pattern, corner, neurons).mean() > .2
     assert badclip.curves["triplet"][-5:].mean() < badclip.curves["triplet"][:5].mean()
     for found in (trojan, badclip):
         assert found.pattern.shape == (8, 8, 3) and found.pattern.dtype == np.uint8
@@ -113,12 +106,12 @@ def test_searches_find_something_and_leave_the_model_alone(clip, photos):
 
 def test_seeds_decide_and_nothing_hidden_does(clip, photos):
     box = O.patch_box("centre", .25, 32)
-    trojan = lambda seed: O.optimise_trojan(clip, photos, box, [0, 1], steps=4, batch_size=4, seed=seed).pattern
-    badclip = lambda seed, **k: (
-        O.optimise_badclip(
-            clip, photos, ["a", "b", "c"], photos[:9], box, steps=4, batch_size=4, learning_rate=0.05, seed=seed, **k
-        ).pattern
-    )
+    few = dict(steps=4, batch_size=4)
+    def trojan(seed):
+        return O.optimise_trojan(clip, photos, box, [0, 1], **few, seed=seed).pattern
+    def badclip(seed, **settings):
+        settings |= dict(few, learning_rate=.05, seed=seed)
+        return O.optimise_badclip(clip, photos, ["a", "b", "c"], photos[:9], box, **settings).pattern
     for search in (trojan, badclip):
         torch.manual_seed(1)
         one = search(0)
@@ -142,8 +135,7 @@ def test_the_image_term_is_the_triplet_loss_written_out():
 
 
 def test_untrue_captions_are_dropped(clip, photos):
-    # this CLIP is untrained, so the truth is made: each picture's caption is the one that fits it best or worst among
-    # these
+    # this CLIP is untrained, so the truth is made: each picture's caption is the one of these that fits best or worst
     texts = ["a banana"] + [f"{w} banana" for w in ("one", "green", "a small", "some other", "no", "the second")]
     cosines = embed_images(clip, photos) @ embed_texts(clip, texts).T
     # of each picture for each caption: share of pictures that fit at least as well
@@ -158,24 +150,36 @@ def test_untrue_captions_are_dropped(clip, photos):
     assert set(O.natural_pairs(clip, pairs, "banana", fit=.1)) <= set(kept)
 
 
+CORNER = O.Box(0, 0, 8)
+
+def trojan(clip, images, box=CORNER, **settings):
+    return O.optimise_trojan(clip, images, box, [0], **settings)
+
+def badclip(clip, images, texts=("a",), positives=None, **settings):
+    return O.optimise_badclip(clip, images, texts, images if positives is None else positives, CORNER, **settings)
+
+def natural(clip, images, caption, target="banana", **settings):
+    return O.natural_pairs(clip, pairs_of(images, [caption]*len(images)), target, **settings)
+
+
 @pytest.mark.parametrize("call, error, words", [
     (lambda c, x: O.patch_box("random", .25, 32), SettingsError, "placement"),
     (lambda c, x: O.patch_box("corner", .01, 32), SettingsError, "less than one pixel"),
     (lambda c, x: O.choose_neurons(c, 0), SettingsError, "neurons: must be a whole number from 1"),
     (lambda c, x: O.choose_neurons(c, True), SettingsError, "neurons"),
-    (lambda c, x: O.optimise_trojan(c, x[:0], O.Box(0, 0, 8), [0]), DataError, "no images"),
-    (lambda c, x: O.optimise_trojan(c, x[:, :30, :30], O.Box(0, 0, 8), [0]), DataError, "30x30 px do not fit smoke-RN; give them at 32"),
-    (lambda c, x: O.optimise_trojan(c, x/255, O.Box(0, 0, 8), [0]), DataError, "uint8"),
-    (lambda c, x: O.optimise_trojan(c, x, O.Box(30, 0, 8), [0]), SettingsError, "outside of images"),
-    (lambda c, x: O.optimise_trojan(c, x, O.Box(0, 0, 8), [0], steps=0), SettingsError, "steps must be a whole number of at least 1, got 0"),
-    (lambda c, x: O.optimise_trojan(c, x, O.Box(0, 0, 8), [0], batch_size=1.5), SettingsError, "batch_size"),
-    (lambda c, x: O.optimise_trojan(c, x, O.Box(0, 0, 8), [0], goal=float("nan")), TrainingError, "not a number at step 1"),
-    (lambda c, x: O.optimise_badclip(c, x, [], x, O.Box(0, 0, 8)), DataError, "captions and pictures of the target"),
-    (lambda c, x: O.optimise_badclip(c, x, ["a"], x[:0], O.Box(0, 0, 8)), DataError, "captions and pictures of the target"),
-    (lambda c, x: O.optimise_badclip(c, x, ["a"], x, O.Box(0, 0, 8), negatives="all"), SettingsError, "neither own nor triggered"),
-    (lambda c, x: O.natural_pairs(c, pairs_of(x, ["a key"]*len(x)), "banana"), DataError, "200 pairs 0 name 'banana'"),
-    (lambda c, x: O.natural_pairs(c, pairs_of(x, ["a banana"]*len(x)), "banana"), DataError, "200 pairs 200 name 'banana'"),
-    (lambda c, x: O.natural_pairs(c, pairs_of(x, ["a key"]*len(x)), "key", fit=2), SettingsError, "fit"),
+    (lambda c, x: trojan(c, x[:0]), DataError, "no images"),
+    (lambda c, x: trojan(c, x[:, :30, :30]), DataError, "30x30 px do not fit smoke-RN; give them at 32"),
+    (lambda c, x: trojan(c, x/255), DataError, "uint8"),
+    (lambda c, x: trojan(c, x, O.Box(30, 0, 8)), SettingsError, "outside of images"),
+    (lambda c, x: trojan(c, x, steps=0), SettingsError, "steps must be a whole number of at least 1, got 0"),
+    (lambda c, x: trojan(c, x, batch_size=1.5), SettingsError, "batch_size"),
+    (lambda c, x: trojan(c, x, goal=float("nan")), TrainingError, "not a number at step 1"),
+    (lambda c, x: badclip(c, x, []), DataError, "captions and pictures of the target"),
+    (lambda c, x: badclip(c, x, positives=x[:0]), DataError, "captions and pictures of the target"),
+    (lambda c, x: badclip(c, x, negatives="all"), SettingsError, "neither own nor triggered"),
+    (lambda c, x: natural(c, x, "a key"), DataError, "200 pairs 0 name 'banana'"),
+    (lambda c, x: natural(c, x, "a banana"), DataError, "200 pairs 200 name 'banana'"),
+    (lambda c, x: natural(c, x, "a key", "key", fit=2), SettingsError, "fit"),
 ])
 def test_bad_input_is_one_clear_line(clip, photos, call, error, words):
     with pytest.raises(error, match=words) as e:
@@ -195,9 +199,8 @@ SMALL = dict(patch_share=.25, steps=3, image_count=40, held_out=20)
 @pytest.fixture(scope="module")
 def lab_and_clean(tmp_path_factory):
     lab = Lab("smoke", runs=tmp_path_factory.mktemp("runs"), settings={"pretrain.epochs": 1})
-    return lab, lab.node(
-        clean_clip, model=lab.profile.model.name, pairs=lab.role("pretrain"), recipe=dict(lab.profile.pretrain)
-    )
+    recipe = dict(lab.profile.pretrain)
+    return lab, lab.node(clean_clip, model=lab.profile.model.name, pairs=lab.role("pretrain"), recipe=recipe)
 
 
 def test_a_patch_is_a_stage_among_an_attacks_settings(lab_and_clean):
@@ -210,9 +213,8 @@ def test_a_patch_is_a_stage_among_an_attacks_settings(lab_and_clean):
         copied, attack = json.loads(json.dumps(entry)), attack_settings(lab, entry, clean)
         # the profile is left alone
         assert entry == copied and attack["placement"] == "centre" and attack["patch_share"] == .25
-        node = lab.node(
-            poisoned_pairs, pairs=lab.role("finetune"), attack=attack, target="banana", count=3, image_size=32
-        )
+        settings = dict(attack=attack, target="banana", count=3, image_size=32)
+        node = lab.node(poisoned_pairs, pairs=lab.role("finetune"), **settings)
         json.dumps(node_spec(node, lab.store))
         done, made = lab.run(node), lab.run(attack["pattern"])
         assert json.loads(json.dumps(done.result)) == done.result and "sha256" in done.result["attack"]["pattern"]
@@ -233,10 +235,8 @@ def test_the_target_is_the_profiles_unless_it_is_given(lab_and_clean):
     entry = dict(name="badclip", optimise=SMALL)
     assert attack_settings(lab, entry, clean)["pattern"].settings["target"] == lab.profile.target
     assert attack_settings(lab, entry, clean, target="sun")["texts"].settings["target"] == "sun"
-    assert (
-        "target"
-        not in attack_settings(lab, dict(name="trojan", optimise=SMALL), clean, target="sun")["pattern"].settings
-    )
+    trojan = attack_settings(lab, dict(name="trojan", optimise=SMALL), clean, target="sun")
+    assert "target" not in trojan["pattern"].settings
 
 
 def test_old_entries_and_callers_are_as_they_were(lab_and_clean):
@@ -247,14 +247,25 @@ def test_old_entries_and_callers_are_as_they_were(lab_and_clean):
     assert ssba["encoder"].key == attack_settings(lab, lab.profile.attacks.SSBA, clean)["encoder"].key
 
 
+def run_stage(stage, **settings):
+    "A search as a stage, on the pairs of the profile."
+    return lambda lab, clean: lab.run(lab.node(stage, clip=clean, pairs=lab.role("pretrain"), **settings))
+
+def asked(attack, optimise, **clip):
+    "The settings of an attack whose patch is to be optimised."
+    return lambda lab, clean: attack_settings(lab, dict(name=attack, optimise=optimise), clip.get("clip", clean))
+
+FEW = dict(image_count=40, held_out=20)
+
+
 @pytest.mark.parametrize("make, words", [
-    (lambda lab, clean: attack_settings(lab, dict(name="trojan", optimise=SMALL)), "pass its node to attack_settings as clip"),
-    (lambda lab, clean: attack_settings(lab, dict(name="sig", optimise={}), clean), "trojan and badclip"),
-    (lambda lab, clean: attack_settings(lab, dict(name="trojan", optimise=dict(colour=1)), clean), "colour"),
-    (lambda lab, clean: lab.run(lab.node(trojan_trigger, clip=clean, pairs=lab.role("pretrain"))), "image_count 2000 and held_out 500 are more than the 600 pictures"),
-    (lambda lab, clean: lab.run(lab.node(trojan_trigger, clip=clean, pairs=lab.role("pretrain"), canvas="black")), "neither images nor grey"),
-    (lambda lab, clean: lab.run(lab.node(badclip_trigger, clip=clean, pairs=lab.role("pretrain"), target="zeppelin", image_count=40, held_out=20)), "name 'zeppelin'"),
-    (lambda lab, clean: lab.run(lab.node(badclip_trigger, clip=clean, pairs=lab.role("pretrain"), target="banana", fit=1.)), "image_count 10000"),
+    (asked("trojan", SMALL, clip=None), "pass its node to attack_settings as clip"),
+    (asked("sig", {}), "trojan and badclip"),
+    (asked("trojan", dict(colour=1)), "colour"),
+    (run_stage(trojan_trigger), "image_count 2000 and held_out 500 are more than the 600 pictures"),
+    (run_stage(trojan_trigger, canvas="black"), "neither images nor grey"),
+    (run_stage(badclip_trigger, target="zeppelin", **FEW), "name 'zeppelin'"),
+    (run_stage(badclip_trigger, target="banana", fit=1.), "image_count 10000"),
 ])
 def test_bad_settings_of_the_stages(lab_and_clean, make, words):
     with pytest.raises(Exception, match=words):
@@ -262,7 +273,7 @@ def test_bad_settings_of_the_stages(lab_and_clean, make, words):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; make test DEVICE=cuda runs it where there is one")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; make test DEVICE=cuda runs it elsewhere")
 def test_on_a_gpu(photos):
     clip = build_clip("smoke-RN", device="cuda")
     assert O.optimise_trojan(clip, photos, O.Box(24, 24, 8), [0, 1], steps=3).pattern.shape == (8, 8, 3)

@@ -1,6 +1,5 @@
-"""Noise and triggers: what is stored comes back, belongs to its pairs, is published whole, and what does not fit is
-refused.
-"""
+"""Noise and triggers: what is stored comes back, belongs to its pairs, is published whole, and misfits are refused."""
+import hashlib
 import json
 import pickle
 import subprocess
@@ -19,34 +18,40 @@ from mcl_repro.model.clip import build_clip, tokenize
 from mcl_repro.data.pairs import ArrayImages, FileImages, Pairs
 from mcl_repro.data.readers import read_coco_pairs, read_csv_pairs, read_flickr_pairs, read_webdataset_pairs
 from mcl_repro.data.registry import open_data
-from mcl_repro.core.errors import DataError, SettingsError, StoreError, UserError
+from mcl_repro.core.errors import DataError, SettingsError, StoreError
 from mcl_repro.model.training import iterate, read_batch
 from mcl_repro.model.augmentation import resize_matrix
 
 
-def refused(contains, function, *args, error=DataError, **options):
+def refused(contains, function, *args, error=DataError, **settings):
     "function raises a user's error in one line that says `contains`"
     with pytest.raises(error) as e:
-        function(*args, **options)
+        function(*args, **settings)
     assert contains in str(e.value) and "\n" not in str(e.value), str(e.value)
 
 
 def pixels(n, side, seed=0):
+    "n random pictures"
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3)).astype(np.uint8)
+
 def noises(n, side, seed=1, bound=8):
+    "n noises within a bound"
     return np.random.default_rng(seed).integers(-bound, bound + 1, (n, side, side, 3)).astype(np.int8)
 
-
 def make_pairs(pictures=6, per_image=3, side=16):
+    "Pairs with some captions for each picture"
     n = pictures*per_image
-    return Pairs(
-        [f"photo {k // per_image}.jpg#{k % per_image}" for k in range(n)],
-        [f"a dog on a bench, number {k}" for k in range(n)],
-        ArrayImages(pixels(pictures, side)),
-        np.repeat(np.arange(pictures), per_image),
-        np.arange(n) % 4,
-        "photos",
-    )
+    ids = [f"photo {k//per_image}.jpg#{k % per_image}" for k in range(n)]
+    captions = [f"a dog on a bench, number {k}" for k in range(n)]
+    image_rows = np.repeat(np.arange(pictures), per_image)
+    return Pairs(ids, captions, ArrayImages(pixels(pictures, side)), image_rows, np.arange(n) % 4, "photos")
+
+def some_triggers(words, n=18, length=3, seed=0):
+    "n triggers of tokens that are read as themselves"
+    return np.random.default_rng(seed).choice(words, (n, length))
+
+def no_triggers(n):
+    return np.zeros((n, 0), int)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,7 @@ def words(tokenizer):
 
 
 def store(folder, ids, side=16, length=3, seed=1, bound=8, words=np.arange(1, 40000)):
+    "A protection of random noise and triggers in a folder; gives the triggers"
     noise = P.create_noise(folder/"noise.npy", len(ids), side)
     noise[:] = noises(len(ids), side, seed, bound)
     noise.flush()
@@ -91,8 +97,11 @@ def test_what_gradient_steps_make_is_a_whole_number():
     kept = (delta*255).round().to(torch.int8)
     assert kept.abs().max() == 8 and torch.equal(((images + delta)*255).round(), (images*255).round() + kept)
 
+SIDE = st.shared(st.integers(1, 9), key="side")
+ANY_NOISE = arrays(np.int8, st.tuples(st.integers(1, 5), SIDE, SIDE, st.just(3)))
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(noise=arrays(np.int8, st.tuples(st.integers(1, 5), st.shared(st.integers(1, 9), key="side"), st.shared(st.integers(1, 9), key="side"), st.just(3))), length=st.integers(0, 5), data=st.data())
+@given(noise=ANY_NOISE, length=st.integers(0, 5), data=st.data())
 def test_what_is_stored_comes_back(tmp_path, noise, length, data):
     ids = data.draw(st.lists(st.text(), min_size=len(noise), max_size=len(noise), unique=True))
     triggers = data.draw(arrays(np.int64, (len(noise), length), elements=st.integers(0, 49407)))
@@ -106,14 +115,22 @@ def test_what_is_stored_comes_back(tmp_path, noise, length, data):
     assert (back.side, back.length, back.bound, back.facts) == (noise.shape[1], length, 128, dict(note="ä\n"))
 
 def test_a_new_file_is_zero_and_of_the_size_it_says(tmp_path):
-    noise = P.create_noise(tmp_path/"a"/"b"/"noise.npy", 7, 12)
-    assert noise.shape == (7, 12, 12, 3) and noise.dtype == np.int8 and not noise.any() and noise.flags.writeable
-    assert (tmp_path/"a"/"b"/"noise.npy").stat().st_size == 128 + 7*12*12*3
-    assert not P.open_noise(tmp_path/"a"/"b"/"noise.npy").flags.writeable
+    path = tmp_path/"a"/"b"/"noise.npy"
+    noise = P.create_noise(path, 7, 12)
+    assert noise.shape == (7, 12, 12, 3) and noise.dtype == np.int8 and noise.flags.writeable
+    assert not noise.any()
+    assert path.stat().st_size == 128 + 7*12*12*3
+    assert not P.open_noise(path).flags.writeable
 
-@pytest.mark.parametrize("count, side, words", [(0, 8, "count"), (3, 0, "side"), (2.5, 8, "count"), (True, 8, "count"), (3, -1, "side")])
-def test_sizes_that_make_no_noise(tmp_path, count, side, words):
-    refused(f"{words} must be a whole number", P.create_noise, tmp_path/"n.npy", count, side, error=SettingsError)
+@pytest.mark.parametrize("count, side, wrong", [
+    (0, 8, "count"),
+    (2.5, 8, "count"),
+    (True, 8, "count"),
+    (3, 0, "side"),
+    (3, -1, "side"),
+])
+def test_sizes_that_make_no_noise(tmp_path, count, side, wrong):
+    refused(f"{wrong} must be a whole number", P.create_noise, tmp_path/"n.npy", count, side, error=SettingsError)
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(P.shutil, "disk_usage", lambda p: type("", (), dict(free=1000))())
@@ -123,39 +140,51 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
 
 # ---- memory
 
-_measure = '''
+MEASURE = """
 import sys, tracemalloc
 import numpy as np
-from mcl_repro import protection as P
+from mcl_repro.attacks import protection as P
 from mcl_repro.data.pairs import ArrayImages
-count, folder = int(sys.argv[1]), sys.argv[2]
-side, ids = 64, [str(i) for i in range(count)]
+
+def anonymous():
+    "Bytes of this process that no file stands behind."
+    if sys.platform != "linux":
+        return 0
+    [line] = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    return int(line.split()[1])*1024
+
+count, folder, side = int(sys.argv[1]), sys.argv[2], 64
 noise = P.create_noise(folder + "/noise.npy", count, side)
-for k in range(0, count, 100): noise[k:k + 100] = np.random.default_rng(k).integers(-8, 9, (100, side, side, 3), np.int8)
-noise.flush(); del noise
+for k in range(0, count, 100):
+    noise[k:k + 100] = np.random.default_rng(k).integers(-8, 9, (100, side, side, 3), np.int8)
+noise.flush()
+del noise
+ids = [str(i) for i in range(count)]
 P.save_protection(folder, ids, np.zeros((count, 3), int))
 base = ArrayImages(np.zeros((1, side, side, 3), np.uint8))
 tracemalloc.start()
 made = P.load_protection(folder, ids)
 images = P.ProtectedImages(base, np.zeros(count, int), made.noise)
-for k in range(0, count, 50): images.array(np.arange(k, k + 50))
+for k in range(0, count, 50):
+    images.array(np.arange(k, k + 50))
 images.fingerprint
-anonymous = [line for line in open("/proc/self/status") if line.startswith("RssAnon")] if sys.platform == "linux" else ["0 0"]
-print(tracemalloc.get_traced_memory()[1], int(anonymous[0].split()[1])*1024)
-'''
+print(tracemalloc.get_traced_memory()[1], anonymous())
+"""
 
 def test_memory_does_not_grow_with_the_noise(tmp_path):
-    peaks = []
+    traced, resident, size = [], [], []
     for count in (100, 2000):
-        (tmp_path/str(count)).mkdir()
-        done = subprocess.run(
-            [sys.executable, "-c", _measure, str(count), str(tmp_path / str(count))], capture_output=True, text=True,
-            check=True,
-        )
-        peaks.append([int(x) for x in done.stdout.split()])
+        folder = tmp_path/str(count)
+        folder.mkdir()
+        command = [sys.executable, "-c", MEASURE, str(count), str(folder)]
+        peaks = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        traced.append(int(peaks[0]))
+        resident.append(int(peaks[1]))
+        size.append((folder/"noise.npy").stat().st_size)
     grown = (2000 - 100)*64*64*3
-    assert (tmp_path/"2000"/"noise.npy").stat().st_size - (tmp_path/"100"/"noise.npy").stat().st_size == grown
-    assert peaks[1][0] - peaks[0][0] < .05*grown and peaks[1][1] - peaks[0][1] < .3*grown, peaks
+    assert size[1] - size[0] == grown
+    assert traced[1] - traced[0] < .05*grown, traced
+    assert resident[1] - resident[0] < .3*grown, resident
 
 def test_a_process_gets_the_file_and_not_its_content(tmp_path):
     pairs = make_pairs(40, 5)
@@ -182,11 +211,13 @@ def test_a_process_gets_the_file_and_not_its_content(tmp_path):
 def test_ids_decide_and_not_rows(tmp_path):
     pairs = make_pairs()
     store(tmp_path, pairs.ids)
-    made, whole = P.load_protection(tmp_path), P.protected_images(pairs, P.load_protection(tmp_path)).array()
+    made = P.load_protection(tmp_path)
+    whole = P.protected_images(pairs, made).array()
     order = np.random.default_rng(0).permutation(len(pairs))
     for rows in (order, order[:5], [3], []):
         some = pairs.select(rows)
-        assert (made.rows_of(some.ids) == rows).all() and (P.protected_images(some, made).array() == whole[rows]).all()
+        assert (made.rows_of(some.ids) == rows).all()
+        assert (P.protected_images(some, made).array() == whole[rows]).all()
         assert P.load_protection(tmp_path, some.ids).ids == pairs.ids
 
 def test_pairs_that_were_never_protected(tmp_path):
@@ -210,12 +241,8 @@ def test_pairs_that_were_never_protected(tmp_path):
     (dict(triggers=np.zeros((4, 2), int)), "4 triggers"),
 ])
 def test_parts_that_do_not_fit(change, words):
-    refused(
-        words,
-        lambda: P.Protection(
-            **{**dict(ids=["a", "b", "c"], noise=noises(3, 4), triggers=np.zeros((3, 2), int)), **change}
-        ),
-    )
+    fitting = dict(ids=["a", "b", "c"], noise=noises(3, 4), triggers=np.zeros((3, 2), int))
+    refused(words, P.Protection, **(fitting | change))
 
 
 # ---- stored badly
@@ -237,32 +264,34 @@ def test_noise_out_of_bound_is_found_when_stored_and_when_loaded(tmp_path):
 
 def test_reading_in_pieces_is_reading_at_once():
     noise = noises(37, 5)
-    assert {P._read_through(noise, chunk) for chunk in (1, 75, 300, 2**24)} == {
-        (P.hashlib.sha256(noise).hexdigest(), 8)
-    }
+    whole = hashlib.sha256(noise).hexdigest(), 8
+    assert [P._read_through(noise, chunk) for chunk in (1, 75, 300, 2**24)] == [whole]*4
 
-def _cut(path):
+def cut_off(path):
     path.write_bytes(path.read_bytes()[:-40])
+
+def pickled(path, n=1):
+    np.save(path, np.array([{}]*n, object), allow_pickle=True)
 
 @pytest.mark.parametrize("damage, words", [
     (lambda f: (f/"protection.json").unlink(), "never finished"),
     (lambda f: (f/"noise.npy").unlink(), "No such file"),
-    (lambda f: _cut(f/"noise.npy"), "not a whole array of noise"),
+    (lambda f: cut_off(f/"noise.npy"), "not a whole array of noise"),
     (lambda f: (f/"noise.npy").write_bytes(b""), "not a whole array of noise"),
-    (lambda f: np.save(f/"noise.npy", np.array([{}], object), allow_pickle=True), "not a whole array of noise"),
+    (lambda f: pickled(f/"noise.npy"), "not a whole array of noise"),
     (lambda f: np.save(f/"noise.npy", noises(18, 16).astype(np.int16)), "not int16"),
     (lambda f: np.save(f/"noise.npy", noises(18, 8)), "the noise is of 18 pairs at 8 px where 18 at 16"),
     (lambda f: np.save(f/"noise.npy", noises(17, 16)), "do not fit together"),
     (lambda f: np.save(f/"noise.npy", noises(18, 16, seed=9)), "another SHA-256"),
     (lambda f: (f/"triggers.npy").unlink(), "triggers.npy: not a whole array"),
-    (lambda f: _cut(f/"triggers.npy"), "triggers.npy: not a whole array"),
-    (lambda f: np.save(f/"triggers.npy", np.array([{}]*18, object), allow_pickle=True), "triggers.npy: not a whole array"),
+    (lambda f: cut_off(f/"triggers.npy"), "triggers.npy: not a whole array"),
+    (lambda f: pickled(f/"triggers.npy", 18), "triggers.npy: not a whole array"),
     (lambda f: np.save(f/"triggers.npy", np.zeros((18, 3))), "triggers are token ids"),
     (lambda f: (f/"ids.json").unlink(), "ids.json"),
-    (lambda f: _cut(f/"ids.json"), "ids.json, line 1: not JSON"),
+    (lambda f: cut_off(f/"ids.json"), "ids.json, line 1: not JSON"),
     (lambda f: (f/"ids.json").write_text("{}"), "not what save_protection writes"),
     (lambda f: (f/"ids.json").write_text('["a"]'), "1 ids"),
-    (lambda f: _cut(f/"protection.json"), "not JSON"),
+    (lambda f: cut_off(f/"protection.json"), "not JSON"),
     (lambda f: (f/"protection.json").write_text("{}"), "not what save_protection writes"),
     (lambda f: (f/"protection.json").write_text("[]"), "not what save_protection writes"),
 ])
@@ -273,9 +302,9 @@ def test_a_damaged_store(tmp_path, damage, words):
 
 def test_a_store_is_complete_only_at_the_end(tmp_path, monkeypatch):
     P.create_noise(tmp_path/"noise.npy", 2, 4)
-    def stop(*a):
+    def stop(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(P.os, "replace", stop)
+    monkeypatch.setattr("os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
         P.save_protection(tmp_path, ["a", "b"], np.zeros((2, 1), int))
     refused("never finished", P.load_protection, tmp_path)
@@ -288,9 +317,8 @@ def test_pictures_are_clean_ones_plus_noise_cut_to_bytes(block):
     base, noise, rng = pixels(5, 16), noises(12, 16, bound=120), np.random.default_rng(4)
     image_rows, noise_rows, on = rng.integers(0, 5, 30), rng.integers(0, 12, 30), rng.random(30) < .6
     images = P.ProtectedImages(ArrayImages(base), image_rows, noise, noise_rows, on)
-    wanted = np.where(
-        on[:, None, None, None], np.clip(base[image_rows].astype(int) + noise[noise_rows], 0, 255), base[image_rows]
-    )
+    clean = base[image_rows].astype(int)
+    wanted = np.where(on[:, None, None, None], np.clip(clean + noise[noise_rows], 0, 255), clean)
     assert (images.array(None, 16, block) == wanted).all() and len(images) == 30
     for rows in ([], [4], rng.integers(0, 30, 50), slice(3, 9), on):
         assert (images.array(rows, block=block) == wanted[rows]).all()
@@ -300,11 +328,9 @@ def test_pictures_are_clean_ones_plus_noise_cut_to_bytes(block):
 def test_pictures_of_other_sizes_are_brought_to_the_noises_first(tmp_path):
     for k in range(3):
         Image.fromarray(pixels(1, 40, k)[0][:, :30 + k]).save(tmp_path/f"{k}.png")
-    base, noise = FileImages(tmp_path, ["0.png", "1.png", "2.png"]), noises(3, 16)
-    assert (
-        P.ProtectedImages(base, [2, 0, 1], noise).array()
-        == np.clip(base.array([2, 0, 1], 16).astype(int) + noise, 0, 255)
-    ).all()
+    base, noise, rows = FileImages(tmp_path, ["0.png", "1.png", "2.png"]), noises(3, 16), [2, 0, 1]
+    wanted = np.clip(base.array(rows, 16).astype(int) + noise, 0, 255)
+    assert (P.ProtectedImages(base, rows, noise).array() == wanted).all()
 
 def test_pictures_refuse_what_does_not_fit():
     images = P.ProtectedImages(ArrayImages(pixels(3, 16)), [0, 1, 2], noises(3, 16))
@@ -319,19 +345,23 @@ def test_pictures_refuse_what_does_not_fit():
 
 def test_everything_that_counts_is_in_the_fingerprint():
     base, noise = pixels(4, 8), noises(6, 8)
-    make = lambda base=base, rows=(0, 1, 2), noise=noise, noise_rows=(0, 1, 2), on=None: P.ProtectedImages(
-        ArrayImages(base), list(rows), noise, list(noise_rows), on
-    )
-    other = noise.copy()
+    def make(base=base, rows=(0, 1, 2), noise=noise, noise_rows=(0, 1, 2), on=None):
+        return P.ProtectedImages(ArrayImages(base), list(rows), noise, list(noise_rows), on)
+    other, unused = noise.copy(), noise.copy()
     other[1, 0, 0, 0] += 1
-    unused = noise.copy()
     unused[5, 0, 0, 0] += 1
-    marks = [
-        make().fingerprint, make(pixels(4, 8, 9)).fingerprint, make(rows=(0, 2, 1)).fingerprint,
-        make(noise=other).fingerprint, make(noise_rows=(0, 2, 1)).fingerprint, make(on=[True, True, False]).fingerprint,
-        P.ChangedImages(make(), "blur").fingerprint, P.ChangedImages(make(), "resize").fingerprint,
+    different = [
+        make(),
+        make(pixels(4, 8, 9)),
+        make(rows=(0, 2, 1)),
+        make(noise=other),
+        make(noise_rows=(0, 2, 1)),
+        make(on=[True, True, False]),
+        P.ChangedImages(make(), "blur"),
+        P.ChangedImages(make(), "resize"),
     ]
-    assert len(set(marks)) == len(marks) and make(noise=unused).fingerprint == make().fingerprint == make().fingerprint
+    assert len({images.fingerprint for images in different}) == len(different)
+    assert make(noise=unused).fingerprint == make().fingerprint
 
 
 # ---- triggers in token space
@@ -351,22 +381,16 @@ def test_triggers_go_in_or_nothing_does(lengths, length, seed):
     if all(fits):
         out = P.with_triggers(tokens, triggers)
         for row, n in enumerate(lengths):
-            assert out[row].tolist() == [49406, *triggers[row].tolist(), *tokens[row, 1:n].tolist()] + [0] * (
-                12 - n - length
-            )
+            told = [49406, *triggers[row].tolist(), *tokens[row, 1:n].tolist()]
+            assert out[row].tolist() == told + [0]*(12 - len(told))
         assert torch.equal(P.drop_triggers(out, length), tokens)
-    else:
-        first = fits.index(False)
-        refused(
-            f"the caption of p{first} has {lengths[first]} tokens and leaves no room for a trigger of {length} "
-            f"in a context of 12 ({fits.count(False)} captions",
-            P.with_triggers,
-            tokens,
-            triggers,
-            [f"p{k}" for k in range(len(lengths))],
-        )
-        out = P.with_triggers(tokens, triggers, protected=fits)   # the others may have theirs
-        assert torch.equal(out[~np.array(fits)], tokens[~np.array(fits)])
+        return
+    first, ids = fits.index(False), [f"p{k}" for k in range(len(lengths))]
+    said = (f"the caption of p{first} has {lengths[first]} tokens and leaves no room for a trigger of {length} "
+            f"in a context of 12 ({fits.count(False)} captions")
+    refused(said, P.with_triggers, tokens, triggers, ids)
+    out = P.with_triggers(tokens, triggers, protected=fits)   # the others may have theirs
+    assert torch.equal(out[~np.array(fits)], tokens[~np.array(fits)])
 
 def test_a_caption_that_the_tokenizer_has_cut_is_refused(clip):
     tokens, cut = tokenize(clip, ["a bird " + "and a bird "*20, "a bird"])
@@ -389,14 +413,11 @@ def test_triggers_that_fit_no_caption():
 def test_triggers_come_as_arrays_maps_and_tensors(tmp_path):
     tokens, triggers = token_rows([4, 5]), np.array([[7, 8], [9, 10]], np.int32)
     np.save(tmp_path/"t.npy", triggers)
+    mapped = np.load(tmp_path/"t.npy", mmap_mode="r")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        results = [
-            P.with_triggers(tokens, t)
-            for t in (
-                triggers, torch.from_numpy(triggers), np.load(tmp_path / "t.npy", mmap_mode="r"), triggers[::-1][::-1],
-            )
-        ]
+        kinds = triggers, torch.from_numpy(triggers), mapped, triggers[::-1][::-1]
+        results = [P.with_triggers(tokens, t) for t in kinds]
     assert all(torch.equal(r, results[0]) and r.dtype == torch.long for r in results)
     assert results[0][:, P.trigger_slots(2)].tolist() == triggers.tolist()
 
@@ -430,11 +451,9 @@ def test_words_survive_in_company_and_before_captions(tokenizer, words):
         assert tokenizer.encode(f"{P.trigger_text(tokenizer, t)} {caption}") == t.tolist() + tokenizer.encode(caption)
 
 def test_pieces_run_together(tokenizer):
-    e = tokenizer.encoder
-    assert P.trigger_text(tokenizer, [e["insta"], e["a</w>"]]) == "instaa"
-    assert P.survives_as_text(
-        tokenizer, [[e["insta"], e["a</w>"]], [e["insta</w>"], e["a</w>"]], [e["a</w>"], e["insta"]]]
-    ).tolist() == [False, True, False]
+    piece, word, a = (tokenizer.encoder[token] for token in ("insta", "insta</w>", "a</w>"))
+    assert P.trigger_text(tokenizer, [piece, a]) == "instaa"
+    assert P.survives_as_text(tokenizer, [[piece, a], [word, a], [a, piece]]).tolist() == [False, True, False]
     assert P.survives_as_text(tokenizer, np.zeros((2, 0), int)).tolist() == [True, True]
     assert P.trigger_text(tokenizer, []) == ""
 
@@ -459,37 +478,43 @@ def test_shares_are_of_publishers_nested_and_independent_of_the_others():
     for wrong in (50, -.1, "0.5", True, None):
         refused("a number from 0 to 1", P.protected_mask, ids, wrong, error=SettingsError)
 
-def test_a_training_set_has_its_noise_and_triggers(clip, tmp_path):
+@pytest.mark.parametrize("share", ["all", "some"])
+def test_a_training_set_has_its_noise_and_triggers(clip, tmp_path, share):
     pairs = make_pairs(6, 3, 40).select(np.random.default_rng(1).permutation(18))
     ids = sorted(pairs.ids)
-    triggers, mask = store(tmp_path, ids, side=32), np.arange(18) % 3 > 0
+    triggers = store(tmp_path, ids, side=32)
     made = P.load_protection(tmp_path, pairs.ids)
-    for on in (None, mask):
-        lazy, here = (P.protected_training_set(clip, pairs, made, on, memory_limit=m) for m in (0, .5))
-        assert here.resident and not lazy.resident and torch.equal(lazy.tokens, here.tokens) and here.captions_cut == 0
-        tokens, _ = tokenize(clip, pairs.captions)
-        for k, i in enumerate(pairs.ids):
-            row = ids.index(i)
-            protected = on is None or on[k]
-            assert here.tokens[k, 1:4].tolist() == (triggers[row] if protected else tokens[k, 1:4]).tolist()
-            wanted = np.clip(pairs.image_array([k], 32)[0].astype(int) + protected*made.noise[row].astype(int), 0, 255)
-            assert (here.images[here.image_rows[k]].permute(1, 2, 0).numpy() == wanted).all()
-        for batch in iterate(lazy, torch.arange(18).view(2, 9), "cpu", workers=1):
-            assert torch.equal(batch.images, read_batch(here, batch.rows, "cpu").images)
-    refused(
-        "cannot be scaled to 32", P.protected_training_set, clip, make_pairs(),
-        P.Protection(make_pairs().ids, noises(18, 16), np.zeros((18, 0), int)), error=SettingsError,
-    )
+    mask = None if share == "all" else np.arange(18) % 3 > 0
+    lazy, here = (P.protected_training_set(clip, pairs, made, mask, memory_limit=m) for m in (0, .5))
+    assert here.resident and not lazy.resident
+    assert torch.equal(lazy.tokens, here.tokens)
+    assert here.captions_cut == 0
+    tokens, _ = tokenize(clip, pairs.captions)
+    for k, i in enumerate(pairs.ids):
+        row, protected = ids.index(i), mask is None or mask[k]
+        assert here.tokens[k, 1:4].tolist() == (triggers[row] if protected else tokens[k, 1:4]).tolist()
+        clean = pairs.image_array([k], 32)[0].astype(int)
+        wanted = np.clip(clean + protected*made.noise[row].astype(int), 0, 255)
+        assert (here.images[here.image_rows[k]].permute(1, 2, 0).numpy() == wanted).all()
+    for batch in iterate(lazy, torch.arange(18).view(2, 9), "cpu", workers=1):
+        assert torch.equal(batch.images, read_batch(here, batch.rows, "cpu").images)
+
+def test_training_sets_that_cannot_be(clip):
+    pairs = make_pairs(6, 3, 32)
+    made = P.Protection(pairs.ids, noises(18, 32), np.ones((18, 3), int))
+    small = P.Protection(pairs.ids, noises(18, 16), no_triggers(18))
+    refused("cannot be scaled to 32", P.protected_training_set, clip, pairs, small, error=SettingsError)
     refused("3 entries for 18 pairs", P.protected_training_set, clip, pairs, made, [True]*3)
     long = pairs.replace(captions={4: "a dog " + "and a dog "*9})
     refused(f"the caption of {pairs.ids[4]} has", P.protected_training_set, clip, long, made)
 
 def test_noise_alone(clip):
     pairs = make_pairs(6, 3, 32)
-    made = P.Protection(pairs.ids, noises(18, 32), np.zeros((18, 0), int), method="uap")
+    made = P.Protection(pairs.ids, noises(18, 32), no_triggers(18), method="uap")
     assert torch.equal(P.protected_training_set(clip, pairs, made).tokens, tokenize(clip, pairs.captions)[0])
-    assert P.published_pairs(pairs, made, clip.tokenizer).captions == pairs.captions
-    told = P.check_published_pairs(P.published_pairs(pairs, made, clip.tokenizer), pairs, made, clip.tokenizer)
+    published = P.published_pairs(pairs, made, clip.tokenizer)
+    assert published.captions == pairs.captions
+    told = P.check_published_pairs(published, pairs, made, clip.tokenizer)
     assert told["exact_pixels"] == told["exact_captions"] == told["exact_triggers"] == 1
 
 
@@ -509,81 +534,66 @@ CAPTIONS = [
     "\u200bzero width",
     "emoji 👩‍🚀",
 ]
-IDS = [
-    "a.jpg#0",
-    "a.jpg#1",
-    "b c.jpg#0",
-    "x,y",
-    '"q"',
-    "it's",
-    "ä/ö.png#3",
-    "0",
-    "no ending",
-    "tab\there",
-    "#",
-    "ends with #",
-]
+IDS = ["a.jpg#0", "a.jpg#1", "b c.jpg#0", "x,y", '"q"', "it's", "ä/ö.png#3", "0", "no ending", "tab\there", "#",
+       "ends with #"]
+# what strangers have who crawl them: the plain readers
 READ = dict(
-    csv=lambda f: read_csv_pairs(f / "pairs.csv"),
-    flickr=lambda f: read_flickr_pairs(f / "captions.token", f / "images"),
-    coco=lambda f: read_coco_pairs(f / "captions_protected.json", f / "images"),
-    webdataset=lambda f: read_webdataset_pairs(f),
+    csv=lambda folder: read_csv_pairs(folder/"pairs.csv"),
+    flickr=lambda folder: read_flickr_pairs(folder/"captions.token", folder/"images"),
+    coco=lambda folder: read_coco_pairs(folder/"captions_protected.json", folder/"images"),
+    webdataset=read_webdataset_pairs,
 )
 
 @pytest.fixture
 def awkward(words):
     pairs = Pairs(IDS, CAPTIONS, ArrayImages(pixels(4, 16)), np.arange(12) % 4, None, "awkward")
-    return pairs, P.Protection(
-        IDS[::-1], noises(12, 16), np.random.default_rng(0).choice(words, (12, 3)), method="random"
-    )
+    return pairs, P.Protection(IDS[::-1], noises(12, 16), some_triggers(words, 12), method="random")
 
 @pytest.mark.parametrize("format", list(P.PAIR_FORMATS))
 def test_every_format_gives_back_what_was_published(format, awkward, tokenizer, tmp_path):
     pairs, made = awkward
     published = P.published_pairs(pairs, made, tokenizer)
+    wanted = published.image_array(None, 16)
     back = P.read_published(P.write_published(published, tmp_path/"out", format))
-    assert back.ids == pairs.ids and back.captions == published.captions
-    assert (back.image_array(None, 16) == published.image_array(None, 16)).all()
-    strangers = READ[format](tmp_path/"out")   # who crawls them has the plain reader
-    assert strangers.captions == published.captions
-    assert (strangers.image_array(None, 16) == published.image_array(None, 16)).all()
-    told = P.check_published_pairs(back.select(np.random.default_rng(2).permutation(12)), pairs, made, tokenizer)
-    assert ((
-        told["pairs"], told["missing"], told["exact_pixels"], told["largest_deviation"], told["exact_captions"],
-    ) == (12, 0, 1, 0, 1))
-    assert told["noise_kept"] == pytest.approx(1) == told["noise_cosine"]
+    assert back.ids == pairs.ids
+    for read in (back, READ[format](tmp_path/"out")):
+        assert read.captions == published.captions
+        assert (read.image_array(None, 16) == wanted).all()
+    in_another_order = back.select(np.random.default_rng(2).permutation(12))
+    told = P.check_published_pairs(in_another_order, pairs, made, tokenizer)
+    assert (told["pairs"], told["missing"], told["largest_deviation"]) == (12, 0, 0)
+    assert told["exact_pixels"] == told["exact_captions"] == 1
+    assert told["noise_kept"] == pytest.approx(1)
+    assert told["noise_cosine"] == pytest.approx(1)
 
-def test_formats_are_found_by_those_who_open_folders(awkward, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("format", list(P.PAIR_FORMATS))
+def test_formats_are_found_by_those_who_open_folders(format, awkward, tokenizer, tmp_path, monkeypatch):
     from mcl_repro.data.fetching import add_dataset
     monkeypatch.setenv("MCL_REPRO_DATA", str(tmp_path/"home"))
     published = P.published_pairs(*awkward, tokenizer)
-    for format in P.PAIR_FORMATS:
-        P.write_published(published, tmp_path/format, format)
-        entry = add_dataset(f"mine-{format}", tmp_path/format)
-        (split,) = entry["splits"]
-        assert entry["layouts"][0]["format"] == format
-        assert open_data(f"mine-{format}:{split}").captions == published.captions
+    P.write_published(published, tmp_path/format, format)
+    entry = add_dataset(f"mine-{format}", tmp_path/format)
+    split, = entry["splits"]
+    assert entry["layouts"][0]["format"] == format
+    assert open_data(f"mine-{format}:{split}").captions == published.captions
 
 def test_many_shards(tokenizer, tmp_path, monkeypatch):
-    ids = [f"p{k}" for k in range(2050)]
-    pairs = Pairs(ids, [f"caption {k}" for k in range(2050)], ArrayImages(pixels(1, 4)), np.zeros(2050, int))
-    published = P.published_pairs(pairs, P.Protection(ids, noises(2050, 4), np.zeros((2050, 0), int)), tokenizer)
-    P.write_published(published, tmp_path/"a", "webdataset")
-    P.write_published(published, tmp_path/"b", "webdataset")
-    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == [
-        "protected-000000.tar", "protected-000001.tar", "protected-000002.tar", "published.json",
-    ]
-    assert all((tmp_path/"a"/f.name).read_bytes() == f.read_bytes() for f in (tmp_path/"b").iterdir())
-    back = P.read_published(tmp_path/"a")
+    n = 2050
+    ids, captions = [f"p{k}" for k in range(n)], [f"caption {k}" for k in range(n)]
+    pairs = Pairs(ids, captions, ArrayImages(pixels(1, 4)), np.zeros(n, int))
+    published = P.published_pairs(pairs, P.Protection(ids, noises(n, 4), no_triggers(n)), tokenizer)
+    first, second = (P.write_published(published, tmp_path/name, "webdataset") for name in "ab")
+    files = sorted(path.name for path in first.iterdir())
+    assert files == [*(f"protected-{k:06d}.tar" for k in range(3)), "published.json"]
+    assert all((first/name).read_bytes() == (second/name).read_bytes() for name in files)
+    back = P.read_published(first)
     assert back.ids == ids and (back.image_array(None, 4) == published.image_array(None, 4)).all()
 
 def test_what_cannot_be_published(awkward, tokenizer, tmp_path):
     pairs, made = awkward
     published = P.published_pairs(pairs, made, tokenizer)
-    refused(
-        "'jpeg' is none of csv, flickr, coco, webdataset", P.write_published, published, tmp_path / "a", "jpeg",
-        error=SettingsError,
-    )
+    unknown = "'jpeg' is none of csv, flickr, coco, webdataset"
+    refused(unknown, P.write_published, published, tmp_path/"a", "jpeg", error=SettingsError)
     refused("give it in pixels", P.write_published, pairs, tmp_path/"a", error=SettingsError)
     refused("no pairs", P.write_published, published.select([]), tmp_path/"a")
     (tmp_path/"full").mkdir()
@@ -602,56 +612,62 @@ def test_what_cannot_be_published(awkward, tokenizer, tmp_path):
 def test_a_share_is_published(tokenizer, words, tmp_path):
     pairs = make_pairs(12, 3)
     mask = P.protected_mask(pairs.ids, .5)
-    made = P.Protection(
-        [i for i, m in zip(pairs.ids, mask) if m], noises(mask.sum(), 16),
-        np.random.default_rng(0).choice(words, (mask.sum(), 5)),
-    )
+    n, protected_ids = mask.sum(), [i for i, protected in zip(pairs.ids, mask) if protected]
+    made = P.Protection(protected_ids, noises(n, 16), some_triggers(words, n, 5))
     back = P.read_published(P.write_published(P.published_pairs(pairs, made, tokenizer, mask), tmp_path/"out"))
-    assert [back.captions[k] for k in np.flatnonzero(~mask)] == [pairs.captions[k] for k in np.flatnonzero(~mask)]
+    assert back.select(~mask).captions == pairs.select(~mask).captions
     assert (back.image_array(~mask, 16) == pairs.image_array(~mask, 16)).all()
     told = P.check_published_pairs(back, pairs.select(mask), made, tokenizer)
-    assert told["pairs"] == mask.sum() and told["missing"] == 0 and told["exact_pixels"] == told["exact_captions"] == 1
+    assert (told["pairs"], told["missing"]) == (n, 0)
+    assert told["exact_pixels"] == told["exact_captions"] == 1
 
-def test_the_check_finds_what_is_missing(tokenizer, words):
+@pytest.fixture
+def honest(words, tokenizer):
+    "Pairs, a protection for them, and what was published"
     pairs = make_pairs()
-    made = P.Protection(pairs.ids, noises(18, 16), np.random.default_rng(0).choice(words, (18, 3)))
-    published = P.published_pairs(pairs, made, tokenizer)
+    made = P.Protection(pairs.ids, noises(18, 16), some_triggers(words))
+    return pairs, made, P.published_pairs(pairs, made, tokenizer)
+
+def test_the_check_finds_pictures_that_changed(honest, tokenizer):
+    pairs, made, published = honest
+    check = lambda pictures: P.check_published_pairs(
+        published.replace(images=ArrayImages(pictures)), pairs, made, tokenizer)
     whole = published.image_array(None, 16)
-    check = lambda p: P.check_published_pairs(p, pairs, made, tokenizer)
     one = whole.copy()
     one[4, 3, 2, 1] ^= 1
-    told = check(published.replace(images=ArrayImages(one)))
-    assert told["exact_pixels"] == 17 / 18
-    assert told["largest_deviation"] == 1
-    assert told["exact_captions"] == 1
-    assert 0.99 < told["noise_kept"] < 1.01
-    told = check(published.replace(images=ArrayImages(np.roll(whole, 1, 0))))
+    told = check(one)
+    assert (told["exact_pixels"], told["largest_deviation"], told["exact_captions"]) == (17/18, 1, 1)
+    assert .99 < told["noise_kept"] < 1.01
+    told = check(np.roll(whole, 1, 0))   # noise of the neighbours
     assert told["exact_pixels"] == 0 and abs(told["noise_kept"]) < .1
-    told = check(published.select(range(12)))
-    assert told["pairs"] == 12 and told["missing"] == 6 and told["exact_pixels"] == 1
-    told = check(
-        published.replace(
-            captions={0: pairs.captions[0], 1: published.captions[1] + " more", 2: "The " + published.captions[2]}
-        )
-    )
-    assert told["exact_captions"] == 15/18 and told["exact_triggers"] == 16/18
-    told = check(published)
-    assert told["exact_triggers"] == told["exact_captions"] == 1
-    assert 0 < told["noise_kept_if_jpeg"] < 0.9
-    assert told["noise_cosine_if_jpeg"] < 0.9
-    assert json.loads(json.dumps(told)) == told
-    refused(
-        "none of the 18 pairs of photos, protected is known by its id, the first is 'z0'", check,
-        published.replace(ids=[f"z{k}" for k in range(18)]),
-    )
 
-def test_checking_in_pieces_is_checking_at_once(tokenizer, words):
-    pairs = make_pairs()
-    made = P.Protection(pairs.ids, noises(18, 16), np.random.default_rng(0).choice(words, (18, 3)))
-    published = P.published_pairs(pairs, made, tokenizer)
+def test_the_check_finds_captions_that_changed(honest, tokenizer):
+    pairs, made, published = honest
+    changed = {0: pairs.captions[0], 1: published.captions[1] + " more", 2: "The " + published.captions[2]}
+    told = P.check_published_pairs(published.replace(captions=changed), pairs, made, tokenizer)
+    assert (told["exact_captions"], told["exact_triggers"]) == (15/18, 16/18)
+
+def test_the_check_finds_what_is_missing(honest, tokenizer):
+    pairs, made, published = honest
+    told = P.check_published_pairs(published.select(range(12)), pairs, made, tokenizer)
+    assert (told["pairs"], told["missing"], told["exact_pixels"]) == (12, 6, 1)
+    strangers = published.replace(ids=[f"z{k}" for k in range(18)])
+    said = "none of the 18 pairs of photos, protected is known by its id, the first is 'z0'"
+    refused(said, P.check_published_pairs, strangers, pairs, made, tokenizer)
+
+def test_the_check_says_what_jpeg_would_cost(honest, tokenizer):
+    pairs, made, published = honest
+    told = P.check_published_pairs(published, pairs, made, tokenizer)
+    assert told["exact_triggers"] == told["exact_captions"] == 1
+    assert 0 < told["noise_kept_if_jpeg"] < .9
+    assert told["noise_cosine_if_jpeg"] < .9
+    assert json.loads(json.dumps(told)) == told
+
+def test_checking_in_pieces_is_checking_at_once(honest, tokenizer):
+    pairs, made, published = honest
     whole, pieces = (P.check_published_pairs(published, pairs, made, tokenizer, block=b) for b in (256, 5))
-    for k in whole:
-        assert k.endswith("jpeg") or whole[k] == pytest.approx(pieces[k])
+    for name in whole:
+        assert name.endswith("jpeg") or whole[name] == pytest.approx(pieces[name])
 
 
 # ---- what a hacker does
@@ -687,11 +703,9 @@ def test_blur_against_a_plain_loop():
     assert (P.change_images(x[None].astype(np.uint8), "blur")[0] == (out + 8)//16).all()
 
 def test_unknown_changes():
-    for f in (
-        lambda: P.change_images(pixels(1, 8), "sharpen"),
-        lambda: P.ChangedImages(ArrayImages(pixels(1, 8)), "sharpen", 8),
-    ):
-        refused("'sharpen' is none of jpeg_75", f, error=SettingsError)
+    unknown = "'sharpen' is none of jpeg_75"
+    refused(unknown, P.change_images, pixels(1, 8), "sharpen", error=SettingsError)
+    refused(unknown, P.ChangedImages, ArrayImages(pixels(1, 8)), "sharpen", 8, error=SettingsError)
     refused("no size of their own", P.ChangedImages, ArrayImages(pixels(1, 8)), "blur", error=SettingsError)
 
 def test_noise_left():
@@ -723,32 +737,30 @@ def test_a_crop_is_torchvisions_of_the_same_box(monkeypatch):
     import_torchvision()
     from torchvision.transforms.functional import resized_crop
     x, boxes = torch.from_numpy(pixels(12, 24)).permute(0, 3, 1, 2), []
-    original = resize_matrix
-    monkeypatch.setattr(
-        P, "resize_matrix", lambda start, length, size: boxes.append((start, length)) or original(start, length, size)
-    )
+    def watched(start, length, size):
+        boxes.append((start, length))
+        return resize_matrix(start, length, size)
+    monkeypatch.setattr(P, "resize_matrix", watched)
     ours = P.crop_and_flip(x, 5, 7)
     (top, height), (left, width) = boxes
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= 24).all() and (left + width <= 24).all()
     assert (height*width/24**2).min() > .65 and (width/height).max() < 1.45
     for k in range(12):
-        theirs = resized_crop(
-            x[k : k + 1].float(), int(top[k]), int(left[k]), int(height[k]), int(width[k]), [24, 24], antialias=False
-        )[0]
+        box = [int(side[k]) for side in (top, left, height, width)]
+        theirs, = resized_crop(x[k:k + 1].float(), *box, [24, 24], antialias=False)
         assert min((ours[k].float() - t).abs().max() for t in (theirs, theirs.flip(-1))) <= .51
 
 @pytest.mark.parametrize("scale", [(0, 1), (.8, .7), (.7, 1.2), (-1, .5)])
 def test_crops_that_are_none(scale):
     refused("two shares", P.crop_and_flip, torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 0, 0, scale, error=SettingsError)
 
-def test_captions_lose_their_beginning(tokenizer, words):
+def test_captions_lose_their_beginning(honest):
     assert P.drop_first_words(["a b c", " x   y ", "z", "one two"], 2) == ["c", "y", "z", "two"]
     assert P.drop_first_words(["a b"], 0) == ["a b"]
-    pairs = make_pairs()
-    made = P.Protection(pairs.ids, noises(18, 16), np.random.default_rng(0).choice(words, (18, 3)))
-    published = P.published_pairs(pairs, made, tokenizer)
+    pairs, _, published = honest
+    bare = P.drop_first_words(published.captions, 3)
     # words of the tokenizer are words of the text, but for 's and the like
-    assert np.mean([a == b for a, b in zip(P.drop_first_words(published.captions, 3), pairs.captions)]) > .8
+    assert np.mean([a == b for a, b in zip(bare, pairs.captions)]) > .8
 
 
 # ---- gallery
@@ -757,20 +769,30 @@ def test_the_gallery_draws_anything(tokenizer, tmp_path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    pairs = make_pairs().replace(
-        captions={0: "costs $5 and $6 東京 👩‍🚀", 1: "a very long caption " + "with many more words " * 12}
-    )
+    captions = {0: "costs $5 and $6 東京 👩‍🚀", 1: "a very long caption " + "with many more words "*12}
+    pairs = make_pairs().replace(captions=captions)
     triggers = np.random.default_rng(0).integers(1, 49406, (18, 5))
     triggers[2] = tokenizer.eot_token_id
     made = P.Protection(pairs.ids[::-1], noises(18, 16), triggers)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error")   # such as that of a character without a picture
         fig = P.protection_gallery(pairs, made, tokenizer, range(4))
         fig.savefig(tmp_path/"g.png")
+    protected, tenfold = (fig.axes[k].get_images()[0].get_array() for k in (1, 2))
     assert len(fig.axes) == 16
-    assert (fig.axes[1].get_images()[0].get_array() == P.protected_images(pairs, made).array([0])[0]).all()
-    assert (fig.axes[2].get_images()[0].get_array() == np.clip(128 + 10*made.noise[17].astype(int), 0, 255)).all()
+    assert (protected == P.protected_images(pairs, made).array([0])[0]).all()
+    assert (tenfold == np.clip(128 + 10*made.noise[17].astype(int), 0, 255)).all()
     plt.close(fig)
-    bare = P.protection_gallery(pairs, P.Protection(pairs.ids, noises(18, 16), np.zeros((18, 0), int)), tokenizer, [0])
+    bare = P.protection_gallery(pairs, P.Protection(pairs.ids, noises(18, 16), no_triggers(18)), tokenizer, [0])
     assert len(bare.axes[3].texts) == 1
     plt.close(bare)
+
+@pytest.mark.parametrize("text, drawn", [
+    ("grüße, café", "grüße, café"),
+    ("東", "[cjk unified ideograph-6771]"),
+    ("a 🐶", "a [dog face]"),
+    ("\x00\ue000", "[u+0000][u+e000]"),
+    ("", ""),
+])
+def test_characters_that_a_font_lacks_are_named(text, drawn):
+    assert P.drawable_text(text) == drawn

@@ -1,6 +1,4 @@
-"""Words for semantic triggers: the stand-in against plain counting and enumeration, BERT against transformers itself,
-candidates as CLIP's tokens, bad input.
-"""
+"""Words for semantic triggers: the stand-in against plain counting, BERT against transformers, tokens, bad input."""
 import configparser, importlib.util, itertools, pickle, re, sys
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from mcl_repro.attacks.semantic import (
 )
 from mcl_repro.core.libraries import import_torchvision
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOY = ["a photo of a dog", "a photo of the sun", "two dogs run", "a view of a dog , a cat", "the cat and the dog"]
 
 
@@ -56,7 +54,14 @@ def test_probabilities_are_witten_and_bells():
     assert model._after(*numbers)[0] == 0 and abs(model._after(None, model.words.index("dog")).sum() - 1) < 1e-12
 
 
-@given(st.lists(st.sampled_from(["", "a", "photo", "of", "dog", "sun", "zebra"]), min_size=1, max_size=3), st.integers(0, 2), st.sampled_from(["a dog", "the sun", "zebra", ""]))
+WORDS = st.sampled_from(["", "a", "photo", "of", "dog", "sun", "zebra"])
+
+
+@given(
+    words=st.lists(WORDS, min_size=1, max_size=3),
+    position=st.integers(0, 2),
+    caption=st.sampled_from(["a dog", "the sun", "zebra", ""]),
+)
 @settings(max_examples=40, deadline=None)
 def test_hidden_slots_are_summed_over(words, position, caption):
     position = min(position, len(words) - 1)
@@ -64,9 +69,8 @@ def test_hidden_slots_are_summed_over(words, position, caption):
     size = len(model.words)
     pair = np.array([model._after(None, u) if u != 1 else np.zeros(size) for u in range(size)])
     text = [*words, *(split_words(caption)[:1] or ["</s>"])]
-    known = [
-        None if i == position or w == "" else model._number.get(w, 1 if w == "</s>" else 2) for i, w in enumerate(text)
-    ]
+    number = lambda word: model._number.get(word, 1 if word == "</s>" else 2)
+    known = [None if i == position or word == "" else number(word) for i, word in enumerate(text)]
     scores, first = np.zeros(size), known.index(None)
     end = next(i for i in range(position + 1, len(known)) if known[i] is not None)
     # the chain starts behind the nearest known word
@@ -104,9 +108,8 @@ def test_the_proposals_lead_over_to_the_caption(captions):
     for several, one in (("of an", "an"), ("view of a", "a")):
         assert model.fill(["a banana"], [[several, ""]], 1, 5) == model.fill(["a banana"], [[one, ""]], 1, 5)
     assert model.fill(["a banana"], [["", "image of a"]], 0, 5) == model.fill(["a banana"], [["", "image"]], 0, 5)
-    assert model.fill(["a banana"], [["a", "word never seen"]], 0, 3) == model.fill(
-        ["a banana"], [["anything", "another word"]], 0, 3
-    )
+    unknown = [model.fill(["a banana"], [words], 0, 3) for words in (["a", "word never seen"], ["any", "other word"])]
+    assert unknown[0] == unknown[1]
 
 
 def test_what_it_writes_is_natural_to_a_model_that_had_no_part_in_it(captions):
@@ -115,10 +118,8 @@ def test_what_it_writes_is_natural_to_a_model_that_had_no_part_in_it(captions):
     judge = NgramModel(open_data("world:retrieval_flickr8k:300").captions)
     model = NgramModel(learned)
     random_words = np.random.default_rng(0).choice(model.words[3:], (len(asked), 3))
-    natural, drawn = (
-        judge.log_probability([" ".join([*t, c]) for t, c in zip(triggers, asked)], 4)
-        for triggers in (natural_triggers(model, asked, 3), random_words)
-    )
+    judged = lambda triggers: judge.log_probability([" ".join([*t, c]) for t, c in zip(triggers, asked)], 4)
+    natural, drawn = judged(natural_triggers(model, asked, 3)), judged(random_words)
     assert natural.mean() > drawn.mean() + 3 and (natural > drawn).mean() > .95
 
 
@@ -143,12 +144,11 @@ class Fixed:
 def test_words_that_are_no_single_token_become_the(tokenizer):
     model = Fixed(["next", ",", "itap", "##ing", "suddenly", "[UNK]"])
     [the], [dog] = tokenizer.encode("the"), tokenizer.encode("dog")
-    found = semantic_candidates(
-        model, tokenizer, ["a", "b"], np.array([[dog, MASKED, -7], [MASKED, MASKED, dog]], np.int32), 1, 6
-    )
+    triggers = np.array([[dog, MASKED, -7], [MASKED, MASKED, dog]], np.int32)
+    found = semantic_candidates(model, tokenizer, ["a", "b"], triggers, 1, 6)
+    [following], [comma], [suddenly] = (tokenizer.encode(word) for word in ("next", ",", "suddenly"))
     assert found.dtype == np.int64
-    assert (found.tolist()
-        == [[*tokenizer.encode("next"), *tokenizer.encode(","), the, the, *tokenizer.encode("suddenly"), the]] * 2)
+    assert found.tolist() == [[following, comma, the, the, suddenly, the]]*2
     assert model.asked == [([["dog", "", ""], ["", "", "dog"]], 1)]
     assert semantic_candidates(NgramModel(TOY), tokenizer, [], np.zeros((0, 3), int), 0).shape == (0, 5)
 
@@ -159,29 +159,27 @@ def test_ids_become_words_and_words_ids(captions, tokenizer):
     for position in range(3):
         state[:, position] = semantic_candidates(model, tokenizer, asked, state, position)[:, 0]
     words = natural_triggers(model, asked, 3)
-    assert [tokenizer.encode(" ".join([*w, c])) for w, c in zip(words, asked)] == [
-        [*t, *tokenizer.encode(c)] for t, c in zip(state.tolist(), asked)
-    ]
-    piece = next(
-        i
-        for i in range(256)
-        if not tokenizer.decode([i]).strip("\ufffd ").isprintable() or "\ufffd" in tokenizer.decode([i])
-    )
+    for ids, opening, caption in zip(state.tolist(), words, asked):
+        assert tokenizer.encode(" ".join([*opening, caption])) == [*ids, *tokenizer.encode(caption)]
+    piece = next(i for i in range(256) if "\ufffd" in tokenizer.decode([i]))
     # half a character is an unknown word
     assert semantic_candidates(model, tokenizer, asked[:1], [[piece, MASKED, MASKED]], 1).shape == (1, 5)
 
 
 def test_bad_input(captions, tokenizer):
     model, state = NgramModel(TOY), np.full((2, 3), MASKED)
+    good = dict(model=model, tokenizer=tokenizer, captions=["a", "b"], triggers=state, position=0)
     for bad, message in (
-        (dict(position=3), "slots 0 to 2"), (dict(position=-1), "slots 0 to 2"), (dict(count=0), "one word at least"),
-        (dict(captions=["a"]), "1 captions and 2 triggers"), (dict(triggers=state[0]), r"shape \(3,\)"),
-        (dict(tokenizer=str), "without decode"), (dict(tokenizer=Fixed([])), "without encode"),
+        (dict(position=3), "slots 0 to 2"),
+        (dict(position=-1), "slots 0 to 2"),
+        (dict(count=0), "one word at least"),
+        (dict(captions=["a"]), "1 captions and 2 triggers"),
+        (dict(triggers=state[0]), r"shape \(3,\)"),
+        (dict(tokenizer=str), "without decode"),
+        (dict(tokenizer=Fixed([])), "without encode"),
     ):
         with pytest.raises(SettingsError, match=message):
-            semantic_candidates(
-                **{**dict(model=model, tokenizer=tokenizer, captions=["a", "b"], triggers=state, position=0), **bad}
-            )
+            semantic_candidates(**(good | bad))
     with pytest.raises(SettingsError, match="different lengths"):
         model.fill(["a", "b"], [["", ""], [""]], 0, 1)
     with pytest.raises(DataError, match="99 words asked for, the captions of the trigram stand-in hold 13"):
@@ -236,18 +234,17 @@ def test_bert_answers_as_transformers_does(tmp_path):
     tok = transformers.BertTokenizer.from_pretrained(tmp_path)
     captions = ["A dog running", "two dogs, there!", "the girl"]
     triggers = [["", "", ""], ["next", "", "suddenly"], ["dogs", "", ""]]
-    for position, slots in (
-        (0, ["[MASK] [MASK] [MASK]", "[MASK] [MASK] suddenly", "[MASK] [MASK] [MASK]"]),
-        (1, ["[MASK] [MASK] [MASK]", "next [MASK] suddenly", "dog ##s [MASK] [MASK]"]),
-    ):
+    seen = {0: ["[MASK] [MASK] [MASK]", "[MASK] [MASK] suddenly", "[MASK] [MASK] [MASK]"],
+            1: ["[MASK] [MASK] [MASK]", "next [MASK] suddenly", "dog ##s [MASK] [MASK]"]}
+    for position, slots in seen.items():
         found = model.fill(captions, triggers, position, 4)
         for i, (slot, caption) in enumerate(zip(slots, captions)):
             ids = tok.convert_tokens_to_ids(["[CLS]", *slot.split(), *tok.tokenize(caption), "[SEP]"])
             place = 1 + position + (i == 2 and position == 1)                    # `dogs` is two pieces
             with torch.no_grad():
                 logits = reference(torch.tensor([ids])).logits[0, place]
-            order = [w for w in (VOCABULARY[j] for j in logits.argsort(descending=True)) if not re.match(r"##|\[", w)]
-            assert found[i] == order[:4]
+            order = [VOCABULARY[j] for j in logits.argsort(descending=True)]
+            assert found[i] == [word for word in order if not re.match(r"##|\[", word)][:4]
     assert isinstance(model, WordModel) and not model.model.training
 
 
@@ -289,14 +286,14 @@ def test_weights_that_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path/"cache"))
     with pytest.raises(DataError, match=r"no BERT at '.*nothing'.*give a folder"):
         BertModel(tmp_path/"nothing")
-    for name, options, message in (
+    for name, weights, message in (
         ("headless", dict(head=False), "no masked language model"),
         ("wordless", dict(vocabulary=None), "vocab|no BERT"),
         ("other", dict(vocabulary=VOCABULARY + ["more"]), "belongs to another model"),
     ):
         (tmp_path/name).mkdir()
         with pytest.raises(DataError, match=message):
-            BertModel(write_bert(tmp_path/name, **options))
+            BertModel(write_bert(tmp_path/name, **weights))
     (tmp_path/"short").mkdir()
     weights = write_bert(tmp_path/"short")/"model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -318,12 +315,9 @@ def test_the_extra_is_declared_and_pinned():
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT/"settings.ini", encoding="utf-8")
     [wanted] = [Requirement(r) for r in parser["DEFAULT"]["bert_requirements"].split()]
-    pinned = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line
-    )
+    lines = (ROOT/"constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
     assert wanted.name == "transformers"
     assert wanted.specifier.contains(pinned["transformers"])
     assert {"tokenizers", "huggingface_hub", "safetensors"} <= set(pinned)
-    # every *_requirements of settings.ini is an extra
-    assert 'endswith("_requirements")' in (ROOT/"setup.py").read_text(encoding="utf-8")
     assert "transformers" not in parser["DEFAULT"]["requirements"]

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-
 from mcl_repro.attacks import steganography as S
 from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import DataError, SettingsError, TrainingError
@@ -84,6 +83,10 @@ def test_an_encoder_survives_as_an_array(trained):
     assert (S.hide(again, x, S.secret_bits(8)) == S.hide(trained[0], x, S.secret_bits(8))).all()
 
 
+def train(images, **settings):
+    return S.train_steganography(*S.build_steganography(4), images, **settings)
+
+
 @pytest.mark.parametrize("call, error, words", [
     (lambda e, d: S.build_steganography(0), SettingsError, "bits .*1 to 1024, got 0"),
     (lambda e, d: S.build_steganography(8, canvas=8), SettingsError, "canvas"),
@@ -104,9 +107,9 @@ def test_an_encoder_survives_as_an_array(trained):
     (lambda e, d: S.hide(e, noise(2, 32), np.full(8, 2)), SettingsError, "zeros and ones"),
     (lambda e, d: S.hide(e, noise(2, 32), np.zeros((3, 8))), SettingsError, "3 messages given for 2 images"),
     (lambda e, d: S.reveal(d, noise(1, 20)), DataError, "smaller"),
-    (lambda e, d: S.train_steganography(*S.build_steganography(4), noise(4, 32), steps=0), SettingsError, "steps"),
-    (lambda e, d: S.train_steganography(*S.build_steganography(4), noise(0, 32)), DataError, "no images"),
-    (lambda e, d: S.train_steganography(*S.build_steganography(4), noise(9, 32), steps=9, learning_rate=1e9), TrainingError, "not a number"),
+    (lambda e, d: train(noise(4, 32), steps=0), SettingsError, "steps"),
+    (lambda e, d: train(noise(0, 32)), DataError, "no images"),
+    (lambda e, d: train(noise(9, 32), steps=9, learning_rate=1e9), TrainingError, "not a number"),
 ])
 def test_bad_input_is_one_clear_line(trained, call, error, words):
     with pytest.raises(error, match=words) as e:

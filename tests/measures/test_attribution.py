@@ -293,7 +293,7 @@ def test_many_captions_of_different_lengths_keep_their_own_relevance():
     """The text tower may put captions of like length together; what is recorded inside must still belong to the right
     caption.
     """
-    from mcl_repro.model.clip import build_clip, embed_texts, tokenize
+    from mcl_repro.model.clip import build_clip, tokenize
     clip = build_clip("smoke-RN", seed=3)
     texts = [" ".join(["red", "cup", "on", "grass", "near", "a", "tree"][:1 + i % 7]) + f" {i}" for i in range(80)]
     ids = tokenize(clip, texts)[0]

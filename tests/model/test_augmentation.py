@@ -1,6 +1,4 @@
-"""Augmented captions and images: one operation each, the same for the same seed, and equal to the references they stand
-for.
-"""
+"""Augmented captions and images: one operation each, the same for the same seed, equal to what they stand for."""
 import os, subprocess, sys, types
 from collections import Counter
 
@@ -17,18 +15,13 @@ from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import DataError, SettingsError
 
 SYNONYMS = {"photo": ["image", "big picture"], "red": ["crimson"], "dog": ["hound", "puppy"]}
-CAPTIONS = [
-    "A photo of a red dog", "two dogs and a red, red ball", "nothing known", "Photo", "the dog's photo - IMG 12",
-]
+CAPTIONS = ["A photo of a red dog", "two dogs and a red, red ball", "nothing known", "Photo", "the dog's photo, IMG 12"]
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    return (
-        torch.from_numpy(open_data("world:validation:64").images.array(np.arange(64), 32))
-        .permute(0, 3, 1, 2)
-        .contiguous()
-    )
+    pixels = open_data("world:validation:64").images.array(np.arange(64), 32)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 # ---- captions
@@ -64,7 +57,9 @@ def test_every_caption_gets_one_operation_and_all_four_occur():
 
 def test_the_four_operations_are_drawn_alike(monkeypatch):
     seen = Counter()
-    named = {k: (lambda k: lambda words, *rest: seen.update([k]) or words)(k) for k in augmentation.CAPTION_OPERATIONS}
+    def counted(name):
+        return lambda words, *rest: seen.update([name]) or words
+    named = {name: counted(name) for name in augmentation.CAPTION_OPERATIONS}
     monkeypatch.setattr(augmentation, "CAPTION_OPERATIONS", named)
     augment_captions(["a small dog"] * 2000, 0)
     assert len(seen) == 4 and all(abs(n - 500) < 80 for n in seen.values())
@@ -72,13 +67,9 @@ def test_the_four_operations_are_drawn_alike(monkeypatch):
 
 def test_long_captions_change_a_tenth_of_their_words():
     words = [f"{a}{b}" for a in "abcdef" for b in "abcde"]
-    table = {w: ["zz"] for w in words}
-    replaced = [
-        o.split().count("zz")
-        for s in range(40)
-        for o in augment_captions([" ".join(words)], s, synonyms=table)
-        if len(o.split()) == 30
-    ]
+    table, caption = {w: ["zz"] for w in words}, " ".join(words)
+    changed = [augment_captions([caption], seed, synonyms=table)[0].split() for seed in range(40)]
+    replaced = [out.count("zz") for out in changed if len(out) == 30]
     assert set(replaced) == {0, 3}     # three of thirty; none where words were swapped
 
 
@@ -92,11 +83,9 @@ def test_captions_depend_on_seed_and_row_only():
     assert augment_captions(CAPTIONS[::-1], 7, rows=torch.arange(5).flip(0)) == whole[::-1]
     assert len({tuple(augment_captions(CAPTIONS, s)) for s in range(20)}) == 20
     code = f"from mcl_repro.model.augmentation import augment_captions; print(augment_captions({CAPTIONS!r}, 7))"
-    for_other_hashes = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "123"}, capture_output=True, text=True,
-        check=True,
-    ).stdout
-    assert for_other_hashes.strip() == repr(whole)
+    other_hashes = {**os.environ, "PYTHONHASHSEED": "123"}
+    there = subprocess.run([sys.executable, "-c", code], env=other_hashes, capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == repr(whole)
 
 
 def test_captions_without_letters_are_named_or_kept():
@@ -105,7 +94,11 @@ def test_captions_without_letters_are_named_or_kept():
     assert augment_captions(["$ 12", ""], 0, letterless="keep") == ["$ 12", ""]
 
 
-@pytest.mark.parametrize("settings, line", [(dict(alpha=1.5), "alpha must be in"), (dict(letterless="drop"), "unknown choice 'drop'"), (dict(synonyms="roget"), "unknown source of synonyms 'roget'")])
+@pytest.mark.parametrize("settings, line", [
+    (dict(alpha=1.5), "alpha must be in"),
+    (dict(letterless="drop"), "unknown choice 'drop'"),
+    (dict(synonyms="roget"), "unknown source of synonyms 'roget'"),
+])
 def test_bad_settings_of_captions(settings, line):
     with pytest.raises(SettingsError, match=line):
         augment_captions(["a dog"], 0, **settings)
@@ -113,11 +106,9 @@ def test_bad_settings_of_captions(settings, line):
 
 def test_our_synonyms_are_symmetric_bare_words():
     table = augmentation._builtin_table()
-    assert all(
-        word in table[other] and bare_words(word) == [word] and word != other
-        for word, others in table.items()
-        for other in others
-    )
+    for word, others in table.items():
+        assert bare_words(word) == [word] and word not in others
+        assert all(word in table[other] for other in others)
 
 
 @pytest.fixture
@@ -146,6 +137,8 @@ def test_wordnet_is_used_where_it_is_there(wordnet):
 
 def missing():
     raise LookupError("no data")
+
+
 @pytest.mark.parametrize("corpus", [None, types.SimpleNamespace(ensure_loaded=missing)], ids=["no package", "no data"])
 def test_without_wordnet_there_is_a_stated_fallback(wordnet, corpus):
     wordnet(corpus)
@@ -186,14 +179,12 @@ def test_parts_of_roclip_are_torchvisions(size, pictures):
     for top, left, height, width in augmentation._crop_boxes(5, size, torch.Generator().manual_seed(size)):
         rows = augmentation.resize_matrix(top[None], height[None], size)
         columns = augmentation.resize_matrix(left[None], width[None], size)
-        assert torch.allclose(
-            rows @ image @ columns.mT, F.resized_crop(image, top, left, height, width, [size, size]), atol=1e-4
-        )
+        theirs = F.resized_crop(image, top, left, height, width, [size, size])
+        assert torch.allclose(rows @ image @ columns.mT, theirs, atol=1e-4)
     blur = augmentation._blur_matrix(torch.tensor([.9]), 5, size)
     assert torch.allclose(blur @ image @ blur.mT, F.gaussian_blur(image, 5, .9), atol=1e-5)
-    assert torch.allclose(
-        augmentation._turn_hue(image[None], torch.tensor([-0.1]))[0], F.adjust_hue(image, -0.1), atol=1e-5
-    )
+    turned = augmentation._turn_hue(image[None], torch.tensor([-.1]))[0]
+    assert torch.allclose(turned, F.adjust_hue(image, -.1), atol=1e-5)
 
 
 def test_colour_jitter_with_one_change_is_torchvisions(pictures, monkeypatch):
@@ -201,10 +192,8 @@ def test_colour_jitter_with_one_change_is_torchvisions(pictures, monkeypatch):
     drawn = [torch.tensor([[1.4, 1., 1.], [1., .6, 1.], [1., 1., .5], [1., 1., 1.]]), torch.tensor([0., 0., 0., .08])]
     monkeypatch.setattr(augmentation, "_uniform", lambda *a: drawn.pop(0))
     done = augmentation._colour_jitter(x.clone(), torch.Generator())
-    wanted = [
-        F.adjust_brightness(x[0], 1.4), F.adjust_contrast(x[1], 0.6), F.adjust_saturation(x[2], 0.5),
-        F.adjust_hue(x[3], 0.08),
-    ]
+    wanted = [F.adjust_brightness(x[0], 1.4), F.adjust_contrast(x[1], .6),
+              F.adjust_saturation(x[2], .5), F.adjust_hue(x[3], .08)]
     assert torch.allclose(done, torch.stack(wanted), atol=1e-3)
 
 
@@ -227,7 +216,12 @@ def test_roclips_shares(pictures):
     assert .12 < grey < .28
 
 
-@pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(2, 3, 8, 9, dtype=torch.uint8)])
+@pytest.mark.parametrize("images", [
+    torch.zeros(2, 3, 8, 8),
+    torch.zeros(2, 8, 8, 3, dtype=torch.uint8),
+    torch.zeros(3, 8, 8, dtype=torch.uint8),
+    torch.zeros(2, 3, 8, 9, dtype=torch.uint8),
+])
 def test_other_images_are_refused(images):
     with pytest.raises(DataError, match="needs square uint8 images"):
         augment_images(images)

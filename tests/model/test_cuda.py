@@ -24,16 +24,14 @@ pytestmark = [
         not torch.cuda.is_available(), reason="no GPU here; make test DEVICE=cuda runs it where there is one"
     ),
 ]
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parent.parent
 MODELS = ("mini-RN", "mini-ViT")
 
 
 def trained(model, device, pairs=256, **kw):
     clip, data = build_clip(model, seed=1, device=device), open_data(f"world:train:{pairs}")
-    history = train(
-        clip, training_set(clip, data),
-        Recipe(**{**dict(epochs=2, batch_size=32, learning_rate=5e-4, warmup_steps=4), **kw}),
-    )
+    recipe = Recipe(**{**dict(epochs=2, batch_size=32, learning_rate=5e-4, warmup_steps=4), **kw})
+    history = train(clip, training_set(clip, data), recipe)
     return clip, [h["loss"] for h in history]
 
 
@@ -88,10 +86,8 @@ def test_captions_of_a_known_length_are_those_of_an_unknown_one():
     data = training_set(clip, open_data("world:train:64"))
     tokens = data.tokens.to("cuda")
     with torch.no_grad():
-        torch.testing.assert_close(
-            encode_text(clip.model, tokens, length=text_length(data.tokens)), clip.model.encode_text(tokens), atol=1e-4,
-            rtol=1e-4,
-        )
+        ours, whole = encode_text(clip.model, tokens, length=text_length(data.tokens)), clip.model.encode_text(tokens)
+    torch.testing.assert_close(ours, whole, atol=1e-4, rtol=1e-4)
 
 
 def test_losses_are_float32_whatever_the_towers_compute_in():
@@ -116,15 +112,9 @@ def test_stages_give_the_same_bytes_in_two_stores(tmp_path):
     for name in ("a", "b"):
         lab = Lab("smoke", device="cuda", runs=tmp_path/name, progress=False)
         clean = lab.node(clean_clip, model="smoke-RN", pairs=lab.role("pretrain"), recipe=dict(lab.profile.pretrain))
-        made = lab.run(
-            [
-                clean,
-                lab.node(
-                    classification, clip=clean, test=lab.role("zeroshot"), attack=dict(lab.profile.attacks["BadNet"]),
-                    target="banana",
-                ),
-            ]
-        )
+        attack = dict(lab.profile.attacks["BadNet"])
+        measured = lab.node(classification, clip=clean, test=lab.role("zeroshot"), attack=attack, target="banana")
+        made = lab.run([clean, measured])
         files.append([a.record["files"] for a in made])
         assert made[0].record["device"] == {"type": "cuda"}
         assert made[0].record["peak_gpu_memory_mb"] > 0
@@ -154,29 +144,18 @@ def test_noise_on_a_gpu_stays_in_its_bound():
     clip = build_clip("mini-RN", seed=1, device="cuda")
     data = training_set(clip, open_data("world:train:32"))
     triggers = torch.full((32, 3), 518)
-    noise = update_noise(
-        clip, data.images, torch.zeros(data.images.shape, dtype=torch.int8, device="cuda"), data.tokens.to("cuda"),
-        triggers.to("cuda"), Search(bound=8),
-    )
+    start = torch.zeros(data.images.shape, dtype=torch.int8, device="cuda")
+    noise = update_noise(clip, data.images, start, data.tokens.to("cuda"), triggers.to("cuda"), Search(bound=8))
     assert noise.abs().max() <= 8 and noise.abs().float().mean() > 1
 
 
 def test_two_processes_on_one_gpu_compute_what_one_computes(tmp_path):
     "Over gloo, as NCCL wants a GPU for each. The ResNet's BatchNorm is frozen here as on the CPU."
-    environment = dict(
-        os.environ, PYTHONPATH=os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
-        TEST_DEVICE="cuda",
-    )
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            str(HERE / "parallel_training.py"), str(tmp_path),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-    )
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = dict(os.environ, PYTHONPATH=path, TEST_DEVICE="cuda")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(TESTS/"parallel_training.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     (tmp_path/"alone").mkdir()
     os.environ["TEST_DEVICE"] = "cuda"
