@@ -58,7 +58,7 @@ site: $(READY)
 	@$(PY) -m mcl_repro.dev.site --profile $(PROFILE)
 
 bench: $(READY)
-	@$(PY) benchmarks/training.py
+	@$(PY) benchmarks/speed.py
 
 readme: $(READY)
 	@$(PY) -m mcl_repro.dev.publishing --front
