@@ -456,22 +456,23 @@ class _Comparison:
         nothing = dict(value=None, ci_low=None, ci_high=None, n=0, note=reason)
         return [dict(attack=attack, defence=defence, metric=metric, **nothing) for metric in ("CA", "ASR")]
 
-    def victim(self, pairs, place):
-        "A copy of the clean model, fine-tuned on pairs as they are."
-        victim = replace(self.clip, model=copy.deepcopy(self.clip.model))
-        kept, restart = place and place/"victim.safetensors", place and place/"checkpoint.safetensors"
-        if kept and kept.is_file():
-            return load_weights(victim, kept)
-        if place:
-            place.mkdir(exist_ok=True)
-        recipe = Recipe(**self.recipe)
-        train(victim, training_set(victim, pairs), recipe, checkpoint=restart, progress=self.progress)
-        victim.model = victim.model.to(memory_format=torch.contiguous_format)    # as it would be loaded
-        if place:
-            save_clip(victim, place/".part")
-            (place/".part").replace(kept)
-            restart.unlink()
-        return victim
+# %% ../../nbs/tools/plugins.ipynb #a5ca0a23
+def _victim(c, pairs, place):
+    "A copy of the clean model, fine-tuned on pairs as they are."
+    victim = replace(c.clip, model=copy.deepcopy(c.clip.model))
+    kept, restart = place and place/"victim.safetensors", place and place/"checkpoint.safetensors"
+    if kept and kept.is_file():
+        return load_weights(victim, kept)
+    if place:
+        place.mkdir(exist_ok=True)
+    recipe = Recipe(**c.recipe)
+    train(victim, training_set(victim, pairs), recipe, checkpoint=restart, progress=c.progress)
+    victim.model = victim.model.to(memory_format=torch.contiguous_format)    # as it would be loaded
+    if place:
+        save_clip(victim, place/".part")
+        (place/".part").replace(kept)
+        restart.unlink()
+    return victim
 
 # %% ../../nbs/tools/plugins.ipynb #e7ecd381
 def _defended(c, victim, poisoned, attack, printed, settings, trigger):
@@ -500,7 +501,7 @@ def _against(c, name, done):
     def path(defence, settings=None):
         return place and place/f"{_key(defence, settings)}.json"
     yield from _kept(path("clean model"), lambda: c.lines(name, "clean model", c.clip, trigger))
-    victim = c.victim(done.pairs, place)
+    victim = _victim(c, done.pairs, place)
     yield from _kept(path("none"), lambda: c.lines(name, "none", victim, trigger))
     for printed, settings in c.ways.items():
         repaired = functools.partial(_defended, c, victim, done.pairs, name, printed, settings, trigger)

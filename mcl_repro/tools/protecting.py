@@ -9,7 +9,14 @@ __all__ = ['METHOD', 'UNTESTED', 'SQUARE', 'WHOLE', 'own_copy', 'is_untrained', 
            'verified_table', 'verdict', 'training_recipe', 'verify']
 
 # %% ../../nbs/tools/protecting.ipynb #2697bdc4
-import copy, hashlib, json, math, os, shutil, tempfile, time
+import copy
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,26 +27,26 @@ import torch
 from PIL import Image, ImageOps
 
 from ..attacks.base import distortion
-from .cards import Card, limits_of, write_card, write_page
-from ..model.clip import build_clip, Clip, embed_images, embed_texts, is_causal, mini_models, tokenize
-from ..data.pairs import ArrayImages, Images, Pairs, sha256_of_array, square, StoredImages
-from ..data.readers import read_csv_pairs, read_json, write_csv_pairs
+from mcl_repro.attacks.protection import (
+    candidate_tokens, change_images, ChangedImages, check_published_pairs, HACKER_CHANGES, has_room, Likeness,
+    load_protection, PAIR_FORMATS, protected_training_set, Protection, protection_gallery, published_pairs,
+    read_published, survives_as_text, trigger_text, write_published,
+)
 from ..core.errors import DataError, SettingsError
+from ..core.files import read_json, write_json
+from ..core.seeds import seeded
+from ..data.pairs import ArrayImages, Images, Pairs, sha256_of_array, square, StoredImages
+from ..data.readers import read_csv_pairs, write_csv_pairs
+from ..lab.profiles import load_profile, merge_settings
+from ..measures.metrics import bootstrap_interval, hits, median_rank, paired_bootstrap, retrieval_ranks
+from ..model.clip import build_clip, Clip, embed_images, embed_texts, is_causal, mini_models, tokenize
+from ..model.training import contrastive_loss, epoch_batches, read_batch, Recipe, train, training_set
+from ..papers.mem import allowed_tokens, protect_pairs, Search
+from .cards import Card, limits_of, write_card, write_page
 from mcl_repro.tools.inputs import (
     as_clip, as_pairs, Cost, differing, input_row, model_fingerprint, no_problems, pair_remarks, Readable,
     readable_pairs,
 )
-from ..lab.profiles import load_profile, merge_settings
-from ..lab.store import write_record
-from ..papers.mem import allowed_tokens, protect_pairs, Search
-from ..measures.metrics import bootstrap_interval, hits, median_rank, paired_bootstrap, retrieval_ranks
-from mcl_repro.attacks.protection import (
-    candidate_tokens, change_images, ChangedImages, check_published_pairs, HACKER_CHANGES, has_room, Likeness,
-    load_protection, protected_training_set, Protection, protection_gallery, PAIR_FORMATS, published_pairs,
-    read_published, survives_as_text, trigger_text, write_published,
-)
-from ..core.seeds import seeded
-from ..model.training import contrastive_loss, epoch_batches, read_batch, Recipe, train, training_set
 
 # %% ../../nbs/tools/protecting.ipynb #31b6d4cf
 class _Plain:
@@ -105,6 +112,10 @@ class Numbers:
     stop_below: float         # the search ends when its loss is lower
     accumulate: bool = False  # see `protect_pairs`
 
+    def for_pairs(self, count: int):
+        "The same with a batch that is no larger than the set."
+        recipe = self.recipe and replace(self.recipe, batch_size=min(self.recipe.batch_size, count))
+        return replace(self, recipe=recipe)
     def describe(self):
         return dict(
             search=asdict(self.search), recipe=self.recipe and asdict(self.recipe), round_steps=self.round_steps,
@@ -112,6 +123,23 @@ class Numbers:
         )
 
 # %% ../../nbs/tools/protecting.ipynb #d551a685
+def _search_of(base, changes):
+    "The search of a profile's entry, with changes."
+    if isinstance(changes, Search):
+        return changes
+    return _of_kind(Search, {**base["search"], "vocabulary": "words", **(changes or {})}, "search")
+
+def _recipe_of(base, changes, count, seed):
+    "The surrogate's recipe of a profile's entry, with changes; None where it is not trained."
+    recipe = changes
+    if not isinstance(changes, Recipe):
+        usual = base["recipe"]
+        if changes is None and usual is None:
+            return None
+        recipe = {**(usual or {}), **(changes or {})}
+        recipe = _of_kind(Recipe, {**recipe, "seed": recipe.get("seed", seed)}, "recipe")
+    return replace(recipe, batch_size=min(recipe.batch_size, count))
+
 def numbers_of(clip: Clip, # the surrogate
                count: int, # pairs
                method: str = METHOD, # an entry of `mem.methods` in profiles.yaml
@@ -125,20 +153,9 @@ def numbers_of(clip: Clip, # the surrogate
     if method not in profile.methods:
         raise SettingsError(f"method: {method!r} is none of {', '.join(profile.methods)}")
     base = merge_settings(profile.protect, profile.methods[method])
-    if not isinstance(search, Search):
-        search = _of_kind(Search, {**base["search"], "vocabulary": "words", **(search or {})}, "search")
-    if isinstance(recipe, dict):
-        recipe = {**(base["recipe"] or {}), **recipe}
-    elif recipe is None:
-        recipe = base["recipe"]
-    if isinstance(recipe, dict):
-        recipe = _of_kind(Recipe, {**recipe, "seed": recipe.get("seed", seed)}, "recipe")
-    if recipe:
-        recipe = replace(recipe, batch_size=min(recipe.batch_size, count))
-    return _of_kind(
-        Numbers, {**{k: base[k] for k in ("round_steps", "stop_below")}, **other, "search": search, "recipe": recipe},
-        "protect",
-    )
+    found = dict(search=_search_of(base, search), recipe=_recipe_of(base, recipe, count, seed))
+    rounds = {k: base[k] for k in ("round_steps", "stop_below")}
+    return _of_kind(Numbers, {**rounds, **other, **found}, "protect")
 
 # %% ../../nbs/tools/protecting.ipynb #1564bead
 class Photos(Images):
@@ -150,7 +167,8 @@ class Photos(Images):
     def __getitem__(self, row):
         picture = self.base[row]
         try:
-            return ImageOps.exif_transpose(picture) if picture.getexif().get(0x0112, 1) != 1 else picture
+            upright = picture.getexif().get(0x0112, 1) == 1
+            return picture if upright else ImageOps.exif_transpose(picture)
         except Exception:
             return picture   # a note that cannot be read is no note
     def take(self, rows):
@@ -173,12 +191,13 @@ def captions_without_room(clip: Clip, pairs: Pairs, length: int # tokens of a tr
     if not length:
         return no_problems()
     tokens, _ = tokenize(clip, list(pairs.captions))
-    full = (~has_room(tokens, length)).nonzero().flatten().tolist()
-    say = lambda k: (
-        f"the caption of {pairs.ids[k]} has {len(clip.tokenizer.encode(pairs.captions[k])) + 2} tokens and "
-        f"leaves no room for a trigger of {length} in a context of {tokens.shape[1]}"
-    )
-    return pd.DataFrame([dict(id=pairs.ids[k], problem=say(k)) for k in full]) if full else no_problems()
+    problems = []
+    for k in (~has_room(tokens, length)).nonzero().flatten().tolist():
+        own = len(clip.tokenizer.encode(pairs.captions[k])) + 2     # with start and end
+        problem = (f"the caption of {pairs.ids[k]} has {own} tokens and leaves no room for a trigger of {length} "
+                   f"in a context of {tokens.shape[1]}")
+        problems.append(dict(id=pairs.ids[k], problem=problem))
+    return pd.DataFrame(problems) if problems else no_problems()
 
 def _check_room(problems, total, tolerance, name):
     "DataError, with the first cases, where more captions than tolerated are too long."
@@ -191,12 +210,25 @@ def _check_room(problems, total, tolerance, name):
     )
 
 # %% ../../nbs/tools/protecting.ipynb #97ef565e
+def _together(*tables):
+    "Tables of problems below one another."
+    some = [t for t in tables if len(t)]
+    return pd.concat(some, ignore_index=True) if some else no_problems()
+
+def _shared_pictures(pairs):
+    "A sentence about pairs that share their picture, or none."
+    shared = len(pairs) - len(np.unique(pairs.image_rows))
+    if not shared:
+        return ()
+    return (f"{shared:,} pairs share their picture with another pair: it is published once for each caption, with "
+            "other noise each time.",)
+
 def ready_pairs(clip: Clip, # the surrogate
                 pairs: Pairs, # as they were given
                 length: int, # tokens of a trigger
                 tolerance: float = .01, # share that may be left out for each of the two reasons
                 keep_size: bool = False,
-                progress = None
+                progress=None
     ) -> Ready:
     "Pairs that can be protected. DataError, before any work, for more bad ones than tolerated."
     long = captions_without_room(clip, pairs, length)
@@ -212,22 +244,10 @@ def ready_pairs(clip: Clip, # the surrogate
             f"{pairs.name}: one pair alone cannot be protected, as the search compares pairs with one another; "
             "give at least two"
         )
-    left_out = (
-        pd.concat([t for t in (long, read.problems) if len(t)], ignore_index=True)
-        if len(long) + len(read.problems)
-        else no_problems()
-    )
-    shared = len(read.pairs) - len(np.unique(read.pairs.image_rows))
-    told = (
-        (
-            f"{shared:,} pairs share their picture with another pair: it is published once for each caption, with "
-            "other noise each time.",
-        )
-        if shared
-        else ()
-    )
-    # `_duplicates` compares the pictures themselves
-    return Ready(read.pairs, left_out, pair_remarks(Readable(read.pairs, read.rows, left_out), repeated=0) + told)
+    left_out = _together(long, read.problems)
+    # pairs that come twice are counted later, from the pictures themselves
+    remarks = pair_remarks(Readable(read.pairs, read.rows, left_out), repeated=0)
+    return Ready(read.pairs, left_out, remarks + _shared_pictures(read.pairs))
 
 # %% ../../nbs/tools/protecting.ipynb #2245c1f8
 def enlarge_noise(noise: np.ndarray, # int8 [s, s, 3] in 1/255, of the centre square
@@ -251,9 +271,8 @@ class WholePhotos(Images):
     def __getitem__(self, row):
         photo = self.base[int(self.image_rows[row])]
         photo = photo if photo.mode == "RGB" else photo.convert("RGB")
-        return Image.fromarray(
-            np.clip(np.asarray(photo) + enlarge_noise(self.noise[row], photo.size), 0, 255).astype(np.uint8)
-        )
+        noisy = np.asarray(photo) + enlarge_noise(self.noise[row], photo.size)
+        return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
     def take(self, rows):
         return WholePhotos(self.base, self.image_rows[rows], self.noise[rows])
     @property
@@ -281,43 +300,49 @@ def pair_facts(before: np.ndarray, # uint8 [h, w, 3], as it was given
                survival: bool = True # compare after each change, too
     ) -> dict:
     "What was done to one picture, and what is left of it after a hacker's changes."
-    told = {k: float(v[0]) if k == "psnr" else int(v[0]) for k, v in distortion(before[None], after[None]).items()}
-    clean = _seen(before, "", len(noise))
+    told = distortion(before[None], after[None])
+    facts = {k: float(v[0]) if k == "psnr" else int(v[0]) for k, v in told.items()}
+    facts = dict(width=after.shape[1], height=after.shape[0], **facts)
+    if not survival:
+        return facts
+    clean, side = _seen(before, "", len(noise)), len(noise)
     meant = np.clip(clean + noise, 0, 255) - clean
-    for name in ("", *HACKER_CHANGES) if survival else ():
+    for change in ("", *HACKER_CHANGES):
+        without_noise = _seen(before, change, side) if change else clean
         left = Likeness()
-        left.add(_seen(after, name, len(noise)) - (_seen(before, name, len(noise)) if name else clean), meant)
-        told |= {f"kept_{name or 'published'}": left.kept, f"cosine_{name or 'published'}": left.cosine}
-    return dict(width=after.shape[1], height=after.shape[0], **told)
+        left.add(_seen(after, change, side) - without_noise, meant)
+        name = change or "published"
+        facts |= {f"kept_{name}": left.kept, f"cosine_{name}": left.cosine}
+    return facts
 
 # %% ../../nbs/tools/protecting.ipynb #ba6eca92
+def _trigger_words(protection, row, tokenizer):
+    "A pair's trigger as text, and whether it is read back as the same tokens."
+    if not protection.length:
+        return dict(trigger="", reads_back=True)
+    trigger = protection.triggers[row]
+    return dict(trigger=trigger_text(tokenizer, trigger), reads_back=bool(survives_as_text(tokenizer, [trigger])[0]))
+
 def pair_table(clean: Pairs, # as they were given
                published: Pairs, # the same pairs as they are published, in the same order
                protection: Protection, # that knows their ids
                tokenizer, # that the triggers were made with
                whole: bool, # pictures have their own size
                measured: int = 1000, # pairs whose survival is measured, spread evenly
-               progress = None
+               progress=None
     ) -> pd.DataFrame:
     "One row per pair: id, trigger, caption as published, size, and what `pair_facts` says."
-    rows, side, listed = protection.rows_of(clean.ids), protection.side, []
-    chosen = set(np.linspace(0, len(clean) - 1, min(measured, len(clean))).round().astype(int).tolist())
-    picture = lambda pairs, k: np.asarray(pairs[k].image.convert("RGB")) if whole else pairs.image_array([k], side)[0]
-    for k, row in enumerate(rows):
-        trigger = protection.triggers[row]
-        words = (
-            dict(trigger=trigger_text(tokenizer, trigger), reads_back=bool(survives_as_text(tokenizer, [trigger])[0]))
-            if protection.length
-            else dict(trigger="", reads_back=True)
-        )
-        listed.append(
-            dict(
-                id=clean.ids[k], **words, caption=published.captions[k],
-                **pair_facts(picture(clean, k), picture(published, k), np.asarray(protection.noise[row]), k in chosen),
-            )
-        )
-        if progress and (k % 50 == 49 or k + 1 == len(rows)):
-            progress(k + 1, len(rows), "pairs", "measuring")
+    count, listed = len(clean), []
+    chosen = set(np.linspace(0, count - 1, min(measured, count)).round().astype(int).tolist())
+    def picture(pairs, k):
+        return np.asarray(pairs[k].image.convert("RGB")) if whole else pairs.image_array([k], protection.side)[0]
+    for k, row in enumerate(protection.rows_of(clean.ids)):
+        words = _trigger_words(protection, row, tokenizer)
+        noise = np.asarray(protection.noise[row])
+        facts = pair_facts(picture(clean, k), picture(published, k), noise, k in chosen)
+        listed.append(dict(id=clean.ids[k], **words, caption=published.captions[k], **facts))
+        if progress and (k % 50 == 49 or k + 1 == count):
+            progress(k + 1, count, "pairs", "measuring")
     return pd.DataFrame(listed)
 
 # %% ../../nbs/tools/protecting.ipynb #f3029886
@@ -326,19 +351,17 @@ def mean_loss(clip: Clip, # in evaluation mode
               data, # `TrainingSet`
               batch_size: int
     ) -> float: # nats
-    """InfoNCE over all pairs, in batches of the order in which they stand; the last batches share what does not fill
-    one.
-    """
+    "InfoNCE over all pairs, in batches as they stand; the last batches share what does not fill one."
     clip.model.eval()
-    parts = torch.arange(len(data)).tensor_split(max(1, len(data)//batch_size))
-    return sum(float(contrastive_loss(clip, read_batch(data, rows, clip.device)))*len(rows) for rows in parts)/len(data)
+    total = 0
+    for rows in torch.arange(len(data)).tensor_split(max(1, len(data)//batch_size)):
+        total += float(contrastive_loss(clip, read_batch(data, rows, clip.device)))*len(rows)
+    return total/len(data)
 
 def search_losses(clip: Clip, pairs: Pairs, protection: Protection, batch_size: int) -> dict:
     "Loss of the trained surrogate on pairs without and with their protection."
-    return dict(
-        clean=mean_loss(clip, training_set(clip, pairs), batch_size),
-        protected=mean_loss(clip, protected_training_set(clip, pairs, protection), batch_size),
-    )
+    clean, protected = training_set(clip, pairs), protected_training_set(clip, pairs, protection)
+    return dict(clean=mean_loss(clip, clean, batch_size), protected=mean_loss(clip, protected, batch_size))
 
 # %% ../../nbs/tools/protecting.ipynb #4096858b
 def claim_folder(folder: Path, # new, empty, or of the same work
@@ -351,7 +374,7 @@ def claim_folder(folder: Path, # new, empty, or of the same work
     if not note.is_file():
         if folder.exists() and (there := next(folder.iterdir(), None)):
             raise SettingsError(f"{folder} holds other things ({there.name}); name a new or an empty folder")
-        return write_record(note, identity)
+        return write_json(note, identity)
     if other := differing(read_json(note), identity):
         raise SettingsError(
             f"{folder} is for something else ({'; '.join(other[:4])}): name another folder, or go on with what "
@@ -359,24 +382,19 @@ def claim_folder(folder: Path, # new, empty, or of the same work
         )
 
 # %% ../../nbs/tools/protecting.ipynb #53b13fbc
-# Protection, how it went
-def _searched(clip: Clip, ready: Ready, numbers: Numbers, folder: Path, seed: int, progress) -> tuple:
+def _searched(clip: Clip, ready: Ready, numbers: Numbers, folder: Path, seed: int, progress
+    ) -> tuple: # Protection, how it went
     "The protection in a folder; made where it is not there yet."
-    note, work = folder/"search.json", folder/"work"
+    note, work, place = folder/"search.json", folder/"work", folder/"protection"
     if not note.is_file():
         how = protect_pairs(
-            clip, ready.pairs, folder / "protection", numbers.search, numbers.recipe, numbers.round_steps,
-            numbers.stop_below, numbers.accumulate, work, progress, seed,
+            clip, ready.pairs, place, numbers.search, numbers.recipe, numbers.round_steps, numbers.stop_below,
+            numbers.accumulate, work, progress, seed,
         )
-        made = load_protection(folder/"protection", ready.pairs.ids)
-        write_record(
-            note,
-            dict(
-                how, losses=search_losses(clip, ready.pairs, made, numbers.recipe.batch_size if numbers.recipe else 128)
-            ),
-        )
+        made, batch = load_protection(place, ready.pairs.ids), numbers.recipe.batch_size if numbers.recipe else 128
+        write_json(note, dict(how, losses=search_losses(clip, ready.pairs, made, batch)))
     shutil.rmtree(work, ignore_errors=True)
-    return load_protection(folder/"protection", ready.pairs.ids), read_json(note)
+    return load_protection(place, ready.pairs.ids), read_json(note)
 
 # %% ../../nbs/tools/protecting.ipynb #e9321ca4
 def _check_format(format, keep_size, captions, folder=None):
@@ -387,28 +405,24 @@ def _check_format(format, keep_size, captions, folder=None):
         raise SettingsError(
             f"photos of their own size are published as csv, not as {format}; leave one of format and keep_size out"
         )
-    if (
-        format == "flickr"
-        and (k := next((k for k, c in enumerate(captions) if "\n" in c or "\r" in c), None)) is not None
-    ):
-        raise DataError(f"caption {k + 1} has a line break, which a Flickr file cannot hold; take format='csv'")
+    if format == "flickr":
+        broken = [k for k, caption in enumerate(captions) if "\n" in caption or "\r" in caption]
+        if broken:
+            raise DataError(f"caption {broken[0] + 1} has a line break, which a Flickr file cannot hold; take "
+                            "format='csv'")
     note = folder and folder/"published"/"published.json"
     if note and note.is_file() and (was := read_json(note).get("format")) != format:
-        raise SettingsError(
-            f"{folder / 'published'} was published as {was}, not as {format}: take it away to publish again; the "
-            "protection stays"
-        )
+        raise SettingsError(f"{folder/'published'} was published as {was}, not as {format}: take it away to publish "
+                            "again; the protection stays")
 
+# %% ../../nbs/tools/protecting.ipynb #39f61057
 def _published(pairs: Pairs, protection: Protection, tokenizer, keep_size: bool) -> Pairs:
     "The pairs as the world will see them, made when asked for."
     seen = published_pairs(pairs, protection, tokenizer)
-    return (
-        seen.replace(
-            images=WholePhotos(pairs.images, pairs.image_rows, protection.noise[protection.rows_of(pairs.ids)])
-        )
-        if keep_size
-        else seen
-    )
+    if not keep_size:
+        return seen
+    noise = protection.noise[protection.rows_of(pairs.ids)]
+    return seen.replace(images=WholePhotos(pairs.images, pairs.image_rows, noise))
 
 def _write_out(pairs: Pairs, # of `_published`
                folder: Path, format: str, keep_size: bool) -> Pairs: # as they are read from there, in the same order
@@ -416,18 +430,22 @@ def _write_out(pairs: Pairs, # of `_published`
     target, part = folder/"published", folder/"published.part"
     if not target.is_dir():
         shutil.rmtree(part, ignore_errors=True)
-        write_csv_pairs(pairs, part) if keep_size else write_published(pairs, part, format)
+        if keep_size:
+            write_csv_pairs(pairs, part)
+        else:
+            write_published(pairs, part, format)
         os.replace(part, target)
     read = read_csv_pairs(target/"pairs.csv") if keep_size else read_published(target)
     row = {i: k for k, i in enumerate(read.ids)}
     if missing := [i for i in pairs.ids if i not in row]:
-        raise DataError(
-            f"{target}: {missing[0]} is missing from what was published; take the folder away to publish "
-            "again, the protection stays"
-        )
+        raise DataError(f"{target}: {missing[0]} is missing from what was published; take the folder away to publish "
+                        "again, the protection stays")
     return read.select([row[i] for i in pairs.ids], pairs.name)
 
 # %% ../../nbs/tools/protecting.ipynb #60a6a2db
+_SHOWN = ("id", "trigger", "caption", "width", "height", "psnr", "linf", "kept_published", "kept_jpeg_75",
+          "kept_resize")     # columns of the page
+
 @dataclass(frozen=True)
 class Protected:
     "What `protect` leaves."
@@ -447,31 +465,15 @@ class Protected:
     def gallery(self, rows=(0, 1, 2)):
         return protection_gallery(self.clean, self.protection, self.tokenizer, rows)
     def page(self, path, rows=(0, 1, 2)): # one HTML file
-        some = self.table[
-            [
-                "id", "trigger", "caption", "width", "height", "psnr", "linf", "kept_published", "kept_jpeg_75",
-                "kept_resize",
-            ]
-        ].head(20)
-        tested = (
-            [("The test", self.verified, "What a model knows after each training, on clean test pairs.")]
-            if self.verified is not None
-            else []
-        )
-        return write_page(
-            self.card,
-            path,
-            figures=[
-                (
-                    "Some of the pairs", self.gallery(rows),
-                    "Before and after, the noise tenfold, and the caption with its trigger.",
-                )
-            ],
-            tables=[
-                *tested,
-                ("Pairs", some, f"The first {len(some)} of {len(self.table):,}; report.csv has all, and more columns."),
-            ],
-        )
+        some = self.table[list(_SHOWN)].head(20)
+        told = f"The first {len(some)} of {len(self.table):,}; report.csv has all, and more columns."
+        tables = [("Pairs", some, told)]
+        if self.verified is not None:
+            tested = "What a model knows after each training, on clean test pairs."
+            tables.insert(0, ("The test", self.verified, tested))
+        told = "Before and after, the noise tenfold, and the caption with its trigger."
+        figures = [("Some of the pairs", self.gallery(rows), told)]
+        return write_page(self.card, path, figures=figures, tables=tables)
 
 # %% ../../nbs/tools/protecting.ipynb #a443051a
 UNTESTED = "Whether a model learns less from them was not tested; verify does that."
@@ -479,11 +481,9 @@ UNTESTED = "Whether a model learns less from them was not tested; verify does th
 def _outcome(table, protection, losses, keep_size):
     "What came out, in two sentences."
     size = "at their own size" if keep_size else f"as squares of {protection.side} x {protection.side} pixels"
-    words = (
-        f" and {protection.length} tokens before each caption"
-        if protection.length
-        else "; the captions stay as they are"
-    )
+    words = "; the captions stay as they are"
+    if protection.length:
+        words = f" and {protection.length} tokens before each caption"
     return (
         f"{len(table):,} pairs are protected and published {size}: noise of at most {protection.bound}/255 in "
         f"the pictures{words}. "
@@ -491,31 +491,27 @@ def _outcome(table, protection, losses, keep_size):
         f"protection {losses['clean']:.2f}. {UNTESTED}"
     )
 
+def _mean_row(what, values, unit="", note=""):
+    value, low, high = bootstrap_interval(values)[:3]
+    return dict(what=what, unit=unit, note=note, value=value, ci_low=low, ci_high=high)
+
 def _measured(table, protection, losses, check):
     "Rows of the card."
-    row = lambda what, values, unit="", note="": dict(
-        what=what, unit=unit, note=note, **dict(zip(("value", "ci_low", "ci_high"), bootstrap_interval(values)[:3]))
-    )
-    told = [
-        dict(
-            what="loss of the trained surrogate, protected beside clean pairs", before=losses["clean"],
-            value=losses["protected"], unit="nats", note="before: the same pairs without protection",
-        )
-    ]
+    told = [dict(
+        what="loss of the trained surrogate, protected beside clean pairs", before=losses["clean"],
+        value=losses["protected"], unit="nats", note="before: the same pairs without protection",
+    )]
     finite = table["psnr"][np.isfinite(table["psnr"])]
-    told += [row("PSNR of published pictures", finite, "dB")] if len(finite) else []
-    told += [dict(what="largest change of a pixel", value=int(table["linf"].max()), unit="of 255")]
+    if len(finite):
+        told.append(_mean_row("PSNR of published pictures", finite, "dB"))
+    told.append(dict(what="largest change of a pixel", value=int(table["linf"].max()), unit="of 255"))
     known = table[table["cosine_published"].notna()]
-    told += [
-        row(
-            f"noise that is left, {'as published' if name == 'published' else 'after ' + name}", known[f"kept_{name}"],
-            note=f"cosine {known[f'cosine_{name}'].mean():.2f}",
-        )
-        for name in ("published", *HACKER_CHANGES)
-    ]
-    return tuple(
-        told + [dict(what="captions that are read back as their tokens", value=100 * check["exact_captions"], unit="%")]
-    )
+    for name in ("published", *HACKER_CHANGES):
+        when = "as published" if name == "published" else f"after {name}"
+        cosine = f"cosine {known[f'cosine_{name}'].mean():.2f}"
+        told.append(_mean_row(f"noise that is left, {when}", known[f"kept_{name}"], note=cosine))
+    told.append(dict(what="captions that are read back as their tokens", value=100*check["exact_captions"], unit="%"))
+    return tuple(told)
 
 # %% ../../nbs/tools/protecting.ipynb #8fbd91b2
 SQUARE = (
@@ -534,66 +530,62 @@ def _limits(protection, keep_size):
 
 def _duplicates(clean, side):
     "Sentence about pairs that come twice, or none."
-    marks = [
-        hashlib.sha256(p.tobytes() + c.encode("utf-8", "surrogateescape")).digest()
-        for k in range(0, len(clean), 256)
-        for p, c in zip(clean.image_array(range(k, min(k + 256, len(clean))), side), clean.captions[k : k + 256])
-    ]
+    marks = []
+    for first in range(0, len(clean), 256):
+        rows = range(first, min(first + 256, len(clean)))
+        for pixels, k in zip(clean.image_array(rows, side), rows):
+            caption = clean.captions[k].encode("utf-8", "surrogateescape")
+            marks.append(hashlib.sha256(pixels.tobytes() + caption).digest())
     twice = len(marks) - len(set(marks))
-    return (
-        (f"{twice:,} pairs are the same picture and caption as another one; each got its own noise and trigger.",)
-        if twice
-        else ()
-    )
+    if not twice:
+        return ()
+    return (f"{twice:,} pairs are the same picture and caption as another one; each got its own noise and trigger.",)
 
 def _altered(check, keep_size):
     "Sentence about published files that are not as they were made, or ''."
     if check["missing"]:
         return f"{check['missing']:,} published pairs are missing."
-    return (
-        ""
-        if keep_size or check["exact_pixels"] == 1
-        else (
-            f"{1 - check['exact_pixels']:.1%} of the published pictures are not as they were made: somebody has "
-            "changed the files. "
-        )
-    )
+    if keep_size or check["exact_pixels"] == 1:
+        return ""
+    share = f"{1 - check['exact_pixels']:.1%}"
+    return f"{share} of the published pictures are not as they were made: somebody has changed the files. "
 
 # %% ../../nbs/tools/protecting.ipynb #542cc2cb
-def _card(ready: Ready, protection: Protection, how: dict, table, check, about: dict, inputs: tuple) -> Card:
-    "What there is to say about protected pairs."
-    keep_size, altered = about["keep_size"], _altered(check, about["keep_size"])
-    done = (
+def _done(protection, how, about):
+    "What was done, in sentences."
+    photos = "Published the centre squares of the pictures as PNG files."
+    if about["keep_size"]:
+        photos = "Put the noise on the photos at their own size."
+    words = "Left the captions as they were."
+    if protection.length:
+        words = "Put the triggers before the captions as text."
+    return (
         f"Looked for noise and triggers with {about['method']} ({how['rounds']} passes over the pairs; the "
         f"surrogate is {how['surrogate']}, trained on the way).",
-        "Put the noise on the photos at their own size."
-        if keep_size
-        else "Published the centre squares of the pictures as PNG files.",
-        "Put the triggers before the captions as text." if protection.length else "Left the captions as they were.",
-        "Read everything back and compared it with what was made.",
+        photos, words, "Read everything back and compared it with what was made.",
     )
+
+def _notes(ready, protection, table):
+    "What a reader should know beside."
+    notes = ready.notes + _duplicates(ready.pairs, protection.side)
     small = int((np.minimum(table["width"], table["height"]) < protection.side).sum())
-    notes = (
-        ready.notes
-        + _duplicates(ready.pairs, protection.side)
-        + (
-            (
-                f"{small:,} photos are smaller than the {protection.side} pixels that the surrogate looks at, and keep "
-                "less of their noise.",
-            )
-            if small
-            else ()
-        )
-    )
+    if small:
+        notes += (f"{small:,} photos are smaller than the {protection.side} pixels that the surrogate looks at, and "
+                  "keep less of their noise.",)
     if protection.length and not table["reads_back"].all():
-        notes += (
-            f"{int((~table['reads_back']).sum()):,} triggers are read as other tokens once they stand in a text.",
-        )
-    return Card(
-        "protected pairs", f"{ready.pairs.name}, protected",
-        altered + _outcome(table, protection, how["losses"], keep_size), "bad" if altered else "neutral", done, about,
-        _measured(table, protection, how["losses"], check), inputs, _limits(protection, keep_size), notes,
-    )
+        lost = int((~table["reads_back"]).sum())
+        notes += (f"{lost:,} triggers are read as other tokens once they stand in a text.",)
+    return notes
+
+def _card(ready: Ready, protection: Protection, how: dict, table, check, about: dict, inputs: tuple) -> Card:
+    "What there is to say about protected pairs."
+    keep_size, losses = about["keep_size"], how["losses"]
+    altered = _altered(check, keep_size)
+    outcome, tone = altered + _outcome(table, protection, losses, keep_size), "bad" if altered else "neutral"
+    done, measured = _done(protection, how, about), _measured(table, protection, losses, check)
+    title, limits = f"{ready.pairs.name}, protected", _limits(protection, keep_size)
+    notes = _notes(ready, protection, table)
+    return Card("protected pairs", title, outcome, tone, done, about, measured, inputs, limits, notes)
 
 # %% ../../nbs/tools/protecting.ipynb #47833a81
 @contextmanager
@@ -612,22 +604,19 @@ def _pictures_in_memory(pairs, keep_size):
     return pairs if keep_size else pairs.replace(images=ArrayImages(pairs.images.array()))
 
 # %% ../../nbs/tools/protecting.ipynb #3d0616e0
-def _finish(
-    clip: Clip, ready: Ready, about: dict, inputs: tuple, numbers: Numbers, place: Path, kept: bool, measured: int,
-    seed: int, progress,
-) -> Protected:
+def _finish(clip: Clip, ready: Ready, about: dict, inputs: tuple, numbers: Numbers, place: Path, kept: bool,
+            measured: int, progress) -> Protected:
     "Search, publish, compare, report: each part only where it is not there yet."
-    protection, how = _searched(clip, ready, numbers, place, seed, progress)
+    protection, how = _searched(clip, ready, numbers, place, about["seed"], progress)
     if not kept:
         protection = _in_memory(protection)
-    seen, keep_size = _published(ready.pairs, protection, clip.tokenizer, about["keep_size"]), about["keep_size"]
+    keep_size = about["keep_size"]
+    seen = _published(ready.pairs, protection, clip.tokenizer, keep_size)
     seen = _write_out(seen, place, about["format"], keep_size) if kept else _pictures_in_memory(seen, keep_size)
     check = check_published_pairs(seen, ready.pairs, protection, clip.tokenizer)
     table = pair_table(ready.pairs, seen, protection, clip.tokenizer, keep_size, measured, progress)
-    card = _card(ready, protection, how, table, check, about, inputs)
-    made = Protected(
-        seen, ready.pairs, protection, check, table, ready.left_out, card, clip.tokenizer, place if kept else None
-    )
+    card, folder = _card(ready, protection, how, table, check, about, inputs), place if kept else None
+    made = Protected(seen, ready.pairs, protection, check, table, ready.left_out, card, clip.tokenizer, folder)
     return _with_report(_with_verified(made)) if kept else made
 
 def _with_report(made: Protected) -> Protected:
@@ -638,11 +627,11 @@ def _with_report(made: Protected) -> Protected:
     return made
 
 # %% ../../nbs/tools/protecting.ipynb #80d35a1f
-def _timed(function):
-    "Seconds that a call takes, and what it returns."
+def _seconds(function):
+    "Seconds that a call takes."
     start = time.perf_counter()
-    out = function()
-    return time.perf_counter() - start, out
+    function()
+    return time.perf_counter() - start
 
 def _peak(device):
     "Bytes at the peak of this process, or of the device."
@@ -657,57 +646,60 @@ def _peak(device):
 def _batch_times(clip, few, numbers, folder):
     "Seconds per pair of a pass with triggers and of one without, and per step of the surrogate."
     search, recipe = numbers.search, numbers.recipe
-    quiet_pass = lambda name, s: (
-        _timed(lambda: protect_pairs(own_copy(clip, device=clip.device), few, folder / name, s))[0] / len(few)
-    )
+    def pass_seconds(name, search):
+        return _seconds(lambda: protect_pairs(own_copy(clip, device=clip.device), few, folder/name, search))/len(few)
     if search.length:
         allowed_tokens(clip.tokenizer, search)     # takes some seconds, once
-    both, noise = quiet_pass("both", search), quiet_pass("noise", replace(search, length=0)) if search.length else None
-    step = (
-        _timed(
-            lambda: train(
-                own_copy(clip, device=clip.device), training_set(clip, few),
-                replace(recipe, epochs=2, batch_size=len(few)),
-            )
-        )[0]
-        / 2
-        if recipe
-        else 0.0
-    )
-    return both, both if noise is None else noise, step
+    both = pass_seconds("both", search)
+    noise = pass_seconds("noise", replace(search, length=0)) if search.length else both
+    if not recipe:
+        return both, noise, 0.
+    two_steps = replace(recipe, epochs=2, batch_size=len(few))
+    def two():
+        train(own_copy(clip, device=clip.device), training_set(clip, few), two_steps)
+    return both, noise, _seconds(two)/2
 
 # %% ../../nbs/tools/protecting.ipynb #5595f5c5
-def protection_cost(clip: Clip, ready: Ready, numbers: Numbers, keep_size: bool, measured: int) -> Cost:
-    "What `protect` will take at most."
-    n, recipe, search = len(ready.pairs), numbers.recipe, numbers.search
-    few, before = ready.pairs.select(range(min(n, recipe.batch_size if recipe else 128))), _peak(clip.device)
-    with tempfile.TemporaryDirectory() as d:
-        both, noise, step = _batch_times(clip, few, numbers, Path(d))
-        made, two = load_protection(Path(d)/"both"), few.select(range(2))
-        seen = _published(two, made, clip.tokenizer, keep_size)
-        look, _ = _timed(lambda: pair_table(two, seen, made, clip.tokenizer, keep_size))
-        picture = write_csv_pairs(seen, Path(d)/"out", None if keep_size else made.side).parent/"images"
-        size = sum(p.stat().st_size for p in picture.iterdir())/2
+def _search_seconds(numbers, n, both, noise, step):
+    "Seconds of all rounds: steps of the surrogate, passes with triggers, passes with noise alone."
+    recipe, search = numbers.recipe, numbers.search
     rounds = recipe.epochs if recipe else 1
     steps = numbers.round_steps or (len(epoch_batches(n, recipe, 0)) if recipe else 0)
     texts = min(search.text_rounds or rounds, rounds) if search.length else 0
+    return rounds*steps*step + n*(texts*both + (rounds - texts)*noise)
+
+def protection_cost(clip: Clip, ready: Ready, numbers: Numbers, keep_size: bool, measured: int) -> Cost:
+    "What `protect` will take at most."
+    n, batch = len(ready.pairs), numbers.recipe.batch_size if numbers.recipe else 128
+    few, before = ready.pairs.select(range(min(n, batch))), _peak(clip.device)
+    with tempfile.TemporaryDirectory() as d:
+        times = _batch_times(clip, few, numbers, Path(d))
+        made, two = load_protection(Path(d)/"both"), few.select(range(2))
+        seen = _published(two, made, clip.tokenizer, keep_size)
+        look = _seconds(lambda: pair_table(two, seen, made, clip.tokenizer, keep_size))/2
+        pictures = write_csv_pairs(seen, Path(d)/"out", None if keep_size else made.side).parent/"images"
+        size = sum(p.stat().st_size for p in pictures.iterdir())/2
+    looked_at = min(n, measured) if keep_size else n
+    seconds = _search_seconds(numbers, n, *times) + looked_at*look
     pixels, weights = 3*n*clip.image_size**2, sum(p.numel() for p in clip.model.parameters())
-    return Cost(
-        n,
-        rounds * steps * step
-        + n * (texts * both + (rounds - texts) * noise)
-        + (min(n, measured) if keep_size else n) * look / 2,
-        2 * pixels + max(16 * weights, _peak(clip.device) - before),
-        2 * pixels + 12 * weights + n * size,
-        f"one batch of {len(few)} pairs on {clip.device}",
-    )
+    memory = 2*pixels + max(16*weights, _peak(clip.device) - before)
+    disk = 2*pixels + 12*weights + n*size
+    return Cost(n, seconds, memory, disk, f"one batch of {len(few)} pairs on {clip.device}")
+
+# %% ../../nbs/tools/protecting.ipynb #151c3ac1
+def _inputs_of(given, ready, clip, surrogate, pretrained):
+    "What the card says of the pairs and of the surrogate."
+    pairs = input_row("pairs", given, fingerprint=ready.pairs.fingerprint)
+    model = input_row("surrogate", clip, pretrained or surrogate)
+    if is_untrained(surrogate, pretrained):
+        model["name"] += ", untrained at first"
+    return pairs, model
 
 # %% ../../nbs/tools/protecting.ipynb #4b06585e
 def protect(pairs, # to protect: `Pairs`, a file, or `name:split`
             surrogate, # a CLIP: architecture, file, `Clip` or module; not changed
             folder=None, # gets everything; None: nothing is kept but what is returned
-            # of the surrogate, with an architecture: open_clip tag or checkpoint file; None: it starts untrained
-            *, pretrained: str = None,
+            *, pretrained: str = None, # of an architecture: open_clip tag or checkpoint file; None: untrained
             method: str = METHOD, # an entry of `mem.methods` in profiles.yaml
             search=None, # `Search`, or a dictionary of what differs, for example dict(bound=4, length=2)
             recipe=None, # `Recipe` of the surrogate, or a dictionary of what differs; its epochs are rounds
@@ -716,17 +708,16 @@ def protect(pairs, # to protect: `Pairs`, a file, or `name:split`
             tolerance: float = .01, # share of the pairs that may be left out: unreadable, or no room for a trigger
             measured: int = 1000, # pairs whose survival is measured
             seed: int = 0, device: str = "cpu", # of the search
-            progress = None, # function (done, total, unit, note)
+            progress=None, # function (done, total, unit, note)
             dry_run: bool = False, # say what it will cost, and do nothing
             **numbers # round_steps, stop_below, accumulate
     ): # Protected, or Cost
     """Noise and triggers that shall keep a CLIP from learning from your pairs (MEM, sections 3.3 and 3.4 of `mem`).
 
-Goes on where it was stopped, given the same folder. Raises, before any work, SettingsError for a surrogate that cannot
-carry
-triggers, unknown settings and a folder of something else, and DataError for captions without room, unreadable pictures
-and a single pair.
-"""
+    Goes on where it was stopped, given the same folder. Raises, before any work, SettingsError for a surrogate that
+    cannot carry triggers, unknown settings and a folder of something else, and DataError for captions without room,
+    unreadable pictures and a single pair.
+    """
     given, clip = as_pairs(pairs), own_copy(surrogate, pretrained, device)
     _check_format(format, keep_size, given.captions, folder and Path(folder))
     found = numbers_of(clip, len(given), method, search, recipe, seed, **numbers)
@@ -734,37 +725,24 @@ and a single pair.
     if found.search.direction == "maximise" and is_untrained(surrogate, pretrained):
         raise SettingsError(f"{method} needs a surrogate that has been trained: give pretrained=, or a checkpoint")
     ready = ready_pairs(clip, given, found.search.length, tolerance, keep_size, progress)
-    found = replace(
-        found, recipe=found.recipe and replace(found.recipe, batch_size=min(found.recipe.batch_size, len(ready.pairs)))
-    )
+    found = found.for_pairs(len(ready.pairs))
     if dry_run:
         return protection_cost(clip, ready, found, keep_size, measured)
     about = dict(method=method, **found.describe(), keep_size=keep_size, format=format, seed=seed)
-    inputs = (
-        input_row("pairs", given, fingerprint=ready.pairs.fingerprint),
-        input_row("surrogate", clip, pretrained or surrogate),
-    )
-    if is_untrained(surrogate, pretrained):
-        inputs[1]["name"] += ", untrained at first"
+    inputs = _inputs_of(given, ready, clip, surrogate, pretrained)
+    prints = dict(pairs=inputs[0]["fingerprint"], surrogate=inputs[1]["fingerprint"])
     with _place(folder) as place:
-        claim_folder(
-            place,
-            dict(
-                pairs=inputs[0]["fingerprint"], surrogate=inputs[1]["fingerprint"],
-                **{k: v for k, v in about.items() if k != "format"},
-            ),
-        )
-        return _finish(clip, ready, about, inputs, found, place, folder is not None, measured, seed, progress)
+        claim_folder(place, {**prints, **{k: v for k, v in about.items() if k != "format"}})
+        return _finish(clip, ready, about, inputs, found, place, folder is not None, measured, progress)
 
 # %% ../../nbs/tools/protecting.ipynb #85ffef08
 def _ranks(clip: Clip, test: Pairs) -> dict: # direction -> 0-based ranks, float64
     "Ranks of the right answers on clean test pairs."
     used, rows = np.unique(np.asarray(test.image_rows), return_inverse=True)
-    found = retrieval_ranks(embed_images(clip, test.images.take(used)), embed_texts(clip, list(test.captions)), rows)
-    return {
-        "image to text": np.asarray(found.image_to_text, float),
-        "text to image": np.asarray(found.text_to_image, float),
-    }
+    images, texts = embed_images(clip, test.images.take(used)), embed_texts(clip, list(test.captions))
+    found = retrieval_ranks(images, texts, rows)
+    to_text, to_image = np.asarray(found.image_to_text, float), np.asarray(found.text_to_image, float)
+    return {"image to text": to_text, "text to image": to_image}
 
 def _learned(start: Clip, pairs: Pairs, recipe: Recipe, change, test: Pairs, checkpoint, progress) -> dict:
     "Ranks after training a copy on pairs, which may have been changed on their way."
@@ -781,60 +759,50 @@ def _hit(ranks):
 def verified_table(ranks: dict # who -> direction -> ranks
     ) -> pd.DataFrame: # trained_on, direction, metric, value, ci_low, ci_high, unit
     "Hit@10 and MedR of each model, with intervals over the test items."
-    def cells(who, direction, r):
-        for metric, unit, e in (
-            ("Hit@10", "%", bootstrap_interval(_hit(r))),
-            ("MedR", "rank", bootstrap_interval(r, median_rank)),
-        ):
-            yield dict(
-                trained_on=who, direction=direction, metric=metric, value=e.value, ci_low=e.ci_low, ci_high=e.ci_high,
-                unit=unit,
-            )
-    return pd.DataFrame(
-        [row for who, both in ranks.items() for direction, r in both.items() for row in cells(who, direction, r)]
-    )
+    rows = []
+    for who, both in ranks.items():
+        for direction, found in both.items():
+            hit, rank = bootstrap_interval(_hit(found)), bootstrap_interval(found, median_rank)
+            for metric, unit, e in (("Hit@10", "%", hit), ("MedR", "rank", rank)):
+                cell = dict(value=e.value, ci_low=e.ci_low, ci_high=e.ci_high, unit=unit)
+                rows.append(dict(trained_on=who, direction=direction, metric=metric, **cell))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/tools/protecting.ipynb #a9f31476
+def _differences(ranks, who, other):
+    "The paired differences of Hit@10 between two models, one per direction."
+    return [paired_bootstrap(_hit(ranks[who][way]), _hit(ranks[other][way])) for way in ranks[who]]
+
 def verdict(ranks: dict # of the models `nothing`, `clean` and `protected`
     ) -> tuple: # sentence, tone
     "Whether protected pairs taught less than clean ones."
-    differ = lambda a, b: [paired_bootstrap(_hit(ranks[a][d]), _hit(ranks[b][d])) for d in ranks[a]]
-    mean = lambda who: float(np.mean([_hit(r).mean() for r in ranks[who].values()]))
-    nothing, clean, protected = (mean(w) for w in ("nothing", "clean", "protected"))
+    mean = {who: float(np.mean([_hit(r).mean() for r in both.values()])) for who, both in ranks.items()}
+    nothing, clean, protected = mean["nothing"], mean["clean"], mean["protected"]
     numbers = (
         f"Hit@10 is {protected:.1f}% after training on the protected pairs, {clean:.1f}% after the clean ones, "
         f"{nothing:.1f}% before training"
     )
-    if not any(e.ci_low > 0 for e in differ("clean", "nothing")):
-        return (
-            f"The test cannot tell whether it works: the clean pairs teach this model nothing either ({numbers}).",
-            "neutral",
-        )
-    less = [e.ci_high < 0 for e in differ("protected", "clean")]
-    share = (clean - protected)/(clean - nothing) if clean > nothing else 1.
+    if not any(e.ci_low > 0 for e in _differences(ranks, "clean", "nothing")):
+        said = "The test cannot tell whether it works: the clean pairs teach this model nothing either"
+        return f"{said} ({numbers}).", "neutral"
+    less = [e.ci_high < 0 for e in _differences(ranks, "protected", "clean")]
     if not any(less):
-        return (
-            f"It did not work here: the model learns from the protected pairs as from the clean ones ({numbers}).",
-            "bad",
-        )
+        said = "It did not work here: the model learns from the protected pairs as from the clean ones"
+        return f"{said} ({numbers}).", "bad"
     if not all(less):
-        return (
-            f"It may have done something, in one direction only, which another training could undo ({numbers}).",
-            "neutral",
-        )
-    return (
-        f"It works {'for the most part' if share >= 0.5 else 'in part'}: {min(share, 1):.0%} of what the model "
-        f"would have learned is gone ({numbers})."
-    ), "good" if share >= 0.5 else "neutral"
+        said = "It may have done something, in one direction only, which another training could undo"
+        return f"{said} ({numbers}).", "neutral"
+    share = (clean - protected)/(clean - nothing) if clean > nothing else 1.
+    part = "for the most part" if share >= .5 else "in part"
+    said = f"It works {part}: {min(share, 1):.0%} of what the model would have learned is gone"
+    return f"{said} ({numbers}).", "good" if share >= .5 else "neutral"
 
 # %% ../../nbs/tools/protecting.ipynb #5492def4
 def training_recipe(recipe: dict, # settings of `Recipe`
                     count: int, # pairs
                     least: int = 150 # steps
     ) -> dict: # with smaller batches and more epochs where there are few pairs
-    """A recipe for sets of the papers' size, made fit for fewer pairs: whoever has three hundred photos trains on them
-    more than six times.
-    """
+    "A recipe for sets of the papers' size, made fit for fewer pairs: 300 photos are seen more than six times."
     batch = min(recipe["batch_size"], max(16, count//8))
     return {**recipe, "batch_size": batch, "epochs": max(recipe["epochs"], math.ceil(least/max(1, count//batch)))}
 
@@ -842,24 +810,17 @@ def _start(protected, model, pretrained, recipe, seed, device) -> tuple: # Clip,
     "The model that somebody will train, and with which numbers."
     model = model if model is not None else protected.protection.facts["surrogate"]
     scratch = is_untrained(model, pretrained)
-    clip = (
-        build_clip(model, seed=seeded(seed, 11) % 2**31, device=device)
-        if scratch
-        else own_copy(model, pretrained, device)
-    )
-    profile = load_profile("mini" if clip.name in mini_models() else "paper").mem
+    if scratch:
+        clip = build_clip(model, seed=seeded(seed, 11) % 2**31, device=device)
+    else:
+        clip = own_copy(model, pretrained, device)
     if not isinstance(recipe, Recipe):
-        recipe = _of_kind(
-            Recipe,
-            {
-                "seed": seed,
-                **training_recipe(profile.hacker if scratch else profile.faces.recipe, len(protected.clean)),
-                **(recipe or {}),
-            },
-            "recipe",
-        )
+        profile = load_profile("mini" if clip.name in mini_models() else "paper").mem
+        usual = training_recipe(profile.hacker if scratch else profile.faces.recipe, len(protected.clean))
+        recipe = _of_kind(Recipe, {"seed": seed, **usual, **(recipe or {})}, "recipe")
     return clip, recipe, "trained from scratch" if scratch else "fine-tuned"
 
+# %% ../../nbs/tools/protecting.ipynb #ca79e9e1
 def _with_verified(made: Protected) -> Protected:
     "With what was verified before, where it was and the pairs are still the same."
     note = made.folder and made.folder/"verified.json"
@@ -867,76 +828,72 @@ def _with_verified(made: Protected) -> Protected:
         return made
     return _say_verified(made, known)
 
-# %% ../../nbs/tools/protecting.ipynb #ca79e9e1
+def _verified_rows(rows):
+    "The test's rows as a card has them."
+    for r in rows:
+        what = f"{r['metric']}, {r['direction']}, trained on {r['trained_on']}"
+        yield dict(what=what, **{k: r[k] for k in ("value", "ci_low", "ci_high", "unit")})
+
 def _say_verified(made: Protected, known: dict) -> Protected:
     "The card with the verdict in it."
-    rows, card = known["rows"], made.card
-    told = tuple(
-        dict(
-            what=f"{r['metric']}, {r['direction']}, trained on {r['trained_on']}",
-            **{k: r[k] for k in ("value", "ci_low", "ci_high", "unit")},
-        )
-        for r in rows
-    )
+    card, model = made.card, known["model"]
+    tested = f"Tested: {model} on the clean and on the protected pairs, asked about {known['test']['name']}."
     card = replace(
         card,
-        outcome=card.outcome.replace(UNTESTED, f"{known['model']}: {known['verdict']}"),
+        outcome=card.outcome.replace(UNTESTED, f"{model}: {known['verdict']}"),
         tone="bad" if card.tone == "bad" else known["tone"],
-        done=(
-            *card.done,
-            f"Tested: {known['model']} on the clean and on the protected pairs, asked about {known['test']['name']}.",
-        ),
+        done=(*card.done, tested),
         settings={**card.settings, "verified": known["settings"]},
-        measured=(*told, *card.measured),
+        measured=(*_verified_rows(known["rows"]), *card.measured),
         inputs=(*card.inputs, known["test"]),
     )
-    return replace(made, card=card, verified=pd.DataFrame(rows))
+    return replace(made, card=card, verified=pd.DataFrame(known["rows"]))
+
+# %% ../../nbs/tools/protecting.ipynb #d4c5b8d9
+def _trained_ranks(protected, start, recipe, change, test, key, progress):
+    "Ranks of the model as it is, and after training on the clean and on the protected pairs."
+    ranks, place = dict(nothing=_ranks(start, test)), protected.folder and protected.folder/"verify"
+    for who, pairs in dict(clean=protected.clean, protected=protected.pairs).items():
+        if place:
+            place.mkdir(exist_ok=True)
+        restart = place and place/f"{key}-{who}.safetensors"
+        ranks[who] = _learned(start, pairs, recipe, change, test, restart, progress)
+    return ranks
 
 # %% ../../nbs/tools/protecting.ipynb #04e479b9
 def verify(protected: Protected, # of `protect`
            test, # clean pairs that are not among the protected ones
-           # architecture, to train from scratch; checkpoint, `Clip` or module, to fine-tune; None: the surrogate's
-           # architecture
-           model = None,
-           recipe = None, # `Recipe` of the training, or a dictionary of what differs from the profile's
+           model=None, # architecture: from scratch; checkpoint, `Clip` or module: fine-tuned; None: the surrogate's
+           recipe=None, # `Recipe` of the training, or a dictionary of what differs from the profile's
            *, pretrained: str = None, # with an architecture: open_clip tag or checkpoint file to fine-tune
            change: str = None, # one of HACKER_CHANGES, done to all pictures before
-           seed: int = 0, device: str = "cpu", progress = None
+           seed: int = 0, device: str = "cpu", progress=None
     ) -> Protected: # with `verified` and a verdict in its card
     """Train a model on the clean and on the protected pairs and compare what it learned.
 
-Goes on where it was stopped, and is not done twice, where the pairs have a folder. Raises SettingsError for an unknown
-change and
-DataError for test pairs that are among the protected ones.
-"""
+    Goes on where it was stopped, and is not done twice, where the pairs have a folder. Raises SettingsError for an
+    unknown change and DataError for test pairs that are among the protected ones.
+    """
     test, (start, recipe, how) = as_pairs(test, "test"), _start(protected, model, pretrained, recipe, seed, device)
     if change and change not in HACKER_CHANGES:
         raise SettingsError(f"change: {change!r} is none of {', '.join(HACKER_CHANGES)}")
     if both := set(test.ids) & set(protected.clean.ids):
         raise DataError(f"test: {min(both)} is among the protected pairs; test with others")
     settings = dict(model=start.name, how=how, recipe=asdict(recipe), change=change, seed=seed)
-    known = dict(
-        pairs=protected.pairs.fingerprint, settings=settings, start=model_fingerprint(start),
-        test=input_row("test pairs", test),
-    )
-    folder, key = protected.folder, sha256_of_array(json.dumps(known, sort_keys=True))[:16]
-    if folder and (folder/"verified.json").is_file() and read_json(folder/"verified.json").get("key") == key:
-        return _with_verified(protected)
-    ranks = dict(nothing=_ranks(start, test))
-    for who, pairs in dict(clean=protected.clean, protected=protected.pairs).items():
-        if folder:
-            (folder/"verify").mkdir(exist_ok=True)
-        ranks[who] = _learned(
-            start, pairs, recipe, change, test, folder and folder / "verify" / f"{key}-{who}.safetensors", progress
-        )
+    fingerprints = dict(pairs=protected.pairs.fingerprint, settings=settings, start=model_fingerprint(start))
+    known = dict(fingerprints, test=input_row("test pairs", test))
+    key, note = sha256_of_array(json.dumps(known, sort_keys=True))[:16], None
+    if protected.folder:
+        note = protected.folder/"verified.json"
+        if note.is_file() and read_json(note).get("key") == key:
+            return _with_verified(protected)
+    ranks = _trained_ranks(protected, start, recipe, change, test, key, progress)
     sentence, tone = verdict(ranks)
-    known |= dict(
-        key=key, model=f"{start.name}, {how}", verdict=sentence, tone=tone,
-        rows=verified_table(ranks).to_dict("records"),
-    )
+    rows = verified_table(ranks).to_dict("records")
+    known |= dict(key=key, model=f"{start.name}, {how}", verdict=sentence, tone=tone, rows=rows)
     made = _say_verified(protected, known)
-    if folder:
-        write_record(folder/"verified.json", known)
-        shutil.rmtree(folder/"verify", ignore_errors=True)
-        write_card(made.card, folder/"CARD.md")
+    if note:
+        write_json(note, known)
+        shutil.rmtree(protected.folder/"verify", ignore_errors=True)
+        write_card(made.card, protected.folder/"CARD.md")
     return made

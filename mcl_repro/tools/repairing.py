@@ -129,6 +129,7 @@ def _settled_recipe(base, changes, seed):
         raise SettingsError("batch_size: a pair alone has nothing to be compared with; give at least 2")
     return recipe
 
+# %% ../../nbs/tools/repairing.ipynb #1488373a
 def settle(way: Method, clip: Clip,
            count: int, # pairs or images that it trains on
            recipe=None, settings=None, # the user's changes; recipe may be a `Recipe`
@@ -1008,6 +1009,21 @@ def _shown(way, opened):
     return next(d for d in (first, opened.pairs, opened.images, opened.trusted) if d is not None)
 
 # %% ../../nbs/tools/repairing.ipynb #791fa78c
+def _method(name):
+    "A method by its name."
+    if name not in METHODS:
+        raise SettingsError(near(name, METHODS, "method of repair"))
+    return METHODS[name]
+
+def _opened(method, model, given, tolerance, device):
+    "What was given, opened and checked, the method's settings left out: a copy of the model, and the inputs."
+    device = find_device(device)
+    check_given(method, METHODS[method], given)
+    check_tolerance(no_problems(), 1, tolerance, "tolerance")
+    clip, opened = _own_copy(model, device), open_given(METHODS[method], given, device)
+    check_enough(_shown(METHODS[method], opened))
+    return clip, opened
+
 def _repaired(method, defended, facts, measured, selected, card, settled, unreadable, began):
     "All of a repair as it is handed back; a head is taken off the model."
     head = defended.model.__dict__["_modules"].pop("head") if "classnames" in facts else None
@@ -1017,7 +1033,7 @@ def _repaired(method, defended, facts, measured, selected, card, settled, unread
 
 # %% ../../nbs/tools/repairing.ipynb #153d4e9c
 def repair(model, # to repair: see `as_clip`; it is not changed
-           pairs, # `as_pairs`: those it was trained on (ubt, cfbd), or those that you trust (cleanclip, finetune); or None
+           pairs, # see `as_pairs`: those of its training (ubt, cfbd), or those you trust (cleanclip, finetune), or None
            method: str = "ubt", # a key of METHODS
            *, reference=None, # a clean CLIP of any width, see `as_clip`
            trusted=None, # pairs that you trust; to watch clean quality with where the method does not train on them
@@ -1032,19 +1048,13 @@ def repair(model, # to repair: see `as_clip`; it is not changed
     ) -> Repaired: # with dry_run a `Cost`
     """Take a backdoor out of a copy of a CLIP, and measure what that did to clean quality.
 
-    Raises SettingsError and DataError, before any long work, for what is missing or cannot work. Nothing looks at a
-    trigger or at attack success. Sources: UBT (arXiv 2409.19526) with this project's retention, CleanCLIP (arXiv
-    2303.03323), CFBD; see `ubt`, `cleanclip`, `cfbd`.
+    SettingsError and DataError, before any long work, for what cannot work. Nothing looks at a trigger or at attack
+    success. Sources: UBT (arXiv 2409.19526) with this project's retention, CleanCLIP (arXiv 2303.03323), CFBD.
     """
-    if method not in METHODS:
-        raise SettingsError(near(method, METHODS, "method of repair"))
-    way, began, device = METHODS[method], time.monotonic(), find_device(device)
+    way, began = _method(method), time.monotonic()
     given = dict(pairs=pairs, reference=reference, trusted=trusted, images=images)
-    check_given(method, way, given)
-    check_tolerance(no_problems(), 1, tolerance, "tolerance")
-    clip, opened = _own_copy(model, device), open_given(way, given, device)
+    clip, opened = _opened(method, model, given, tolerance, device)
     title, shown = model_title(clip, model), _shown(way, opened)
-    check_enough(shown)
     if folder:
         check_storable(clip)
     settled = settle(way, clip, len(shown), recipe, settings, seed)
