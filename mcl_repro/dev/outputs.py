@@ -25,6 +25,7 @@ from time import perf_counter
 
 import mcl_repro
 from ..core.errors import SettingsError
+from ..core.files import read_json, write_atomically
 from ..run.notebooks import notebooks_folder
 
 # %% ../../nbs/dev/outputs.ipynb #f2d14235
@@ -239,7 +240,7 @@ def code_hash(
 # %% ../../nbs/dev/outputs.ipynb #b339f8e9
 def read_notebook(path:str|Path) -> dict:
     "A notebook as JSON holds it."
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return read_json(path)
 
 def _fill_cell(cell, outputs, step):
     "Give a cell its outputs, none where it hides them."
@@ -366,9 +367,7 @@ def execute(
     text = fill_notebook(path, execute_copy(path, flags), step=step)
     if text == path.read_text(encoding="utf-8"):
         return False
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, text)
     return True
 
 # %% ../../nbs/dev/outputs.ipynb #c1e3efac

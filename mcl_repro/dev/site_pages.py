@@ -7,7 +7,6 @@ __all__ = ['PACKAGE', 'Page', 'collect_pages', 'only_library', 'prepare']
 
 # %% ../../nbs/dev/site_pages.ipynb #c5ae8923
 import ast
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 import nbformat
 
 from ..core.errors import SettingsError
+from ..core.files import read_json
 from .outputs import slim_text
 from ..run.notebooks import notebooks_folder
 
@@ -129,7 +129,7 @@ def _alt(source, heading, run):
     "What the picture that a cell draws shows, in words."
     figure = re.search(r"save_figure\([^\"']*[\"']([\w.]+)[\"']", source)
     path = Path(run or "", "figures", f"{figure[1] if figure else ''}.json")
-    words = json.loads(path.read_text(encoding="utf-8")).get("alt") if run and path.is_file() else None
+    words = read_json(path).get("alt") if run and path.is_file() else None
     return " ".join((words or f"Picture made by the code above, in the section “{heading}”").split())
 
 # %% ../../nbs/dev/site_pages.ipynb #54615d41

@@ -31,7 +31,7 @@ from markupsafe import Markup
 import mcl_repro
 from ..core import errors
 from ..core.errors import SettingsError, StoreError, UserError
-from ..core.files import package_version, sha256_of, write_atomically
+from ..core.files import package_version, read_json, sha256_of, write_atomically
 from ..core.words import duration, without_paths
 from ..lab.engine import is_address, visible_gpus
 from ..lab.lab import Lab
@@ -139,10 +139,7 @@ def executed_metadata(
     path:str|Path,  # of an executed copy
 )->dict:  # {} for a run that did not come to its end, and for what is no notebook
     "The metadata of a copy that ran to its end: papermill leaves a file behind in any case."
-    try:
-        meta = json.loads(Path(path).read_text(encoding="utf-8"))["metadata"]
-    except (OSError, ValueError, KeyError):
-        return {}
+    meta = (read_json(path, default=None) or {}).get("metadata", {})
     run = meta.get("papermill", {})
     return meta if run.get("exception") is None and run.get("end_time") is not None else {}
 
@@ -150,14 +147,13 @@ def _outputs(folder, name) -> dict[Path, tuple]:
     "The `<id>.json` files of tables, figures and claims that notebook `name` wrote -> their state on disk."
     found = {}
     for path in [p for kind in ("tables", "figures", "claims") for p in Path(folder).glob(f"{kind}/[!.]*.json")]:
-        with suppress(OSError, ValueError):
-            if json.loads(path.read_text(encoding="utf-8")).get("notebook") == name:
-                found[path] = (path.stat().st_ino, path.stat().st_mtime_ns)
+        if (read_json(path, default=None) or {}).get("notebook") == name:
+            found[path] = (path.stat().st_ino, path.stat().st_mtime_ns)
     return found
 
 def _files_of(sidecar) -> list[Path]:
     "The files that belong to an `<id>.json`."
-    return [sidecar.with_name(n) for n in json.loads(sidecar.read_text(encoding="utf-8"))["files"]]
+    return [sidecar.with_name(name) for name in read_json(sidecar)["files"]]
 
 # %% ../../nbs/run/batch.ipynb #a8ffb9c9
 def _checksums(folder, sidecars) -> dict[str, str]:

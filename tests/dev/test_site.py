@@ -33,7 +33,7 @@ PACKAGES = {"sphinx": "sphinx", "furo": "furo", "myst_nb": "myst-nb", "sphinx_co
 needs_sphinx = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in PACKAGES),
                                   reason="needs the extra: pip install 'mcl_repro[site]'")
 PNG = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
-MACHINE = "/home/somebody/runs"
+MACHINE = "/".join(["", "home", "somebody", "runs"])
 
 MODULE = '''"""Things that a toy library has."""
 __all__ = ["LIMIT", "Thing", "count"]
