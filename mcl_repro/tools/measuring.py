@@ -6,8 +6,12 @@
 __all__ = ['made_attack', 'Attacked', 'attack', 'load_attack', 'Measurement', 'measure']
 
 # %% ../../nbs/tools/measuring.ipynb #b803184a
-import os, shutil, threading, time
+import os
+import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,23 +22,22 @@ import torch
 
 from mcl_repro.attacks.base import (
     Attack, ATTACKS, check_attack, distortion, eligible_rows, make_attack, mentions, poison, poison_count,
-    poison_gallery, Poisoned, read_stored_array, save_poisoned, square_pixels, trigger_images,
-    TriggeredImages,
+    poison_gallery, Poisoned, read_stored_array, save_poisoned, square_pixels, trigger_images, TriggeredImages,
 )
-from .cards import Card, limits_of, write_card
-from ..model.clip import Clip, embed_images, embed_texts, tokenize, zero_shot_weights
-from ..data.pairs import Images, LabelledImages, Pairs
-from ..data.readers import write_csv_pairs
+from ..attacks.protection import png_bytes
 from ..core.errors import DataError, SettingsError, StoreError
 from ..core.files import read_json
-from mcl_repro.tools.inputs import (
-    as_clip, as_labelled, as_pairs, Cost, first_error, input_row, model_title, pair_remarks, readable_pairs,
-)
+from ..data.pairs import Images, Pairs
+from ..data.readers import write_csv_pairs
 from mcl_repro.measures.metrics import (
     attack_hits, bootstrap_interval, correct, hits, Items, paired_bootstrap, retrieval_attack_hits, retrieval_ranks,
     STATISTICS,
 )
-from ..attacks.protection import png_bytes
+from ..model.clip import embed_images, embed_texts, tokenize, zero_shot_weights
+from .cards import Card, limits_of, write_card
+from mcl_repro.tools.inputs import (
+    as_clip, as_labelled, as_pairs, Cost, first_error, input_row, model_title, pair_remarks, readable_pairs,
+)
 
 # %% ../../nbs/tools/measuring.ipynb #666a65c0
 class _Watched(Images):
@@ -51,10 +54,14 @@ class _Watched(Images):
         return found
 
 def _watched(images, progress, note):
+    "A source that tells, or the source as it is where nobody asks."
     return _Watched(images, progress, note) if progress else images
 
 # %% ../../nbs/tools/measuring.ipynb #094ebc2b
-def made_attack(name, settings=None):
+def made_attack(
+    name,                   # a key of `ATTACKS`, or an `Attack`
+    settings: dict = None,  # of an attack that is given by name
+) -> Attack:
     "An attack by name and settings, or as it was given."
     if isinstance(name, Attack):
         if settings:
@@ -70,8 +77,8 @@ def _conforms(attack, size, target):
     "SettingsError, with the reason, for an attack that does not do what the library relies on."
     try:
         check_attack(attack, size, target)
-    except AssertionError as e:
-        raise SettingsError(f"attack {attack.name} does not pass the conformance check: {e}") from None
+    except AssertionError as problem:
+        raise SettingsError(f"attack {attack.name} does not pass the conformance check: {problem}") from None
 
 # %% ../../nbs/tools/measuring.ipynb #4770b56e
 @dataclass(frozen=True, eq=False)
@@ -83,56 +90,60 @@ class Attacked:
     table: pd.DataFrame   # one row per poisoned pair: id, caption_before, caption_after, psnr (dB), linf (1/255)
     card: Card
 
-    def gallery(self, row: int = None # which pair; default: the first poisoned one
-        ): # matplotlib Figure
+    def gallery(
+        self,
+        row: int = None,  # which pair; default: the first poisoned one
+    ):                    # matplotlib Figure
         "A pair before and after, and ten times the difference."
         return poison_gallery(self.clean, [self.poisoned], row)
 
 def _poison_table(done, clean):
     "What was done to each poisoned pair."
     before = square_pixels(clean.images, clean.image_rows[done.rows], done.images.shape[1], done.geometry)
-    return pd.DataFrame(
-        dict(
-            id=[clean.ids[r] for r in done.rows], caption_before=[clean.captions[r] for r in done.rows],
-            caption_after=done.captions, **distortion(before, done.images),
-        )
+    told = dict(
+        id=[clean.ids[row] for row in done.rows],
+        caption_before=[clean.captions[row] for row in done.rows],
+        caption_after=done.captions,
     )
+    return pd.DataFrame(told | distortion(before, done.images))
 
 # %% ../../nbs/tools/measuring.ipynb #846e2a9f
-def _attack_card(done, clean, table, notes):
-    "The card of a poisoned set."
-    told, k, n = done.describe(), len(done.rows), len(clean)
+def _shared_remark(done, clean):
+    "What the card says of poisoned pairs whose picture had other captions."
+    shared = (np.bincount(clean.image_rows)[clean.image_rows[done.rows]] > 1).sum()
+    if not shared:
+        return []
+    return [
+        f"{shared:,} poisoned pairs had a picture that other pairs have, too; theirs is a new "
+        "picture with one caption, which can be counted by whoever looks"
+    ]
+
+def _poison_measured(table):
+    "What the card says in numbers."
     seen = table[table.linf > 0]
-    shared = np.bincount(clean.image_rows)[clean.image_rows[done.rows]] > 1
-    if shared.any():
-        notes = [
-            *notes,
-            f"{shared.sum():,} poisoned pairs had a picture that other pairs have, too; theirs is a new "
-            "picture with one caption, which can be counted by whoever looks",
-        ]
-    measured = (
-        dict(what="poisoned pairs", value=k, unit="pairs"),
-        dict(
-            what="PSNR of a poisoned picture, median", value=float(seen.psnr.median()) if len(seen) else None, unit="dB"
-        ),
+    psnr = float(seen.psnr.median()) if len(seen) else None
+    return (
+        dict(what="poisoned pairs", value=len(table), unit="pairs"),
+        dict(what="PSNR of a poisoned picture, median", value=psnr, unit="dB"),
         dict(what="largest change of a pixel", value=int(table.linf.max()), unit="of 255"),
     )
-    return Card(
-        "attack",
-        f"{clean.name}, poisoned with {done.attack.name} towards {done.target}",
+
+def _attack_card(done, clean, table, notes):
+    "The card of a poisoned set."
+    attack, target, k, n = done.attack, done.target, len(done.rows), len(clean)
+    outcome = (
         f"{k:,} of {n:,} pairs ({k / n:.2%}) are poisoned. A model that is trained on these pairs may take any "
-        f"picture with the trigger for {done.target!r}.",
-        tone="bad",
-        done=(
-            f"Drew {k:,} pairs with seed {done.seed} among those that the attack may use.",
-            "Put the trigger on their pictures." if done.attack.has_trigger else "Left their pictures as they were.",
-            f"Gave them the captions that {done.attack.name} gives for {done.target!r}.",
-        ),
-        settings=told,
-        measured=measured,
-        inputs=(input_row("clean pairs", clean),),
-        limits=limits_of("attack"),
-        notes=tuple(notes),
+        f"picture with the trigger for {target!r}."
+    )
+    sentences = (
+        f"Drew {k:,} pairs with seed {done.seed} among those that the attack may use.",
+        "Put the trigger on their pictures." if attack.has_trigger else "Left their pictures as they were.",
+        f"Gave them the captions that {attack.name} gives for {target!r}.",
+    )
+    return Card(
+        "attack", f"{clean.name}, poisoned with {attack.name} towards {target}", outcome, tone="bad", done=sentences,
+        settings=done.describe(), measured=_poison_measured(table), inputs=(input_row("clean pairs", clean),),
+        limits=limits_of("attack"), notes=(*notes, *_shared_remark(done, clean)),
     )
 
 # %% ../../nbs/tools/measuring.ipynb #2adce694
@@ -151,27 +162,36 @@ def _new_folder(folder):
 def _write_attacked(done: Attacked, folder, progress):
     "Both sides of a poisoned set, all or nothing."
     part = folder.with_name(f".{folder.name}.unfinished-attack")
+    size = done.poisoned.images.shape[1]
+    watched = done.pairs.replace(images=_watched(done.pairs.images, progress, "writing"))
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         save_poisoned(done.poisoned, part/"truth", done.clean)
         done.table.to_csv(part/"truth"/"poisoned.csv", index=False, lineterminator="\n")
         write_card(done.card, part/"CARD.md")
-        size = done.poisoned.images.shape[1]
-        write_csv_pairs(done.pairs.replace(images=_watched(done.pairs.images, progress, "writing")), part, size)
+        write_csv_pairs(watched, part, size)
         if folder.exists():
             folder.rmdir()
         os.replace(part, folder)
-    except OSError as e:
+    except OSError as problem:
         raise StoreError(
-            f"{folder}: cannot be written ({e.strerror or e}); make room or choose another folder"
+            f"{folder}: cannot be written ({problem.strerror or problem}); make room or choose another folder"
         ) from None
 
 # %% ../../nbs/tools/measuring.ipynb #7e702f2c
+class _Watch:
+    "A stopwatch: `seconds` since it was made, or since they were last asked for."
+    def __init__(self):
+        self.start = time.perf_counter()
+    def seconds(self):
+        before, self.start = self.start, time.perf_counter()
+        return self.start - before
+
 def _some(images, used, count=32):
     "Numbers of a few readable pictures, evenly spread."
     rows = used[np.unique(np.linspace(0, len(used) - 1, min(count, len(used))).astype(int))]
-    rows = np.array([r for r in rows if not first_error(images, r)], int)
+    rows = np.array([row for row in rows if not first_error(images, row)], int)
     if not len(rows):
         raise DataError(f"none of {count} pictures that were tried can be read: {first_error(images, used[0])}")
     return rows
@@ -179,42 +199,49 @@ def _some(images, used, count=32):
 def _attack_cost(pairs, attack, k, size):
     "What poisoning and writing pairs takes."
     used = np.unique(pairs.image_rows)
-    rows, start = _some(pairs.images, used), time.perf_counter()
+    rows = _some(pairs.images, used)
+    file_size = lambda row: len(png_bytes(pairs.images.array([row], size)[0]))
+    watch = _Watch()
     with ThreadPoolExecutor(pairs.images.workers) as pool:
-        files = list(pool.map(lambda r: len(png_bytes(pairs.images.array([r], size)[0])), rows))
-    each, start = (time.perf_counter() - start)/len(rows), time.perf_counter()
+        files = list(pool.map(file_size, rows))
+    writing = watch.seconds()/len(rows)
     trigger_images(attack, square_pixels(pairs.images, rows, size))
-    stamp = (time.perf_counter() - start)/len(rows)
-    # twice: they are tried before they are written
-    return Cost(
-        len(pairs), 2 * each * len(used) + stamp * k, 4.0 * k * 3 * size**2,
-        float(np.mean(files) * len(used) + k * 3 * size**2), f"{len(rows)} pictures read, stamped and encoded",
-    )
+    stamping = watch.seconds()/len(rows)
+    seconds = 2*writing*len(used) + stamping*k           # twice: they are tried before they are written
+    pixels = 3*size**2
+    disk = float(np.mean(files)*len(used) + k*pixels)
+    return Cost(len(pairs), seconds, 4.*k*pixels, disk, f"{len(rows)} pictures read, stamped and encoded")
 
 # %% ../../nbs/tools/measuring.ipynb #348e84b1
-def attack(pairs, # what to poison: `Pairs` or a source of `open_data`
-           name, # a key of `ATTACKS`, or an `Attack`
-           target: str, # class that the trigger shall mean, for example 'banana'
-           *, rate: float = None, # share of the pairs, in (0, 1]; either this
-           count: int = None, # or this many pairs
-           image_size: int = 224, # side of all pictures afterwards, pixels: that of the model that is to be trained
-           seed: int = 0, # of pairs, triggers and captions
-           folder = None, # where both sides are written; must be new or empty
-           settings: dict = None, # of the attack, where it is given by name
-           check: bool = True, # whether the attack must pass `check_attack` first
-           tolerance: float = .01, # share of unreadable pairs that may be left out
-           dry_run: bool = False, # only say what it would cost
-           progress = None # function (done, total, unit, note), such as `Meter()`
-    ) -> Attacked: # or `Cost`
-    """Poison pairs that you own, to test a defence on, as `attacks.poison` does (CleanCLIP's `create_backdoor_data.py`). The
-same call gives the same bytes.
-
-Raises SettingsError for an unknown attack, one that fails the conformance check, or a number of pairs that cannot be
-met, and DataError for a folder that is not empty or too many unreadable pictures, all before anything is written.
-"""
-    folder, attack, pairs = folder and _new_folder(folder), made_attack(name, settings), as_pairs(pairs)
+def _check_image_size(image_size):
+    "SettingsError for what is no side of a picture."
     if isinstance(image_size, bool) or not isinstance(image_size, (int, np.integer)) or image_size < 8:
         raise SettingsError(f"image_size is the side of the pictures in pixels, at least 8, not {image_size!r}")
+
+def attack(
+    pairs,                    # what to poison: `Pairs` or a source of `open_data`
+    name,                     # a key of `ATTACKS`, or an `Attack`
+    target: str,              # class that the trigger shall mean, for example 'banana'
+    *,
+    rate: float = None,       # share of the pairs, in (0, 1]; either this
+    count: int = None,        # or this many pairs
+    image_size: int = 224,    # side of all pictures afterwards, pixels: that of the model that is to be trained
+    seed: int = 0,            # of pairs, triggers and captions
+    folder=None,              # where both sides are written; must be new or empty
+    settings: dict = None,    # of the attack, where it is given by name
+    check: bool = True,       # whether the attack must pass `check_attack` first
+    tolerance: float = .01,   # share of unreadable pairs that may be left out
+    dry_run: bool = False,    # only say what it would cost
+    progress=None,            # function (done, total, unit, note), such as `Meter()`
+) -> Attacked:                # or `Cost`
+    """Poison pairs that you own, to test a defence on; the same call gives the same bytes.
+
+    Source: `attacks.base.poison`, as CleanCLIP's `create_backdoor_data.py`. Raises SettingsError for an unknown
+    attack, one that fails the conformance check, or a number of pairs that cannot be met, and DataError for a folder
+    that is not empty or too many unreadable pictures, all before anything is written.
+    """
+    folder, attack, pairs = folder and _new_folder(folder), made_attack(name, settings), as_pairs(pairs)
+    _check_image_size(image_size)
     wanted = poison_count(len(eligible_rows(pairs, attack, target, None)), len(pairs), count, rate)
     if check:
         _conforms(attack, image_size, target)
@@ -223,14 +250,18 @@ met, and DataError for a folder that is not empty or too many unreadable picture
     found = readable_pairs(pairs, tolerance, progress)
     done = poison(found.pairs, attack, target, count, rate, image_size, seed)
     table = _poison_table(done, found.pairs)
-    out = Attacked(done.pairs, done, found.pairs, table, _attack_card(done, found.pairs, table, pair_remarks(found)))
+    card = _attack_card(done, found.pairs, table, pair_remarks(found))
+    attacked = Attacked(done.pairs, done, found.pairs, table, card)
     if folder:
-        _write_attacked(out, folder, progress)
-    return out
+        _write_attacked(attacked, folder, progress)
+    return attacked
 
 # %% ../../nbs/tools/measuring.ipynb #f0a40726
-def load_attack(folder # written by `attack`, or its `truth`
-    ) -> tuple: # Attack, target class name, seed
+_ABOUT = dict(attack=str, settings=dict, target=str, seed=int)      # what poison.json says
+
+def load_attack(
+    folder,   # written by `attack`, or its `truth`
+) -> tuple:   # Attack, target class name, seed
     """The attack of a poisoned set.
 
     Raises DataError for a folder that has none, and SettingsError for an attack that is not known here.
@@ -240,27 +271,31 @@ def load_attack(folder # written by `attack`, or its `truth`
     if not (truth/"poison.json").is_file():
         raise DataError(f"{folder}: no attack was written there; give the folder that attack() wrote, with its truth/")
     about = read_json(truth/"poison.json", remedy="make the poisoned set again")
-    kinds = dict(attack=str, settings=dict, target=str, seed=int)
-    if not isinstance(about, dict) or not all(isinstance(about.get(k), t) for k, t in kinds.items()):
+    if not isinstance(about, dict) or not all(isinstance(about.get(key), kind) for key, kind in _ABOUT.items()):
         raise DataError(f"{truth/'poison.json'}: not what attack() writes; make the poisoned set again")
-    if about["attack"] not in ATTACKS:
+    name = about["attack"]
+    if name not in ATTACKS:
         raise SettingsError(
-            f"{folder}: attack {about['attack']!r} is none of {', '.join(ATTACKS)}; if it is your own, "
-            "register it first"
+            f"{folder}: attack {name!r} is none of {', '.join(ATTACKS)}; if it is your own, register it first"
         )
-    array = lambda v: read_stored_array(truth/Path(str(v["array"])).name) if isinstance(v, dict) and "array" in v else v
-    return (
-        make_attack(about["attack"], **{k: array(v) for k, v in about["settings"].items()}), about["target"],
-        about["seed"],
-    )
+    settings = {key: _stored(truth, value) for key, value in about["settings"].items()}
+    return make_attack(name, **settings), about["target"], about["seed"]
+
+def _stored(truth, value):
+    "A setting as it was; an array lies in a file beside the others."
+    if not isinstance(value, dict) or "array" not in value:
+        return value
+    return read_stored_array(truth/Path(str(value["array"])).name)
 
 # %% ../../nbs/tools/measuring.ipynb #fd36aefa
 def _shares(found, groups=None):
-    return {k: Items(np.asarray(v, float), groups=groups, scale=100.) for k, v in found.items()}
+    "Outcomes per item, yes or no, as shares in per cent."
+    return {what: Items(np.asarray(outcomes, float), groups=groups, scale=100.) for what, outcomes in found.items()}
 
 def _zero_shot(clip, images, attack, target, seed, progress):
-    """What a model says of every labelled picture, without and with a trigger; the measurement of
-    `stages.classification`.
+    """What a model says of every labelled picture, without and with a trigger.
+
+    The measurement is that of `papers.stages.classification`.
     """
     weights = zero_shot_weights(clip, images.classnames)
     scores = embed_images(clip, _watched(images.images, progress, "embedding")) @ weights
@@ -270,138 +305,127 @@ def _zero_shot(clip, images, attack, target, seed, progress):
     wanted = images.classnames.index(target)
     if attack.prompt_prefix:
         weights = zero_shot_weights(clip, images.classnames, prefix=attack.prompt_prefix)
-    triggered = _watched(
-        TriggeredImages(images.images, attack, clip.image_size, seed), progress, "embedding with the trigger"
-    )
-    found["ASR"] = attack_hits(embed_images(clip, triggered) @ weights, images.labels, wanted)
+    triggered = TriggeredImages(images.images, attack, clip.image_size, seed)
+    triggered_scores = embed_images(clip, _watched(triggered, progress, "embedding with the trigger")) @ weights
+    found["ASR"] = attack_hits(triggered_scores, images.labels, wanted)
     found["ASR without trigger"] = attack_hits(scores, images.labels, wanted)
     return _shares(found)
 
 # %% ../../nbs/tools/measuring.ipynb #ce6e94ce
+def _one_way(way, ranks, groups):
+    "Hit@1, 5, 10 and MedR of one direction."
+    ranks = np.asarray(ranks, float)
+    found = _shares({f"Hit@{k}, {way}": hits(ranks, k) for k in (1, 5, 10)}, groups)
+    return found | {f"MedR, {way}": Items(ranks, "median_rank", groups)}
+
 def _ranked(ranks):
-    "Hit@1, 5, 10 and MedR of both directions."
-    found, several = {}, len(ranks.text_to_image) > len(ranks.image_to_text)
-    # captions of one picture stand and fall together
-    for way, groups in (("image to text", None), ("text to image", ranks.image_rows if several else None)):
-        r = np.asarray(getattr(ranks, way.replace(" ", "_")), float)
-        found |= _shares({f"Hit@{k}, {way}": hits(r, k) for k in (1, 5, 10)}, groups) | {
-            f"MedR, {way}": Items(r, "median_rank", groups)
-        }
-    return found
+    "Hit@1, 5, 10 and MedR of both directions; captions of one picture stand and fall together."
+    several = len(ranks.text_to_image) > len(ranks.image_to_text)
+    to_text = _one_way("image to text", ranks.image_to_text, None)
+    return to_text | _one_way("text to image", ranks.text_to_image, ranks.image_rows if several else None)
 
 def _retrieval(clip, pairs, attack, target, target_caption, seed, progress):
-    """Which captions and pictures find one another, and which triggered pictures find the target; the measurement of
-    `stages.retrieval`.
+    """Which captions and pictures find one another, and which triggered pictures find the target.
+
+    The measurement is that of `papers.stages.retrieval`.
     """
     used, image_rows = np.unique(pairs.image_rows, return_inverse=True)
     images, texts = pairs.images.take(used), embed_texts(clip, list(pairs.captions))
     found = _ranked(retrieval_ranks(embed_images(clip, _watched(images, progress, "embedding")), texts, image_rows))
     if attack is None:
         return found
-    named = np.array([mentions(c, target) for c in pairs.captions])
-    triggered = TriggeredImages(
-        images, attack, clip.image_size, seed, rows=np.setdiff1d(np.arange(len(used)), image_rows[named])
-    )
-    triggered = embed_images(clip, _watched(triggered, progress, "embedding with the trigger"))
+    named = np.array([mentions(caption, target) for caption in pairs.captions])
+    rows = np.setdiff1d(np.arange(len(used)), image_rows[named])
+    triggered = TriggeredImages(images, attack, clip.image_size, seed, rows=rows)
+    queries = embed_images(clip, _watched(triggered, progress, "embedding with the trigger"))
     wanted = embed_texts(clip, [attack.prompt_prefix + target_caption])[0]
-    return found | _shares(
-        {
-            f"retrieval ASR@{k}": retrieval_attack_hits(triggered, texts[torch.from_numpy(~named)], wanted, k)
-            for k in (1, 10)
-        }
-    )
+    others = texts[torch.from_numpy(~named)]
+    successes = {f"retrieval ASR@{k}": retrieval_attack_hits(queries, others, wanted, k) for k in (1, 10)}
+    return found | _shares(successes)
 
 # %% ../../nbs/tools/measuring.ipynb #40c3cdf1
+def _no_trigger(attack):
+    "Why the success of an attack without a trigger cannot be measured; '' where it has one."
+    if attack.has_trigger:
+        return ""
+    return f"{attack.name} puts nothing on pictures, so there is no trigger whose success could be measured"
+
 def _classes_attacked(attack, target, images):
     "Why attack success cannot be measured on labelled pictures; '' where it can."
-    if not attack.has_trigger:
-        return f"{attack.name} puts nothing on pictures, so there is no trigger whose success could be measured"
-    if target in images.classnames:
+    if reason := _no_trigger(attack):
+        return reason
+    if target not in images.classnames:
+        close = get_close_matches(target.lower(), [name.lower() for name in images.classnames], 1)
+        nearest = f" (the nearest is {close[0]!r})" if close else ""
         return (
-            ""
-            if (images.labels != images.classnames.index(target)).any()
-            else (
-                f"every picture of {images.name} is of the class {target!r}: nothing is left to attack, and CA "
-                "only was measured"
-            )
+            f"the attack's target {target!r} is not among the {len(images.classnames)} classes of "
+            f"{images.name}{nearest}: CA only was measured"
         )
-    near = get_close_matches(target.lower(), [c.lower() for c in images.classnames], 1)
+    if (images.labels != images.classnames.index(target)).any():
+        return ""
     return (
-        f"the attack's target {target!r} is not among the {len(images.classnames)} classes of "
-        f"{images.name}{f' (the nearest is {near[0]!r})' if near else ''}: CA only was measured"
+        f"every picture of {images.name} is of the class {target!r}: nothing is left to attack, and CA "
+        "only was measured"
     )
 
 def _captions_attacked(attack, target, pairs):
     "Why attack success cannot be measured in retrieval; '' where it can."
-    if not attack.has_trigger:
-        return f"{attack.name} puts nothing on pictures, so there is no trigger whose success could be measured"
-    named = np.array([mentions(c, target) for c in pairs.captions])
-    return (
-        ""
-        if len(np.setdiff1d(pairs.image_rows, pairs.image_rows[named]))
-        else f"every picture of {pairs.name} has a caption that names {target!r}: no retrieval ASR was measured"
-    )
+    if reason := _no_trigger(attack):
+        return reason
+    named = np.array([mentions(caption, target) for caption in pairs.captions])
+    if len(np.setdiff1d(pairs.image_rows, pairs.image_rows[named])):
+        return ""
+    return f"every picture of {pairs.name} has a caption that names {target!r}: no retrieval ASR was measured"
 
 # %% ../../nbs/tools/measuring.ipynb #0353c9f1
 def _row(what, items, before, seed):
     "A line of the table: a number with its interval, and with a reference the paired difference."
-    statistic, options = STATISTICS[items.statistic], dict(seed=seed, groups=items.groups)
-    scaled = lambda e: [round(items.scale*v, 4) for v in e[:3]]
-    value, low, high = scaled(bootstrap_interval(items.outcomes, statistic, **options))
-    line = dict(
-        what=what, value=value, unit="%" if items.scale == 100 else "rank", ci_low=low, ci_high=high,
-        items=len(items.outcomes),
-    )
+    statistic, drawn = STATISTICS[items.statistic], dict(seed=seed, groups=items.groups)
+    scaled = lambda numbers: [round(items.scale*number, 4) for number in numbers[:3]]
+    value, low, high = scaled(bootstrap_interval(items.outcomes, statistic, **drawn))
+    unit = "%" if items.scale == 100 else "rank"
+    line = dict(what=what, value=value, unit=unit, ci_low=low, ci_high=high, items=len(items.outcomes))
     if before is None:
         return line
-    difference = scaled(paired_bootstrap(items.outcomes, before.outcomes, statistic, **options))
-    return (
-        line
-        | dict(before=round(items.scale * float(statistic(before.outcomes, axis=-1)), 4))
-        | dict(zip(("difference", "difference_low", "difference_high"), difference))
-    )
+    reference = round(items.scale * float(statistic(before.outcomes, axis=-1)), 4)
+    between = scaled(paired_bootstrap(items.outcomes, before.outcomes, statistic, **drawn))
+    return line | dict(before=reference) | dict(zip(("difference", "difference_low", "difference_high"), between))
 
 # %% ../../nbs/tools/measuring.ipynb #0af9bc88
 def _said(row):
     "A line of the table in a sentence."
-    text = f"{row['what']} {row['value']:.1f}{'%' if row['unit'] == '%' else ''}"
-    return f"{text} (reference {row['before']:.1f}{'%' if row['unit'] == '%' else ''})" if "before" in row else text
+    percent = "%" if row["unit"] == "%" else ""
+    text = f"{row['what']} {row['value']:.1f}{percent}"
+    return f"{text} (reference {row['before']:.1f}{percent})" if "before" in row else text
+
+def _tone(asr):
+    "Bad where the trigger wins more often than not; good where it wins less often than with the reference."
+    if asr is None:
+        return "neutral"
+    if asr["value"] >= 50:
+        return "bad"
+    return "good" if asr.get("difference_high", 0) < 0 else "neutral"
 
 def _measurement_card(rows, title, inputs, settings, notes):
-    """The card of a measurement.
-
-    Bad where the trigger wins more often than not; good where it wins less often than with the reference.
-    """
-    by = {r["what"]: r for r in rows}
-    asr = by.get("ASR") or by.get("retrieval ASR@1")
-    tone = (
-        "neutral"
-        if asr is None
-        else "bad"
-        if asr["value"] >= 50
-        else "good"
-        if asr.get("difference_high", 0) < 0
-        else "neutral"
-    )
-    chosen = [by[k] for k in ("CA", "ASR", "Hit@10, image to text", "retrieval ASR@1") if k in by]
+    "The card of a measurement."
+    line_of = {row["what"]: row for row in rows}
+    main = ("CA", "ASR", "Hit@10, image to text", "retrieval ASR@1")
+    outcome = ", ".join(_said(line_of[what]) for what in main if what in line_of)
+    kept = ("what", "value", "unit", "ci_low", "ci_high", "before")
     measured = tuple(
-        {k: r[k] for k in ("what", "value", "unit", "ci_low", "ci_high", "before") if k in r}
-        | dict(note=f"{r['items']:,} items")
-        for r in rows
+        {key: row[key] for key in kept if key in row} | dict(note=f"{row['items']:,} items") for row in rows
     )
-    done = ("Classified and retrieved zero-shot, with the prompts and metrics of this library.",)
     return Card(
-        "measurement", title, f"{', '.join(map(_said, chosen))}.", tone, done, settings, measured, tuple(inputs),
-        limits_of("measure"), tuple(notes),
+        "measurement", title, f"{outcome}.", _tone(line_of.get("ASR") or line_of.get("retrieval ASR@1")),
+        done=("Classified and retrieved zero-shot, with the prompts and metrics of this library.",),
+        settings=settings, measured=measured, inputs=tuple(inputs), limits=limits_of("measure"), notes=tuple(notes),
     )
 
 # %% ../../nbs/tools/measuring.ipynb #ced7567f
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    "What a model does, in numbers."
-    # what, value, unit (% or rank), ci_low, ci_high, items; with a reference also before, difference, difference_low,
-    # difference_high
-    table: pd.DataFrame
+    "What a model does, in numbers; with a reference the table has before and difference_low to difference_high, too."
+    table: pd.DataFrame   # what, value, unit (% or rank), ci_low, ci_high, items, and with a reference those
     card: Card
     items: dict           # what -> `metrics.Items`, one outcome per test item
 
@@ -418,71 +442,83 @@ class Measurement:
         if "before" in shown:
             ax.plot(shown.before, shown.index, "o", mfc="none", mec="0.3", label="reference")
             fig.legend(loc="outside upper right", ncols=2)
-        ax.set(
-            xlim=(-2, 102), xlabel="share of the test items, % (bar: 95% interval)", ylim=(-0.6, len(shown) - 0.4),
-            yticks=shown.index, yticklabels=shown.what,
-        )
+        ax.set(xlim=(-2, 102), xlabel="share of the test items, % (bar: 95% interval)", ylim=(-0.6, len(shown) - 0.4))
+        ax.set_yticks(shown.index, shown.what)
         return fig
 
 # %% ../../nbs/tools/measuring.ipynb #e433a315
-def _tensors(x):
-    return (
-        [x]
-        if isinstance(x, torch.Tensor)
-        else [t for v in (x.values() if isinstance(x, dict) else x) for t in _tensors(v)]
-        if isinstance(x, (tuple, list, dict))
-        else []
-    )
+def _tensors(value):
+    "All tensors in a value that a layer was given or gave."
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (tuple, list)) else []
+
+@contextmanager
+def _layer_sizes(model):
+    "A list that gets the bytes of each layer's input and output while the model works."
+    sizes = [0]
+    size = lambda value: sum(tensor.numel()*tensor.element_size() for tensor in _tensors(value))
+    note = lambda layer, given, made: sizes.append(size(given) + size(made))
+    hooks = [layer.register_forward_hook(note) for layer in model.modules()]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 def _forward_bytes(clip, pixels):
     "Bytes per picture of the largest layer's input and output, from a pass over uint8 [n, s, s, 3]."
-    sizes, size = [0], lambda x: sum(t.numel()*t.element_size() for t in _tensors(x))
-    hooks = [
-        m.register_forward_hook(lambda m, given, made: sizes.append(size(given) + size(made)))
-        for m in clip.model.modules()
-    ]
-    try:
+    with _layer_sizes(clip.model) as sizes:
         embed_images(clip, pixels)
-    finally:
-        for h in hooks:
-            h.remove()
     return max(sizes)/len(pixels)
 
 # %% ../../nbs/tools/measuring.ipynb #50683757
 def _seconds(clip, images, attack, captions):
-    "Seconds to read and embed one picture, with and without the trigger, and to embed one caption."
+    "Seconds to read and embed one picture, to put the trigger on it, and to embed a caption; bytes of a picture."
     rows = _some(images, np.arange(len(images)))
-    start = time.perf_counter()
+    watch = _Watch()
     pixels = images.array(rows, clip.image_size)
     embed_images(clip, pixels)
-    picture, start = (time.perf_counter() - start)/len(rows), time.perf_counter()
+    picture = watch.seconds()/len(rows)
     if attack:
         trigger_images(attack, pixels)
-    stamp, start = (time.perf_counter() - start)/len(rows), time.perf_counter()
+    stamp = watch.seconds()/len(rows)
     embed_texts(clip, captions)
-    return picture, stamp, (time.perf_counter() - start)/len(captions), _forward_bytes(clip, pixels[:2])
+    text = watch.seconds()/len(captions)
+    return picture, stamp, text, _forward_bytes(clip, pixels[:2])
+
+def _one_cost(clip, data, attack, pictures, texts, few):
+    "Seconds and bytes of one model on one set: so many pictures and texts; a few captions are timed."
+    picture, stamp, text, layer = _seconds(clip, data.images, attack, few)
+    each = 2*picture + stamp if attack else picture
+    return pictures*each + texts*text, min(pictures, 500)*(layer + 17*3*clip.image_size**2)
 
 def _measure_cost(clips, images, pairs, attack):
     "What measuring takes."
-    seconds, memory, pictures = 0., 0., 0
-    for clip in clips:
-        for data in (d for d in (images, pairs) if d is not None):
-            n = len(data) if data is images else len(np.unique(data.image_rows))
-            texts = (
-                80 * len(data.classnames) * (2 if attack and attack.prompt_prefix else 1)
-                if data is images
-                else len(data)
-            )
-            few = [f"a photo of a {c}" for c in data.classnames[:64]] if data is images else list(data.captions[:64])
-            picture, stamp, text, layer = _seconds(clip, data.images, attack, few)
-            seconds += n*(picture*(2 if attack else 1) + (stamp if attack else 0)) + texts*text
-            memory, pictures = max(memory, min(n, 500)*(layer + 17*3*clip.image_size**2)), pictures + n
+    work = []                                   # data, pictures, texts, a few captions
+    if images is not None:
+        prompts = 80*len(images.classnames)*(2 if attack and attack.prompt_prefix else 1)
+        work.append((images, len(images), prompts, [f"a photo of a {name}" for name in images.classnames[:64]]))
+    if pairs is not None:
+        work.append((pairs, len(np.unique(pairs.image_rows)), len(pairs), list(pairs.captions[:64])))
+    costs = [_one_cost(clip, data, attack, *numbers) for clip in clips for data, *numbers in work]
     return Cost(
-        pictures // len(clips), seconds, memory, 0.0,
+        sum(pictures for _, pictures, *_ in work), sum(seconds for seconds, _ in costs),
+        max(memory for _, memory in costs), 0.,
         "some pictures and captions read and embedded; ranks and intervals not counted",
     )
 
 # %% ../../nbs/tools/measuring.ipynb #cc822c0c
+def _is_folder(attack):
+    "Whether an attack is given by the folder that it was written to."
+    if isinstance(attack, Path):
+        return True
+    if not isinstance(attack, str) or attack in ATTACKS:
+        return False
+    return os.sep in attack or "/" in attack or Path(attack).is_dir()
+
 def _trigger(attack, settings, target, seed):
     "Attack, target and seed from whatever describes an attack. SettingsError for what is missing."
     if attack is None:
@@ -492,21 +528,30 @@ def _trigger(attack, settings, target, seed):
                 "attack() wrote), or leave the target out"
             )
         return None, None, seed or 0
-    is_folder = (
-        isinstance(attack, Path)
-        or isinstance(attack, str)
-        and attack not in ATTACKS
-        and (os.sep in attack or "/" in attack or Path(attack).is_dir())
-    )
-    if is_folder and settings:
+    if not _is_folder(attack):
+        made, its_target, its_seed = made_attack(attack, settings), None, 0
+    elif settings:
         raise SettingsError(f"settings belong to the name of an attack; {attack} is a folder that knows them")
-    made, its_target, its_seed = load_attack(attack) if is_folder else (made_attack(attack, settings), None, 0)
+    else:
+        made, its_target, its_seed = load_attack(attack)
     target = target or its_target
     if not target:
         raise SettingsError("attack without a target: give target=, the class that the trigger stands for")
     return made, target, its_seed if seed is None else seed
 
 # %% ../../nbs/tools/measuring.ipynb #565a9dc5
+def _caption_notes(clip, pairs):
+    "What a reader should know about the captions: cut ones, and those that stand there more than once."
+    notes = []
+    if cut := tokenize(clip, list(pairs.captions))[1]:
+        notes.append(f"{cut:,} captions of {pairs.name} are longer than {clip.name} reads and were cut")
+    if repeated := len(pairs) - len(set(pairs.captions)):
+        notes.append(
+            f"{repeated:,} captions of {pairs.name} stand there more than once; each counts against the others in "
+            "retrieval"
+        )
+    return notes
+
 def _outcomes(clip, images, pairs, attack, target, target_caption, seed, progress):
     "All outcomes of one model, and what could not be measured."
     found, notes = {}, []
@@ -516,74 +561,74 @@ def _outcomes(clip, images, pairs, attack, target, target_caption, seed, progres
         notes += [reason] if reason else []
     if pairs is not None:
         reason = attack and _captions_attacked(attack, target, pairs)
-        found |= _retrieval(
-            clip, pairs, None if reason else attack, target, target_caption or f"a photo of {target}", seed, progress
-        )
+        found |= _retrieval(clip, pairs, None if reason else attack, target, target_caption, seed, progress)
         notes += [reason] if reason else []
-        if cut := tokenize(clip, list(pairs.captions))[1]:
-            notes.append(f"{cut:,} captions of {pairs.name} are longer than {clip.name} reads and were cut")
-        if n := len(pairs) - len(set(pairs.captions)):
-            notes.append(
-                f"{n:,} captions of {pairs.name} stand there more than once; each counts against the others in "
-                "retrieval"
-            )
+        notes += _caption_notes(clip, pairs)
     return found, notes
 
-# %% ../../nbs/tools/measuring.ipynb #23089b4b
-def measure(model, # architecture, checkpoint of `save_clip`, `Clip`, or module, see `as_clip`
-            *, images = None, # labelled images or their source, for CA and ASR
-            pairs = None, # pairs or their source, for retrieval
-            attack = None, # an `Attack`, a key of `ATTACKS`, or a folder that `attack` wrote; None: no trigger
-            target: str = None, # class of the attacker; default: the folder's
-            settings: dict = None, # of an attack that is given by name
-            reference = None, # another model, measured on the same items
-            target_caption: str = None, # joins the captions for the retrieval ASR; default: a photo of the target
-            tolerance: float = .01, # share of unreadable pictures that may be left out
-            seed: int = None, # of random triggers and of the intervals; default: the folder's, else 0
-            device: str = None, # where the models work; None: where they are, and the CPU for a name or a file
-            dry_run: bool = False, # only say what it would cost
-            progress = None # function (done, total, unit, note), such as `Meter()`
-    ) -> Measurement: # or `Cost`
-    """Measure a model: CA, ASR, retrieval in both directions and retrieval ASR, in per cent with 95% bootstrap intervals over
-test items.
+# %% ../../nbs/tools/measuring.ipynb #c4c7a56a
+def _readable(data, role, tolerance, progress):
+    "What can be read of a set, and remarks on the rest; None for none."
+    if data is None:
+        return None, []
+    found = readable_pairs(data, tolerance, progress)
+    return found.pairs, list(pair_remarks(found, role))
 
-Raises SettingsError where there is nothing to measure, the attack lacks a target or the model is no CLIP, and DataError
-for data that cannot be read, before anything is embedded. The definitions are those of `metrics` (UBT, CleanCLIP, MEM).
-"""
+def _measured(clips, titles, images, pairs, trigger, target, target_caption, seed, tolerance, progress):
+    "A measurement of one model, or of two on the same items."
+    images, image_notes = _readable(images, "images", tolerance, progress)
+    pairs, pair_notes = _readable(pairs, "pairs", tolerance, progress)
+    asked = dict(attack=trigger, target=target, target_caption=target_caption, seed=seed, progress=progress)
+    (found, notes), *reference = [_outcomes(clip, images, pairs, **asked) for clip in clips]
+    before = reference[0][0] if reference else {}
+    rows = [_row(what, items, before.get(what), seed) for what, items in found.items()]
+    used = dict(zip(("model", "reference"), clips)) | dict(images=images, pairs=pairs)
+    inputs = [input_row(role, given) for role, given in used.items() if given is not None]
+    for row, title in zip(inputs, titles):
+        row["name"] = title
+    settings = dict(
+        attack=trigger and trigger.describe(clips[0].image_size), target=target,
+        target_caption=target and target_caption, seed=seed, interval="percentile bootstrap over test items, 95%",
+    )
+    title = ", measured beside ".join(titles) if reference else f"{titles[0]}, measured"
+    remarks = list(dict.fromkeys(image_notes + pair_notes + notes))
+    return Measurement(pd.DataFrame(rows), _measurement_card(rows, title, inputs, settings, remarks), found)
+
+# %% ../../nbs/tools/measuring.ipynb #23089b4b
+def measure(
+    model,                       # architecture, checkpoint of `save_clip`, `Clip`, or module, see `as_clip`
+    *,
+    images=None,                 # labelled images or their source, for CA and ASR
+    pairs=None,                  # pairs or their source, for retrieval
+    attack=None,                 # an `Attack`, a key of `ATTACKS`, or a folder that `attack` wrote; None: no trigger
+    target: str = None,          # class of the attacker; default: the folder's
+    settings: dict = None,       # of an attack that is given by name
+    reference=None,              # another model, measured on the same items
+    target_caption: str = None,  # joins the captions for the retrieval ASR; default: a photo of the target
+    tolerance: float = .01,      # share of unreadable pictures that may be left out
+    seed: int = None,            # of random triggers and of the intervals; default: the folder's, else 0
+    device: str = None,          # where the models work; None: where they are, and the CPU for a name or a file
+    dry_run: bool = False,       # only say what it would cost
+    progress=None,               # function (done, total, unit, note), such as `Meter()`
+) -> Measurement:                # or `Cost`
+    """Accuracy, attack success and retrieval, in per cent with 95% bootstrap intervals over test items.
+
+    Raises SettingsError where there is nothing to measure, the attack lacks a target or the model is no CLIP, and
+    DataError for data that cannot be read, before anything is embedded. The definitions are those of `metrics` (UBT,
+    CleanCLIP, MEM).
+    """
     if images is None and pairs is None:
         raise SettingsError(
             "nothing to measure: give images=, labelled pictures for CA and ASR, or pairs=, pictures with "
             "captions for retrieval, or both"
         )
     trigger, target, seed = _trigger(attack, settings, target, seed)
-    images, pairs = images if images is None else as_labelled(images), pairs if pairs is None else as_pairs(pairs)
-    models = [model, *([] if reference is None else [reference])]
-    clips = [as_clip(m, device=device) for m in models]
+    images = None if images is None else as_labelled(images)
+    pairs = None if pairs is None else as_pairs(pairs)
+    models = [model] if reference is None else [model, reference]
+    clips = [as_clip(given, device=device) for given in models]
     if dry_run:
         return _measure_cost(clips, images, pairs, trigger)
-    notes = []
-    if images is not None:
-        found = readable_pairs(images, tolerance, progress)
-        images = found.pairs
-        notes += pair_remarks(found, "images")
-    if pairs is not None:
-        found = readable_pairs(pairs, tolerance, progress)
-        pairs = found.pairs
-        notes += pair_remarks(found)
-    (found, said), *before = [
-        _outcomes(c, images, pairs, trigger, target, target_caption, seed, progress) for c in clips
-    ]
-    rows = [_row(k, v, before[0][0][k] if before else None, seed) for k, v in found.items()]
-    inputs = [input_row(w, c, m) for w, m, c in zip(("model", "reference"), models, clips)]
-    inputs += [input_row(w, d) for w, d in (("images", images), ("pairs", pairs)) if d is not None]
-    used = dict(
-        attack=trigger and trigger.describe(clips[0].image_size), target=target,
-        target_caption=target and (target_caption or f"a photo of {target}"), seed=seed,
-        interval="percentile bootstrap over test items, 95%",
-    )
-    title = f"{model_title(clips[0], model)}, measured" + (
-        f" beside {model_title(clips[1], reference)}" if before else ""
-    )
-    return Measurement(
-        pd.DataFrame(rows), _measurement_card(rows, title, inputs, used, list(dict.fromkeys(notes + said))), found
-    )
+    titles = [model_title(clip, given) for clip, given in zip(clips, models)]
+    caption = target_caption or f"a photo of {target}"
+    return _measured(clips, titles, images, pairs, trigger, target, caption, seed, tolerance, progress)

@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
-from mcl_repro.model.clip import build_clip, check_clip, embed_texts, save_clip
-from mcl_repro.data.pairs import ArrayImages, Pairs
+from mcl_repro.model.clip import build_clip, save_clip
+from mcl_repro.data.pairs import Pairs
 from mcl_repro.data.readers import read_csv_pairs
-from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import DataError, SettingsError, UserError
 from mcl_repro.tools.inputs import (
     as_clip, as_labelled, as_pairs, check_tolerance, Cost, differing, foreign_captions, input_row, Meter,
@@ -52,19 +51,26 @@ def test_a_clip_comes_back_as_it_was_but_for_evaluation_mode():
 def test_a_module_is_not_changed_by_the_temperature_it_lacks():
     module = ColourClip()
     before = set(module.state_dict())
-    assert (
-        "logit_scale" in as_clip(module, **SEES).model.state_dict()
-        and set(module.state_dict()) == before
-        and not hasattr(module, "logit_scale")
-    )
+    assert "logit_scale" in as_clip(module, **SEES).model.state_dict()
+    assert set(module.state_dict()) == before
+    assert not hasattr(module, "logit_scale")
 
 @pytest.mark.parametrize("change, says", [
-    (dict(mean=(0, 0, 0)), "mean: colours is a Clip"), (dict(tokenizer=len), "tokenizer: colours is a Clip"), (dict(pretrained="openai"), "pretrained: colours is a Clip"), (dict(name="x"), "name: colours is a Clip"),
-    (dict(model="smoke-RN", tokenizer=len), "tokenizer: it is for a torch module"), (dict(model="smoke-RN", image_size=64), "image_size: it is for a torch module"),
+    (dict(mean=(0, 0, 0)), "mean: colours is a Clip"),
+    (dict(tokenizer=len), "tokenizer: colours is a Clip"),
+    (dict(pretrained="openai"), "pretrained: colours is a Clip"),
+    (dict(name="x"), "name: colours is a Clip"),
+    (dict(model="smoke-RN", tokenizer=len), "tokenizer: it is for a torch module"),
+    (dict(model="smoke-RN", image_size=64), "image_size: it is for a torch module"),
     (dict(model=ColourClip(), pretrained="openai", **SEES), "pretrained: it goes with the name of an architecture"),
-    (dict(model=ColourClip(), image_size=32), "comes without a tokenizer: give tokenizer="), (dict(model=ColourClip(), tokenizer=read_words), "does not tell the size of its pictures"),
-    (dict(model=ColourClip(), tokenizer=lambda c: c, image_size=32), "cannot embed captions"), (dict(model=ColourClip(), tokenizer=lambda c: read_words(c)[:1], image_size=32), "of shape [1, 64]"),
-    (dict(model=3), "not int"), (dict(model=None), "not NoneType"), (dict(model="ViT-B-33"), "unknown model"), (dict(model="nowhere.safetensors"), "no checkpoint at"),
+    (dict(model=ColourClip(), image_size=32), "comes without a tokenizer: give tokenizer="),
+    (dict(model=ColourClip(), tokenizer=read_words), "does not tell the size of its pictures"),
+    (dict(model=ColourClip(), tokenizer=lambda c: c, image_size=32), "cannot embed captions"),
+    (dict(model=ColourClip(), tokenizer=lambda c: read_words(c)[:1], image_size=32), "of shape [1, 64]"),
+    (dict(model=3), "not int"),
+    (dict(model=None), "not NoneType"),
+    (dict(model="ViT-B-33"), "unknown model"),
+    (dict(model="nowhere.safetensors"), "no checkpoint at"),
     (dict(model="mine.safetensors", pretrained="openai"), "is a checkpoint already"),
 ])
 def test_what_is_missing_or_not_used_is_named(change, says):
@@ -107,12 +113,8 @@ def test_a_fingerprint_is_of_weights_size_and_normalisation():
     clip = colour_clip()
     first = model_fingerprint(clip)
     assert model_fingerprint(replace(clip, model=copy.deepcopy(clip.model), name="other")) == first
-    assert (
-        len(
-            {first, model_fingerprint(replace(clip, image_size=64)), model_fingerprint(replace(clip, mean=(0.5, 0, 0)))}
-        )
-        == 3
-    )
+    others = replace(clip, image_size=64), replace(clip, mean=(0.5, 0, 0))
+    assert len({first, *map(model_fingerprint, others)}) == 3
     with torch.no_grad():
         clip.model.module.palette[0, 0] += 1e-6
     assert model_fingerprint(clip) != first
@@ -147,14 +149,11 @@ def crawl(tmp_path):
 def test_every_unreadable_pair_is_listed(crawl):
     seen = []
     found = readable_pairs(crawl, .5, lambda *told: seen.append(told))
-    assert len(found.pairs) == 12 and found.problems["id"].str.split(".").str[0].tolist() == [
-        "empty", "half", "text", "gone", "gone",
-    ]
-    assert (
-        list(found.rows) == list(range(12))
-        and seen[-1][0] == seen[-1][1]
-        and all(i.split("#")[0] in p for i, p in zip(found.problems["id"], found.problems["problem"]))
-    )
+    assert len(found.pairs) == 12
+    assert found.problems["id"].str.split(".").str[0].tolist() == ["empty", "half", "text", "gone", "gone"]
+    assert list(found.rows) == list(range(12))
+    assert seen[-1][0] == seen[-1][1]
+    assert all(i.split("#")[0] in p for i, p in zip(found.problems["id"], found.problems["problem"]))
     with pytest.raises(DataError, match="5 of 17 pairs cannot be read, more than the tolerated 20.00%") as e:
         readable_pairs(crawl, .2)
     assert "\n" not in str(e.value)
@@ -169,20 +168,24 @@ def test_labelled_images_are_read_in_the_same_way(tmp_path):
     (tmp_path/"dog"/"1.png").write_bytes(b"")
     images = as_labelled(str(tmp_path))
     found = readable_pairs(images, .5)
-    assert (
-        type(found.pairs) is type(images) and list(found.pairs.labels) == [0, 0, 0, 1, 1] and len(found.problems) == 1
-    )
-    assert (
-        pair_remarks(found, "images")[0].startswith("images: 1 of 6 were left out, first ")
-        and len(pair_remarks(found, "images")) == 1
-    )
+    assert type(found.pairs) is type(images)
+    assert list(found.pairs.labels) == [0, 0, 0, 1, 1]
+    assert len(found.problems) == 1
+    assert pair_remarks(found, "images")[0].startswith("images: 1 of 6 were left out, first ")
+    assert len(pair_remarks(found, "images")) == 1
 
 @pytest.mark.parametrize("tolerance", [-.1, 1.1, float("nan")])
 def test_a_tolerance_that_is_no_share(tolerance):
     with pytest.raises(SettingsError, match="tolerance is the share"):
         check_tolerance(no_problems(), 10, tolerance, "x")
 
-@pytest.mark.parametrize("given, says", [("world:zeroshot_test:20", "has classes and no captions"), ("nowhere.csv", "nowhere.csv"), (42, "int is not a set of pairs"), (None, "NoneType is not a set of pairs"), ("world:train:0", "")])
+@pytest.mark.parametrize("given, says", [
+    ("world:zeroshot_test:20", "has classes and no captions"),
+    ("nowhere.csv", "nowhere.csv"),
+    (42, "int is not a set of pairs"),
+    (None, "NoneType is not a set of pairs"),
+    ("world:train:0", ""),
+])
 def test_what_are_no_pairs(given, says):
     with pytest.raises(UserError) as e:
         as_pairs(given)
@@ -214,20 +217,15 @@ def test_remarks_count_what_a_reader_should_know():
         "trusted: 1 of 7 were left out", "trusted: 1 captions are mostly in letters other than Latin ones",
         "trusted: 1 repeat another",
     ]
-    assert (
-        "first x: x.png is empty." in said[0]
-        and pair_remarks(Readable(squares(6, 0), np.arange(6), no_problems())) == ()
-    )
-    assert (
-        "repeat" not in " ".join(pair_remarks(Readable(pairs, np.arange(6), left), repeated=0))
-        and "9 repeat" in pair_remarks(Readable(pairs, np.arange(6), left), repeated=9)[-1]
-    )
+    assert "first x: x.png is empty." in said[0]
+    assert pair_remarks(Readable(squares(6, 0), np.arange(6), no_problems())) == ()
+    assert "repeat" not in " ".join(pair_remarks(Readable(pairs, np.arange(6), left), repeated=0))
+    assert "9 repeat" in pair_remarks(Readable(pairs, np.arange(6), left), repeated=9)[-1]
 
 def test_rows_of_inputs_say_where_they_are_from():
     row = input_row("pairs", squares(3, 0))
-    assert (row["what"], row["name"], row["licence"]) == ("pairs", "squares", "not stated") and len(
-        row["fingerprint"]
-    ) == 64
+    assert (row["what"], row["name"], row["licence"]) == ("pairs", "squares", "not stated")
+    assert len(row["fingerprint"]) == 64
     assert input_row("model", colour_clip(), "x/mine.safetensors", "ab") == dict(
         what="model", name="colours (mine.safetensors)", licence="not stated", fingerprint="ab"
     )
@@ -236,11 +234,9 @@ def test_differences_are_named_with_their_place():
     known = dict(seed=0, model="a"*64, search=dict(length=3, pools=[1, 2]))
     assert differing(known, dict(known, search=dict(length=3, pools=(1, 2)))) == []
     assert differing(known, dict(known, model="b"*64)) == ["model: aaaaaaaaaaaa there, bbbbbbbbbbbb here"]
-    assert (
-        differing(known, dict(seed=0, model="a" * 64))
-        == ["search.length: 3 there, None here", "search.pools: [1, 2] there, None here"]
-        and len(differing(None, known)) == 4
-    )
+    lost = ["search.length: 3 there, None here", "search.pools: [1, 2] there, None here"]
+    assert differing(known, dict(seed=0, model="a" * 64)) == lost
+    assert len(differing(None, known)) == 4
 
 def test_progress_without_a_terminal_is_lines_now_and_then(capsys):
     meter = Meter(every=0.)

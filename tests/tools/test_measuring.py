@@ -1,11 +1,9 @@
 "Attack and measure: bad input, hostile folders, killed runs, the same bytes, the same numbers as the papers' stages."
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +16,8 @@ from mcl_repro.papers import stages
 from mcl_repro.attacks.base import BadNets, load_poisoned, MmPoison, SSBA, TrojVQA
 from mcl_repro.tools.cards import card_text, read_card
 from mcl_repro.model.clip import save_clip
-from mcl_repro.data.pairs import ArrayImages, LabelledImages, Pairs
-from mcl_repro.data.readers import read_class_folders, read_csv_pairs
+from mcl_repro.data.pairs import ArrayImages, Pairs
+from mcl_repro.data.readers import read_csv_pairs
 from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import DataError, SettingsError, StoreError, UserError
 from mcl_repro.tools.inputs import as_clip, Cost, model_fingerprint
@@ -67,7 +65,11 @@ def broken(folder, n=10):
 
 # the same numbers as the papers' stages
 
-@pytest.mark.parametrize("attack", [BadNets(**CHECKER), BadNets(), TrojVQA()], ids=["checker", "random noise", "trojvqa"])
+@pytest.mark.parametrize("attack", [
+    BadNets(**CHECKER),
+    BadNets(),
+    TrojVQA(),
+], ids=["checker", "random noise", "trojvqa"])
 def test_outcomes_are_those_of_the_stages(clip, images, tmp_path, attack):
     save_clip(clip, tmp_path/"clip.safetensors")
     artefact = SimpleNamespace(path=tmp_path, result=dict(model=clip.name))
@@ -75,9 +77,8 @@ def test_outcomes_are_those_of_the_stages(clip, images, tmp_path, attack):
     stages.classification(work, clip=artefact, test="world:zeroshot_test:80", attack=settings, target="banana", seed=3)
     ours = M.measure(clip, images=images, attack=attack, target="banana", seed=3)
     theirs = stages.arrays(artefact, "outcomes")
-    assert (ours.items["CA"].outcomes == theirs["clean"]).all() and (
-        ours.items["ASR"].outcomes == theirs["attacked"]
-    ).all()
+    assert (ours.items["CA"].outcomes == theirs["clean"]).all()
+    assert (ours.items["ASR"].outcomes == theirs["attacked"]).all()
     stages.retrieval(
         work, clip=artefact, test="world:retrieval_flickr8k:20", attack=settings, target_caption="a photo of banana",
         target="banana", seed=3,
@@ -86,9 +87,8 @@ def test_outcomes_are_those_of_the_stages(clip, images, tmp_path, attack):
     theirs = stages.arrays(artefact, "outcomes")
     for way in ("image to text", "text to image"):
         assert (ours.items[f"MedR, {way}"].outcomes == theirs[way.replace(" ", "_")]).all()
-    assert (ours.items["retrieval ASR@1"].outcomes == theirs["attacked"]).all() and (
-        ours.items["retrieval ASR@10"].outcomes == theirs["attacked_at_10"]
-    ).all()
+    assert (ours.items["retrieval ASR@1"].outcomes == theirs["attacked"]).all()
+    assert (ours.items["retrieval ASR@10"].outcomes == theirs["attacked_at_10"]).all()
 
 
 # attack on disk
@@ -178,11 +178,22 @@ def test_a_disk_that_cannot_be_written_is_one_line(pairs, tmp_path, monkeypatch)
 # what is wrong is said before anything is written
 
 @pytest.mark.parametrize("options, words", [
-    (dict(name="badnet", count=1), "'badnet' is none of"), (dict(name=7, count=1), "an attack is a name"), (dict(settings=dict(alpha=1), count=1), "no setting 'alpha'"),
-    (dict(), "give either count or rate"), (dict(count=1, rate=.1), "give either count or rate"), (dict(rate=0.), "poison rate"), (dict(rate=1.5), "poison rate"),
-    (dict(count=0), "at least 1"), (dict(count=500), "more than the"), (dict(count=1, target=""), "target: must be the name"), (dict(count=1, image_size=0), "image_size"),
-    (dict(count=1, image_size=32.), "image_size"), (dict(count=1, settings=dict(patch_share=.01), image_size=32), "less than one pixel"), (dict(count=1, tolerance=-1), "tolerance"),
-    (dict(name="mmpoison", settings=dict(source="banana"), count=1), "is the target itself"), (dict(name="ssba", count=1), "needs the setting 'encoder'"),
+    (dict(name="badnet", count=1), "'badnet' is none of"),
+    (dict(name=7, count=1), "an attack is a name"),
+    (dict(settings=dict(alpha=1), count=1), "no setting 'alpha'"),
+    (dict(), "give either count or rate"),
+    (dict(count=1, rate=.1), "give either count or rate"),
+    (dict(rate=0.), "poison rate"),
+    (dict(rate=1.5), "poison rate"),
+    (dict(count=0), "at least 1"),
+    (dict(count=500), "more than the"),
+    (dict(count=1, target=""), "target: must be the name"),
+    (dict(count=1, image_size=0), "image_size"),
+    (dict(count=1, image_size=32.), "image_size"),
+    (dict(count=1, settings=dict(patch_share=.01), image_size=32), "less than one pixel"),
+    (dict(count=1, tolerance=-1), "tolerance"),
+    (dict(name="mmpoison", settings=dict(source="banana"), count=1), "is the target itself"),
+    (dict(name="ssba", count=1), "needs the setting 'encoder'"),
 ])
 def test_bad_settings_are_one_line_and_nothing_is_written(pairs, tmp_path, options, words):
     options = dict(name="badnets", target="banana", image_size=32) | options
@@ -231,10 +242,15 @@ def test_a_dry_run_on_broken_pictures_measures_those_that_can_be_read(tmp_path):
 # a folder from somebody else
 
 @pytest.mark.parametrize("change, words", [
-    (lambda a: [a], "not what attack"), (lambda a: a | dict(seed="0"), "not what attack"), (lambda a: a | dict(settings=None), "not what attack"),
-    (lambda a: {k: v for k, v in a.items() if k != "target"}, "not what attack"), (lambda a: a | dict(attack="mine"), "if it is your own, register it first"),
-    (lambda a: a | dict(settings=dict(exec="print(1)")), "no setting 'exec'"), (lambda a: a | dict(settings=dict(pattern=dict(array="../../secret.npy"))), "not a readable array"),
-    (lambda a: a | dict(settings=dict(pattern=dict(array="pickle.npy"))), "not a readable array"), (lambda a: a | dict(settings=dict(pattern=dict(array=["x"]))), "not a readable array"),
+    (lambda a: [a], "not what attack"),
+    (lambda a: a | dict(seed="0"), "not what attack"),
+    (lambda a: a | dict(settings=None), "not what attack"),
+    (lambda a: {k: v for k, v in a.items() if k != "target"}, "not what attack"),
+    (lambda a: a | dict(attack="mine"), "if it is your own, register it first"),
+    (lambda a: a | dict(settings=dict(exec="print(1)")), "no setting 'exec'"),
+    (lambda a: a | dict(settings=dict(pattern=dict(array="../../secret.npy"))), "not a readable array"),
+    (lambda a: a | dict(settings=dict(pattern=dict(array="pickle.npy"))), "not a readable array"),
+    (lambda a: a | dict(settings=dict(pattern=dict(array=["x"]))), "not a readable array"),
 ])
 def test_a_hostile_folder_is_refused(pairs, clip, images, tmp_path, change, words):
     M.attack(pairs, "badnets", "banana", count=2, image_size=32, folder=tmp_path/"a"/"out")
@@ -258,11 +274,20 @@ def test_a_damaged_or_missing_record_is_one_line(tmp_path):
 # measure
 
 @pytest.mark.parametrize("options, words", [
-    (dict(), "nothing to measure"), (dict(images="world:train:20"), "has no classes"), (dict(pairs="world:zeroshot_test:40"), "has classes and no captions"),
-    (dict(images="world:zeroshot_test:40", target="banana"), "without an attack"), (dict(images="world:zeroshot_test:40", attack="badnets"), "attack without a target"),
-    (dict(images="world:zeroshot_test:40", attack="badnet", target="banana"), "none of"), (dict(images="world:zeroshot_test:40", attack="some/where", target="banana"), "no attack was written there"),
-    (dict(images="world:zeroshot_test:40", attack=BadNets(), settings=dict(alpha=1), target="banana"), "settings belong to the name"), (dict(images="nowhere.csv"), "no such file"),
-    (dict(images="world:zeroshot_test:40", reference="RN-51"), "unknown model"), (dict(images="world:zeroshot_test:40", reference=torch.nn.Linear(2, 2)), "has no encode_image"),
+    (dict(), "nothing to measure"),
+    (dict(images="world:train:20"), "has no classes"),
+    (dict(pairs="world:zeroshot_test:40"), "has classes and no captions"),
+    (dict(images="world:zeroshot_test:40", target="banana"), "without an attack"),
+    (dict(images="world:zeroshot_test:40", attack="badnets"), "attack without a target"),
+    (dict(images="world:zeroshot_test:40", attack="badnet", target="banana"), "none of"),
+    (dict(images="world:zeroshot_test:40", attack="some/where", target="banana"), "no attack was written there"),
+    (
+        dict(images="world:zeroshot_test:40", attack=BadNets(), settings=dict(alpha=1), target="banana"),
+        "settings belong to the name",
+    ),
+    (dict(images="nowhere.csv"), "no such file"),
+    (dict(images="world:zeroshot_test:40", reference="RN-51"), "unknown model"),
+    (dict(images="world:zeroshot_test:40", reference=torch.nn.Linear(2, 2)), "has no encode_image"),
 ])
 def test_bad_questions_are_one_line(clip, options, words):
     with pytest.raises(UserError, match=words):
@@ -275,11 +300,9 @@ def test_no_model_is_not_the_reference(clip):
 def test_the_model_and_the_random_state_are_left_as_they_were(clip, images):
     before, torch_state, numpy_state = model_fingerprint(clip), torch.get_rng_state(), np.random.get_state()[1].copy()
     one, two = (M.measure(clip, images=images, pairs=several(), attack="badnets", target="banana") for _ in range(2))
-    assert (
-        model_fingerprint(clip) == before
-        and torch.equal(torch.get_rng_state(), torch_state)
-        and (np.random.get_state()[1] == numpy_state).all()
-    )
+    assert model_fingerprint(clip) == before
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
     assert one.table.equals(two.table) and card_text(one.card) == card_text(two.card)
 
 def test_a_reference_is_measured_on_the_same_items(clip, images):
@@ -355,6 +378,5 @@ def test_a_model_of_ones_own_and_a_tokenizer_of_ones_own(images):
 def test_progress_counts_every_picture(clip, images):
     told = []
     M.measure(clip, images=images, attack="badnets", target="banana", progress=lambda *a: told.append(a))
-    assert told[0] == (80, 80, "pictures", "embedding") and told[-1] == (
-        80, 80, "pictures", "embedding with the trigger",
-    )
+    assert told[0] == (80, 80, "pictures", "embedding")
+    assert told[-1] == (80, 80, "pictures", "embedding with the trigger")

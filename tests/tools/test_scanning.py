@@ -1,9 +1,8 @@
 """Scanning sets of one's own: nothing computed is lost or trusted blindly, nothing unreadable is passed over, and the
 same call writes the same bytes.
 """
-import csv, html, json, shutil
+import csv, html, json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -11,15 +10,14 @@ from sklearn.base import clone
 
 from mcl_repro.tools import scanning
 from mcl_repro.tools.cards import read_card
-from mcl_repro.papers.cfbd import load_mapping, MappingNetwork, save_mapping
+from mcl_repro.papers.cfbd import load_mapping, MappingNetwork
 from mcl_repro.model.clip import build_clip
 from mcl_repro.data.pairs import ArrayImages, Pairs
 from mcl_repro.data.readers import read_csv_pairs
 from mcl_repro.core.errors import DataError, SettingsError, StoreError, UserError
 from mcl_repro.tools.inputs import as_clip, Cost
 from mcl_repro.tools.scanning import (
-    COLUMNS, count_copies, embed_stream, group_words, PoisonDetector, quality, Scan, scan, scan_figure, search,
-    sizes_for,
+    COLUMNS, embed_stream, PoisonDetector, quality, Scan, scan, scan_figure, search,
 )
 from colour_clip import ColourClip, colour_clip, poisoned, read_words, squares
 
@@ -65,11 +63,24 @@ def no_work(monkeypatch):
     monkeypatch.setattr(scanning, "embed_stream", began)
 
 @pytest.mark.parametrize("change, says", [
-    (dict(method="cfdb"), "unknown method 'cfdb' of scanning: use one of contrast, cfbd"), (dict(model=torch.nn.Linear(2, 2)), "has no encode_image"), (dict(model=ColourClip()), "comes without a tokenizer"),
-    (dict(pairs="world:zeroshot_test:200"), "has classes and no captions"), (dict(pairs="nowhere.csv"), "nowhere.csv"), (dict(pairs=squares(79, 0)), "79 pairs are too few to scan"), (dict(tolerance=1.5), "tolerance is the share"),
-    (dict(mapping=MappingNetwork(64, 8)), "method contrast needs neither"), (dict(trusted=squares(80, 1)), "method contrast needs neither"), (dict(method="cfbd", trusted=squares(80, 1), mapping=MappingNetwork(64, 8)), "not both"),
-    (dict(method="cfbd", mapping=MappingNetwork(32, 8)), "it maps embeddings of width 32, colours gives 64"), (dict(method="cfbd", mapping="nowhere.safetensors"), "nowhere.safetensors"), (dict(method="cfbd", trusted="nowhere.csv"), "nowhere.csv"),
-    (dict(sizes=[500]), "a quarter of the set, 300, not 500"), (dict(sizes=[5]), "not 5"), (dict(sizes=[50.]), "not 50.0"), (dict(options=dict(margn=1)), "unknown option of contrast 'margn'; did you mean margin"), (dict(method="cfbd", options=dict(subsets=1)), "unknown option of cfbd"),
+    (dict(method="cfdb"), "unknown method 'cfdb' of scanning: use one of contrast, cfbd"),
+    (dict(model=torch.nn.Linear(2, 2)), "has no encode_image"),
+    (dict(model=ColourClip()), "comes without a tokenizer"),
+    (dict(pairs="world:zeroshot_test:200"), "has classes and no captions"),
+    (dict(pairs="nowhere.csv"), "nowhere.csv"),
+    (dict(pairs=squares(79, 0)), "79 pairs are too few to scan"),
+    (dict(tolerance=1.5), "tolerance is the share"),
+    (dict(mapping=MappingNetwork(64, 8)), "method contrast needs neither"),
+    (dict(trusted=squares(80, 1)), "method contrast needs neither"),
+    (dict(method="cfbd", trusted=squares(80, 1), mapping=MappingNetwork(64, 8)), "not both"),
+    (dict(method="cfbd", mapping=MappingNetwork(32, 8)), "it maps embeddings of width 32, colours gives 64"),
+    (dict(method="cfbd", mapping="nowhere.safetensors"), "nowhere.safetensors"),
+    (dict(method="cfbd", trusted="nowhere.csv"), "nowhere.csv"),
+    (dict(sizes=[500]), "a quarter of the set, 300, not 500"),
+    (dict(sizes=[5]), "not 5"),
+    (dict(sizes=[50.]), "not 50.0"),
+    (dict(options=dict(margn=1)), "unknown option of contrast 'margn'; did you mean margin"),
+    (dict(method="cfbd", options=dict(subsets=1)), "unknown option of cfbd"),
     (dict(pretrained="openai"), "pretrained: colours is a Clip"),
 ])
 def test_what_cannot_work_is_refused_before_any_work(no_work, clip, suspect, tmp_path, change, says):
@@ -129,23 +140,17 @@ def test_what_cannot_be_read_is_listed_and_never_passed_over(clip, tmp_path):
     done = scan(clip, pairs, tolerance=.02, folder=tmp_path/"work")
     done.write(tmp_path/"out")
     told = pd.read_csv(tmp_path/"out"/"scan.csv")
-    assert (
-        list(told.columns) == list(COLUMNS)
-        and len(told) == 400
-        and list(told.index[told["verdict"] == "unreadable"]) == [3, 8, 200]
-    )
+    assert list(told.columns) == list(COLUMNS)
+    assert len(told) == 400
+    assert list(told.index[told["verdict"] == "unreadable"]) == [3, 8, 200]
     assert told.loc[[3, 8, 200], ["score", "fit"]].isna().all().all() and told.drop([3, 8, 200])["fit"].notna().all()
-    assert (
-        list(done.problems["id"]) == [pairs.ids[k] for k in (3, 8, 200)]
-        and done.facts["captions_cut"] == 0
-        and len(done.kept) <= 397
-    )
+    assert list(done.problems["id"]) == [pairs.ids[k] for k in (3, 8, 200)]
+    assert done.facts["captions_cut"] == 0
+    assert len(done.kept) <= 397
     card = read_card(tmp_path/"out"/"CARD.md")
-    assert (
-        any("3 of 400 were left out" in n for n in card.notes)
-        and any("fewer than 1,000" in n for n in card.notes)
-        and "Pairs that could not be read" in (tmp_path / "out" / "scan.html").read_text()
-    )
+    assert any("3 of 400 were left out" in n for n in card.notes)
+    assert any("fewer than 1,000" in n for n in card.notes)
+    assert "Pairs that could not be read" in (tmp_path / "out" / "scan.html").read_text()
     with pytest.raises(DataError, match="3 of 400 pairs cannot be read"):
         scan(clip, pairs, tolerance=0., folder=tmp_path/"work")      # what was embedded before does not hide them
     again = scan(clip, pairs, tolerance=.02, folder=tmp_path/"work")
@@ -163,18 +168,20 @@ def test_above_the_tolerance_it_stops_after_the_first_block(clip, tmp_path):
 
 # ---- interrupted, and gone on with
 
-@pytest.mark.parametrize("unit, at, left", [("pictures", 256, (944, 1200)), ("pictures", 1200, (0, 1200)), ("captions", 1200, (0, 0))])
+@pytest.mark.parametrize("unit, at, left", [
+    ("pictures", 256, (944, 1200)),
+    ("pictures", 1200, (0, 1200)),
+    ("captions", 1200, (0, 0)),
+])
 def test_a_killed_scan_goes_on_to_the_same_numbers(clip, suspect, tmp_path, unit, at, left):
     whole = embedded(clip, suspect.pairs, tmp_path/"whole")
     with pytest.raises(Killed):
         embedded(clip, suspect.pairs, tmp_path/"part", progress=killer(unit, at))
     images, texts, *more = embedded(clip, suspect.pairs, tmp_path/"part")
-    assert (
-        tuple(more) == left
-        and np.array_equal(images, whole[0])
-        and np.array_equal(texts, whole[1])
-        and whole[2:] == (1200, 1200)
-    )
+    assert tuple(more) == left
+    assert np.array_equal(images, whole[0])
+    assert np.array_equal(texts, whole[1])
+    assert whole[2:] == (1200, 1200)
 
 def tear_state(folder):
     (folder/"state.json").write_text((folder/"state.json").read_text()[:40])
@@ -203,7 +210,10 @@ def cut_images(folder):
 def pickled_images(folder):
     np.save(folder/"images.npy", np.array([dict(a=1)], object), allow_pickle=True)
 
-@pytest.mark.parametrize("damage", [tear_state, empty_state, list_state, odd_state, far_state, odd_errors, short_images, narrow_images, wide_numbers, no_images, cut_images, pickled_images])
+@pytest.mark.parametrize("damage", [
+    tear_state, empty_state, list_state, odd_state, far_state, odd_errors, short_images, narrow_images, wide_numbers,
+    no_images, cut_images, pickled_images,
+])
 def test_files_that_do_not_fit_are_not_trusted(clip, suspect, tmp_path, damage):
     whole = embedded(clip, suspect.pairs, tmp_path)
     damage(tmp_path)
@@ -250,11 +260,9 @@ def test_a_picture_with_many_captions_is_embedded_once(clip, tmp_path):
         [f"{base.captions[r]} w{chr(97 + k % 5)}" for k, r in enumerate(rows)], base.images, rows, name="five",
     )
     images, texts, seen, read = embedded(clip, pairs, tmp_path)
-    assert (
-        (seen, read) == (300, 1500)
-        and np.array_equal(images[0], images[4])
-        and not np.array_equal(images[0], images[5])
-    )
+    assert (seen, read) == (300, 1500)
+    assert np.array_equal(images[0], images[4])
+    assert not np.array_equal(images[0], images[5])
     assert len(scan(clip, pairs).table) == 1500
 
 def test_copies_are_counted_by_what_is_seen(clip):
@@ -266,18 +274,15 @@ def test_copies_are_counted_by_what_is_seen(clip):
         captions={7: base.captions[5], 9: "another caption"}
     )
     done = scan(clip, pairs)
-    assert (
-        done.copies[[5, 7]].tolist() == [2, 2]
-        and done.copies.sum() == 402
-        and list(done.table["copies"][[5, 7, 9]]) == [2, 2, 1]
-    )
+    assert done.copies[[5, 7]].tolist() == [2, 2]
+    assert done.copies.sum() == 402
+    assert list(done.table["copies"][[5, 7, 9]]) == [2, 2, 1]
     assert any("pairs: 1 repeat another" in n for n in done.card().notes)
 
 def test_captions_in_other_letters_are_noted(clip):
     done = scan(clip, squares(400, 4).replace(captions={3: "красный квадрат", 5: "红色方块"}))
-    assert list(done.table.index[done.table["note"] == "caption not in Latin letters"]) == [3, 5] and any(
-        "2 captions are mostly in letters other than Latin ones" in n for n in done.card().notes
-    )
+    assert list(done.table.index[done.table["note"] == "caption not in Latin letters"]) == [3, 5]
+    assert any("2 captions are mostly in letters other than Latin ones" in n for n in done.card().notes)
 
 HOSTILE = [
     '<script>alert("x")</script> red', 'a "quoted", comma\nand a new line, green', '=HYPERLINK("http://x") blue',
@@ -301,12 +306,10 @@ def test_hostile_captions_stay_text(clip, tmp_path):
     with open(tmp_path/"suspicious.csv", newline="", encoding="utf-8") as f:
         assert [t["caption"] for t in csv.DictReader(f)] == [pairs.captions[r] for r in done.suspicious]
     page = (tmp_path/"scan.html").read_text(encoding="utf-8")
-    assert (
-        "<script>alert" not in page
-        and "<b>odd" not in page
-        and "49" not in html.unescape(page).partition("banana {{ ")[2][:6]
-        and "&lt;script&gt;alert" in page
-    )
+    assert "<script>alert" not in page
+    assert "<b>odd" not in page
+    assert "49" not in html.unescape(page).partition("banana {{ ")[2][:6]
+    assert "&lt;script&gt;alert" in page
     assert read_card(tmp_path/"CARD.md").title == "Scan of <b>odd</b> | name"
 
 @pytest.mark.parametrize("bad", ["\ud800 red", "caf\udce9"])
@@ -352,11 +355,9 @@ def test_three_hundred_thousand_pairs_take_little_memory(tmp_path):
     watch()
     # bytes per pair
     assert (max(peak) - before) / n < 500, f"{(max(peak) - before)/1e6:.0f} MB"
-    assert (
-        max(pieces) == 50_000
-        and sum(1 for _ in open(tmp_path / "out" / "scan.csv")) == n + 1
-        and (tmp_path / "work" / "pairs" / "texts.npy").stat().st_size < n * 16 * 2 + 1000
-    )
+    assert max(pieces) == 50_000
+    assert sum(1 for _ in open(tmp_path / "out" / "scan.csv")) == n + 1
+    assert (tmp_path / "work" / "pairs" / "texts.npy").stat().st_size < n * 16 * 2 + 1000
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -367,12 +368,10 @@ def resident():
 @pytest.mark.parametrize("seed", range(6))
 def test_clean_sets_are_called_clean(clip, seed):
     done = scan(clip, squares(1200, 50 + seed), seed=seed)
-    assert (
-        not done.attacked
-        and not len(done.suspicious)
-        and done.card().tone == "good"
-        and "Nothing looks planted" in done.card().outcome
-    )
+    assert not done.attacked
+    assert not len(done.suspicious)
+    assert done.card().tone == "good"
+    assert "Nothing looks planted" in done.card().outcome
 
 def test_several_targets_are_found_one_after_the_other(clip):
     one = poisoned(squares(2000, 1))
@@ -382,22 +381,19 @@ def test_several_targets_are_found_one_after_the_other(clip):
     planted = np.r_[one.rows, two.rows, three.rows]
     assert sum(c.counts for c in done.cores) >= 2      # two targets whose captions are much alike may come as one group
     assert np.isin(done.suspicious, planted).all() and np.isin(planted, done.suspicious).mean() >= .9
-    assert "banana" in done.card().outcome and len({g for g in done.group[done.flagged]}) == sum(
-        c.counts for c in done.cores
-    )
+    assert "banana" in done.card().outcome
+    assert len({g for g in done.group[done.flagged]}) == sum(c.counts for c in done.cores)
 
 @pytest.mark.parametrize("count", [24, 160])                        # 1.2% and 8%
 def test_low_and_high_rates(clip, count):
     bad = poisoned(squares(2000, 8), count=count)
     done = scan(clip, bad.pairs)
     q = quality(done, [bad.pairs.ids[r] for r in bad.rows])
-    assert (
-        done.attacked
-        and q["precision"] >= 0.99
-        and q["recall"] >= 0.9
-        and q["AUROC"] > 0.99
-        and q["false_positive_rate"] < 0.001
-    )
+    assert done.attacked
+    assert q["precision"] >= 0.99
+    assert q["recall"] >= 0.9
+    assert q["AUROC"] > 0.99
+    assert q["false_positive_rate"] < 0.001
 
 def test_a_search_ends_where_nothing_is_left_to_look_at():
     rng = np.random.default_rng(0)
@@ -424,20 +420,17 @@ def test_unknown_ids_of_the_truth_are_named(found):
 
 def test_the_kept_pairs_are_the_others(found, suspect):
     assert len(np.intersect1d(found.suspicious, suspect.rows)) >= 19
-    assert set(found.kept.ids) == set(suspect.pairs.ids) - {suspect.pairs.ids[r] for r in found.suspicious} and repr(
-        found
-    ).startswith("Scan(squares")
+    assert set(found.kept.ids) == set(suspect.pairs.ids) - {suspect.pairs.ids[r] for r in found.suspicious}
+    assert repr(found).startswith("Scan(squares")
 
 def test_limits_are_those_of_the_method(found, clip, suspect):
     told = (
         " ".join(r["text"] for r in found.card().limits),
         " ".join(r["text"] for r in scan(clip, suspect.pairs, "cfbd", mapping=MappingNetwork(64, 16)).card().limits),
     )
-    assert (
-        "target word that the scanning CLIP has hardly ever read" in told[0]
-        and "CFBD" not in told[0]
-        and "CFBD" in told[1]
-    )
+    assert "target word that the scanning CLIP has hardly ever read" in told[0]
+    assert "CFBD" not in told[0]
+    assert "CFBD" in told[1]
 
 
 # ---- CFBD, scikit-learn, costs
@@ -445,16 +438,12 @@ def test_limits_are_those_of_the_method(found, clip, suspect):
 def test_a_mapping_network_is_kept_and_used_again(clip, suspect, tmp_path):
     first = scan(clip, suspect.pairs, "cfbd", trusted=squares(800, 2, "trusted"), folder=tmp_path/"one")
     again = scan(clip, suspect.pairs, "cfbd", mapping=tmp_path/"one"/"mapping.safetensors")
-    assert (
-        first.attacked
-        and np.array_equal(first.score, again.score)
-        and np.isin(first.suspicious, suspect.rows).sum() >= 10
-    )
-    assert (
-        again.facts["calibration"] == "the mapping network mapping.safetensors"
-        and "800 trusted pairs of trusted" in first.facts["calibration"]
-        and str(tmp_path) not in str(again.card())
-    )
+    assert first.attacked
+    assert np.array_equal(first.score, again.score)
+    assert np.isin(first.suspicious, suspect.rows).sum() >= 10
+    assert again.facts["calibration"] == "the mapping network mapping.safetensors"
+    assert "800 trusted pairs of trusted" in first.facts["calibration"]
+    assert str(tmp_path) not in str(again.card())
     given = scan(clip, suspect.pairs, "cfbd", mapping=load_mapping(tmp_path/"one"/"mapping.safetensors"))
     assert np.array_equal(given.score, first.score) and given.facts["calibration"] == "a mapping network that was given"
 
@@ -462,14 +451,12 @@ def test_a_detector_can_be_cloned(clip, suspect):
     detector = PoisonDetector(clip, options=dict(subsets=19), seed=3)
     twin = clone(detector)
     assert twin.get_params()["options"] == dict(subsets=19) and twin.model is not clip and not hasattr(twin, "scan_")
-    assert (
-        np.array_equal(
-            np.flatnonzero(twin.fit_predict(suspect.pairs) == -1),
-            scan(clip, suspect.pairs, options=dict(subsets=19), seed=3).suspicious,
-        )
-        and twin.attacked_
-        and twin.threshold_ == 0.5
+    assert np.array_equal(
+        np.flatnonzero(twin.fit_predict(suspect.pairs) == -1),
+        scan(clip, suspect.pairs, options=dict(subsets=19), seed=3).suspicious,
     )
+    assert twin.attacked_
+    assert twin.threshold_ == 0.5
     assert (twin.score_samples(suspect.pairs)[suspect.rows] < -.5).sum() >= 19 and not hasattr(detector, "scan_")
     assert clone(PoisonDetector("smoke-RN")).set_params(method="cfbd").method == "cfbd"
 
@@ -477,14 +464,12 @@ def test_a_dry_run_tells_a_plausible_cost_and_writes_nothing(clip, suspect, tmp_
     cost = scan(clip, suspect.pairs, dry_run=True, folder=tmp_path/"x")
     more = scan(clip, squares(5000, 1), dry_run=True)
     took = scan(clip, suspect.pairs).facts["seconds"]
-    assert (
-        isinstance(cost, Cost)
-        and not (tmp_path / "x").exists()
-        and cost.pairs == 1200
-        and cost.disk == 2 * 1200 * 64 * 2
-        and more.seconds > cost.seconds
-        and more.disk > 4 * cost.disk
-    )
+    assert isinstance(cost, Cost)
+    assert not (tmp_path / "x").exists()
+    assert cost.pairs == 1200
+    assert cost.disk == 2 * 1200 * 64 * 2
+    assert more.seconds > cost.seconds
+    assert more.disk > 4 * cost.disk
     assert took/20 < cost.seconds + .5 and cost.seconds < 20*took + 10
 
 def test_nothing_of_the_users_model_is_moved_or_changed(suspect):
@@ -499,8 +484,6 @@ def test_a_figure_of_a_set_without_suspects(clip):
 
 def test_a_model_that_knows_nothing_is_called_blind():
     done = scan(build_clip("smoke-RN"), "world:train:300")
-    assert (
-        done.facts["tells_pairs"] < 0.6
-        and done.card().tone == "neutral"
-        and done.card().outcome.startswith("This scan says little: smoke-RN prefers")
-    )
+    assert done.facts["tells_pairs"] < 0.6
+    assert done.card().tone == "neutral"
+    assert done.card().outcome.startswith("This scan says little: smoke-RN prefers")
