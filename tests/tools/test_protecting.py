@@ -2,7 +2,10 @@
 import shutil
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from PIL import Image
 
 from mcl_repro.tools import protecting
@@ -57,9 +60,8 @@ def photo_folder(folder, damaged=()):
     if "note" in damaged:
         Image.new("RGB", (50, 40), "red").save(folder/"note.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\xff")
         names.append("note.jpg")
-    (folder / "pairs.csv").write_text(
-        "image,caption\n" + "".join(f"{n},picture number {i}\n" for i, n in enumerate(names))
-    )
+    rows = "".join(f"{n},picture number {i}\n" for i, n in enumerate(names))
+    (folder/"pairs.csv").write_text(f"image,caption\n{rows}")
     return folder/"pairs.csv"
 
 # ---- the same call gives the same bytes, whatever happened on the way
@@ -193,9 +195,8 @@ def test_other_peoples_folders_are_left_alone(pairs, tmp_path):
     assert files(tmp_path/"mine") == {"letter.txt": b"dear"}
 
 def test_remarks_on_pairs_that_are_not_what_they_seem(pairs):
-    odd = pairs.replace(
-        captions={3: "собака бежит", 5: pairs.captions[4]}, image_rows=[4 if k == 5 else k for k in range(24)]
-    )
+    rows = [4 if k == 5 else k for k in range(24)]
+    odd = pairs.replace(captions={3: "собака бежит", 5: pairs.captions[4]}, image_rows=rows)
     notes = " ".join(protect(odd, "smoke-RN", **QUICK).card.notes)
     assert "1 captions are mostly in letters other than Latin ones" in notes
     assert "1 pairs share their picture" in notes
@@ -246,10 +247,8 @@ def test_the_card_on_disk_is_the_card(done):
     assert list(report["id"]) == done.pairs.ids
     assert (report["linf"] <= 8).all()
     assert list(report["caption"]) == done.pairs.captions
-    assert not (
-        set(p.name for p in (done.folder / "published").rglob("*"))
-        & {"CARD.md", "report.csv", "noise.npy", "triggers.npy"}
-    )
+    published = {p.name for p in (done.folder/"published").rglob("*")}
+    assert not published & {"CARD.md", "report.csv", "noise.npy", "triggers.npy"}
 
 def test_a_page_is_one_file(done, tmp_path):
     text = done.page(tmp_path/"page.html").read_text()
@@ -339,10 +338,9 @@ def test_a_model_of_another_size_reads_the_published_squares(done):
             return self.pixels(torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1))
         def encode_text(self, tokens):
             return self.words(tokens)
-    wide = as_clip(
-        Wide(), tokenizer=lambda captions: torch.tensor([list(c.encode()[:40].ljust(40)) for c in captions]),
-        image_size=48,
-    )
+    def count_letters(captions):
+        return torch.tensor([list(c.encode()[:40].ljust(40)) for c in captions])
+    wide = as_clip(Wide(), tokenizer=count_letters, image_size=48)
     free = protecting.replace(done, folder=None)
     assert len(verify(free, TEST, wide, dict(epochs=1)).verified) == 12
     assert verify(free, TEST, wide, dict(epochs=1), change="jpeg_50").card.settings["verified"]["change"] == "jpeg_50"
