@@ -4,9 +4,8 @@ import shutil
 import nbformat
 import pytest
 
-from mcl_repro.report.claims import (
-    Findings, findings_outputs, findings_settings, published_folder, read_claims, show_findings,
-)
+from mcl_repro.report.findings import Findings, findings_outputs, findings_settings, published_folder, show_findings
+from mcl_repro.report.rules import read_claims
 from mcl_repro.core.errors import SettingsError
 from mcl_repro.dev.publishing import published, published_claims, published_table, tell_findings
 

@@ -225,7 +225,8 @@ def _claims(args):
     "The claims asked for: (`Claim`, its row of claims.csv)."
     from pathlib import Path
 
-    from mcl_repro.report.claims import read_claims, read_judged
+    from mcl_repro.report.claims import read_judged
+    from mcl_repro.report.rules import read_claims
     known, folder = read_claims(), Path(args.runs)/args.profile
     if odd := [i for i in args.ids if i not in known]:
         raise SettingsError(near(odd[0], known, "claim"))
@@ -238,7 +239,7 @@ def _claims(args):
 
 def _claim_text(claim, row, page):
     "Everything about one claim."
-    from mcl_repro.report.claims import rule_text
+    from mcl_repro.report.rules import rule_text
     spoken = {k: row[k].replace("_", " ") for k in ("audit", "verdict")}
     lines = [f"{claim.id} ({claim.where}): {claim.statement}", *(f"  rule: {rule_text(rule)}" for rule in claim.rules)]
     if claim.reading:

@@ -406,7 +406,7 @@ def _front_text(nbs, folder, stamp) -> str:
 
 def _long_text(nbs, folder, stamp) -> str:
     "The section of guides/results: the headline table of each paper."
-    from mcl_repro.report.claims import glance
+    from mcl_repro.report.findings import glance
     return f"{_LONG}\n\n{_stamp_line(stamp)}\n\n{glance(folder)}".rstrip()
 
 def _filled(path, heading, text) -> str:
@@ -565,7 +565,7 @@ def tell_findings(
 ):
     "Let a notebook show what this run found: while it ran, an earlier run was the published one."
     from nbformat import from_dict
-    from mcl_repro.report.claims import findings_outputs
+    from mcl_repro.report.findings import findings_outputs
     for cell in executed.cells:
         if cell.cell_type == "code" and "findings" in cell.metadata.get("tags", []):
             cell.outputs = [from_dict(output) for output in findings_outputs(paper, folder, stamp)]

@@ -25,7 +25,7 @@ from ..core.errors import SettingsError, StoreError, UserError
 from ..core.files import read_yaml
 from . import site_pages
 from .site_pages import collect_pages, only_library, prepare
-from ..report.claims import read_claims
+from ..report.rules import read_claims
 
 TEMPLATES = Path(str(resources.files("mcl_repro.dev")))/"templates"
 

@@ -26,7 +26,7 @@ import mcl_repro
 from mcl_repro.core.errors import SettingsError
 from mcl_repro.dev import site as made
 from mcl_repro.dev import site_pages
-from mcl_repro.report.claims import read_claims
+from mcl_repro.report.rules import read_claims
 
 ROOT = Path(mcl_repro.__file__).parent.parent
 PACKAGES = {"sphinx": "sphinx", "furo": "furo", "myst_nb": "myst-nb", "sphinx_codeautolink": "sphinx-codeautolink"}

@@ -9,9 +9,10 @@ import pytest
 
 from mcl_repro.cli import main as cli
 from mcl_repro.report.claims import (
-    _check_rule, _evaluated, _intervals, _outcome, _pairs, audit, Comparison, judge, judge_claims, MissingRows, Printed,
-    read_claims, read_judged, rule_text, Run, show_claims, show_inconsistencies,
+    _check_rule, _evaluated, _intervals, _outcome, _pairs, audit, Comparison, judge, judge_claims, read_judged,
+    show_claims, show_inconsistencies,
 )
+from mcl_repro.report.rules import MissingRows, Printed, read_claims, rule_text, Run
 from mcl_repro.core.errors import SettingsError, StoreError
 from mcl_repro.measures.metrics import bootstrap_interval, Items, median_rank, paired_bootstrap, resamples
 from mcl_repro.report.printed import inconsistencies, paper_table, printed_entries

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from mcl_repro.papers.cfbd_study import OWN_TABLES, TABLES
-from mcl_repro.report.claims import _cells, _pairs, audit, judge, Printed, read_claims, Run
+from mcl_repro.report.claims import _cells, _pairs, audit, judge
+from mcl_repro.report.rules import Printed, read_claims, Run
 from mcl_repro.measures.metrics import Items
 from mcl_repro.report.printed import paper_table, printed_entries
 from mcl_repro.report.tables import read_table, tidy, write_table

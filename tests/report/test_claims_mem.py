@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np, pytest
 
-from mcl_repro.report.claims import _pairs, audit, judge, Printed, read_claims, RELATIONS, Run
+from mcl_repro.report.claims import _pairs, audit, judge
+from mcl_repro.report.rules import Printed, read_claims, RELATIONS, Run
 from mcl_repro.measures.metrics import bootstrap_interval, median_rank
 from mcl_repro.report.printed import paper_table, table_spec
 from mcl_repro.report.tables import tidy, write_table

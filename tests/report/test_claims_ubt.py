@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mcl_repro.report.claims import _pairs, audit, judge, Printed, read_claims, Run
+from mcl_repro.report.claims import _pairs, audit, judge
+from mcl_repro.report.rules import Printed, read_claims, Run
 from mcl_repro.measures.metrics import Items
 from mcl_repro.report.printed import paper_table
 from mcl_repro.report.tables import read_table, tidy, write_table
