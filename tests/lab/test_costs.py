@@ -1,17 +1,16 @@
 "What stages cost: every stage says it, and some of it is counted by hand."
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 
-from mcl_repro.lab import costs
+from mcl_repro.data.registry import resolve
+from mcl_repro.lab.costs import COSTS, model_facts, StageWork, work_of
+from mcl_repro.lab.lab import Lab
+from mcl_repro.lab.profiles import PACKAGE
 from mcl_repro.papers.baselines import abl
 from mcl_repro.papers.cfbd import cfbd_detect, mapping_network
 from mcl_repro.papers.cleanclip import cleaned_clip
-from mcl_repro.lab.costs import COSTS, model_facts, StageWork, work_of
-from mcl_repro.data.registry import resolve
-from mcl_repro.lab.lab import Lab
 from mcl_repro.papers.mem import hacker_clip, unlearnable_pairs
 from mcl_repro.papers.scan_sets import pair_embeddings
 from mcl_repro.papers.stages import (
@@ -52,12 +51,13 @@ def amounts(lab):
 
 
 def test_every_stage_of_the_library_says_what_it_costs():
-    found, package = set(), Path(costs.__file__).parent
-    for path in package.rglob("*.py"):
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
         names = re.findall(r"^@stage\ndef (\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
         found |= {f"{path.stem}.{name}" for name in names}
         if names:
-            importlib.import_module(".".join(["mcl_repro", *path.relative_to(package).with_suffix("").parts]))
+            parts = path.relative_to(PACKAGE).with_suffix("").parts
+            importlib.import_module(".".join(["mcl_repro", *parts]))
     assert len(found) > 30 and found == {name for name in COSTS if not name.startswith(("notebook.", "test_"))}
 
 
