@@ -18,9 +18,8 @@ from PIL import Image
 from ..model.augmentation import resize_matrix
 from ..model.clip import Clip
 from ..data.pairs import check_unique, Images, Pairs, row_numbers, sha256_of_array
-from mcl_repro.data.readers import (
-    read_coco_pairs, read_csv_pairs, read_flickr_pairs, read_webdataset_pairs, write_csv_pairs,
-)
+from ..data.readers import read_coco_pairs, read_csv_pairs, read_flickr_pairs, write_csv_pairs
+from ..data.tars import read_webdataset_pairs
 from ..core.errors import DataError, SettingsError, StoreError
 from ..core.files import read_json, write_atomically
 from ..core.seeds import seeded

@@ -7,93 +7,21 @@ from __future__ import annotations
 
 import datetime, os, re, shutil, tarfile, zipfile
 from contextlib import contextmanager
-from filelock import FileLock, Timeout
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ..core.errors import DataError
-from .pairs import check_images, decode, Pairs, sha256_of_array, sha256_of_strings
-from .readers import data_home, pictures_in, read_json, read_table, short_class_name
+from .formats import detect_layouts, reader_options, READERS
+from .labelled import short_reason
+from .pairs import check_images, Pairs, sha256_of_array, sha256_of_strings
 from mcl_repro.data.registry import (
-    dataset_entry, dataset_root, how_to_get, known_datasets, open_split, read_manifest, reader_options, READERS,
-    record_dataset, split_names,
+    dataset_entry, dataset_root, how_to_get, known_datasets, open_split, read_manifest, record_dataset, split_names,
 )
+from .tars import data_home
 
 # %% auto #0
 __all__ = ['add_dataset', 'extract', 'fetch_dataset', 'list_datasets', 'show_dataset', 'verify_dataset']
-
-# %% ../../nbs/data/fetching.ipynb #22614926
-def _layout(format, splits, **options):
-    return dict(format=format, options=options, splits=splits)
-
-def _detect(folder:Path) -> list[dict]:
-    "Layouts found in a folder, in the order of preference."
-    files = sorted(e.name for e in os.scandir(folder) if e.is_file() and not e.name.startswith("."))
-    folders = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    images = next((d for d in folders if re.search("image|dataset", d, re.I)), ".")
-    found = (
-        _detect_flickr(files, images)
-        + _detect_json(folder, files, folders, images)
-        + _detect_tables(folder, files)
-        + _detect_shards(files)
-    )
-    return found or _detect_classes(folder, folders)
-
-def _detect_flickr(files, images):
-    tokens = [f for f in files if re.search(r"token.*\.txt$|\.token$", f)]
-    lists = {
-        m[1].lower(): dict(split_list=f)
-        for f in files
-        if (m := re.search(r"(train|dev|val|test)Images\.txt$", f, re.I))
-    }
-    return [_layout("flickr", lists or {"all": {}}, tokens=tokens[0], images=images)] if tokens else []
-
-def _detect_json(folder, files, folders, images):
-    found = []
-    for f in [f for f in files if re.fullmatch(r"dataset_\w+\.json", f)]:
-        content = read_json(folder/f)
-        entries = content.get("images") if isinstance(content, dict) else None
-        # other libraries, too, have files of such names
-        splits = sorted({e["split"] for e in entries or () if isinstance(e, dict) and "split" in e})
-        if splits:
-            found.append(_layout("karpathy", {s: dict(split=s) for s in splits}, path=f, images=images))
-    coco = {
-        p.stem.removeprefix("captions_"): p
-        for p in sorted([*folder.glob("captions_*.json"), *folder.glob("annotations/captions_*.json")])
-    }
-    splits = {
-        s: dict(path=p.relative_to(folder).as_posix(), images=s if s in folders else images) for s, p in coco.items()
-    }
-    return found + ([_layout("coco", splits)] if splits else [])
-
-# %% ../../nbs/data/fetching.ipynb #a6f813aa
-def _detect_tables(folder, files):
-    found = []
-    for f in [f for f in files if f.endswith((".csv", ".tsv"))]:
-        columns = set(read_table(folder/f)[0])
-        kind = "csv" if {"image", "caption"} <= columns else "csv_labels" if {"image", "label"} <= columns else None
-        if kind:
-            found.append(_layout(kind, {Path(f).stem: dict(path=f)}))
-    return found
-
-# %% ../../nbs/data/fetching.ipynb #6e06f8b1
-def _detect_shards(files):
-    patterns = sorted({re.sub(r"\d+\.tar$", "*.tar", f) for f in files if f.endswith(".tar")})
-    return (
-        [_layout("webdataset", {re.sub(r"[-_.]*\*?\.tar$", "", p) or "all": dict(shards=p) for p in patterns})]
-        if patterns
-        else []
-    )
-
-def _detect_classes(folder, folders):
-    "Class folders, directly or one level down in split folders, or pictures named <WordNet id>_<class>."
-    wnid, flat = r"(?P<key>n\d{8})_(?P<label>\D.*)\.[^.]+$", pictures_in(folder)
-    if flat and all(re.match(wnid, f) for f in flat):
-        return [_layout("class_folders", {"all": dict(folder=".", pattern=wnid)})]
-    has = lambda d: bool(pictures_in(d))
-    splits = [d for d in folders if any(e.is_dir() and has(e.path) for e in os.scandir(folder/d))]
-    if splits:
-        return [_layout("class_folders", {d: dict(folder=d) for d in splits})]
-    return [_layout("class_folders", {"all": dict(folder=".")})] if any(has(folder/d) for d in folders) else []
 
 # %% ../../nbs/data/fetching.ipynb #9a7a654f
 def add_dataset(
@@ -105,6 +33,26 @@ def add_dataset(
 ) -> dict:                 # the entry: root, layouts, splits with counts
     "Register a local folder under a name. Every split is opened before anything is recorded."
     folder, known = Path(folder).expanduser().absolute(), read_manifest()
+    _check_name(name, folder, format)
+    entry = dict(root=str(folder), added=datetime.date.today().isoformat())
+    if format:
+        entry["layouts"] = [dict(format=format, options={}, splits={split: options or {}})]
+    elif name not in known:
+        entry.update(layouts=detect_layouts(folder), kind="registered", title=folder.name)
+    layouts = entry.get("layouts", known.get(name, {}).get("layouts", []))
+    if not layouts:
+        raise DataError(f"{folder}: no layout that is known (CSV, Flickr, Karpathy, COCO, tar shards, class folders); "
+                        "give the format and its options")
+    splits, problems = _open_all(name, folder, layouts)
+    if not splits:
+        raise DataError(f"{folder} does not look like {name}: there is no {'; nor '.join(dict.fromkeys(problems))}")
+    entry["found" if name in known else "splits"] = splits      # the manifest's own counts stay what is expected
+    record_dataset(name, **entry)
+    return entry
+
+# %% ../../nbs/data/fetching.ipynb #cb147abf
+def _check_name(name, folder, format):
+    "DataError for what cannot be registered."
     if not re.fullmatch(r"[a-z0-9][a-z0-9_\-]*", name):
         raise DataError(f"{name}: a data set name consists of small letters, digits, _ and -; choose another")
     if name == "world":
@@ -113,31 +61,20 @@ def add_dataset(
         raise DataError(f"{folder}: the folder is not there; check the path")
     if format is not None and format not in READERS:
         raise DataError(f"unknown format {format}; there are {', '.join(READERS)}")
-    entry = dict(root=str(folder), added=datetime.date.today().isoformat())
-    if format:
-        entry["layouts"] = [dict(format=format, options={}, splits={split: options or {}})]
-    elif name not in known:
-        entry.update(layouts=_detect(folder), kind="registered", title=folder.name)
-    layouts = entry.get("layouts", known.get(name, {}).get("layouts", []))
-    if not layouts:
-        raise DataError(f"{folder}: no layout that is known (CSV, Flickr, Karpathy, COCO, tar shards, class folders); "
-                        "give the format and its options")
-    entry["splits"], problems = {}, []
+
+def _open_all(name, folder, layouts) -> tuple[dict, list]:
+    "Counts by split, each by the first layout that finds its files, and the paths that were not found."
+    splits, problems = {}, []
     for layout in layouts:
-        for s in layout.get("splits", {}):
-            if s in entry["splits"]:
+        for split in layout.get("splits", {}):
+            if split in splits:
                 continue
-            options_, missing = reader_options(folder, layout, s)
+            options, missing = reader_options(folder, layout, split)
             if missing:
                 problems.append(", ".join(missing))
-                continue
-            entry["splits"][s] = _count_of(READERS[layout["format"]](**options_, name=f"{name}:{s}"))
-    if not entry["splits"]:
-        raise DataError(f"{folder} does not look like {name}: there is no {'; nor '.join(dict.fromkeys(problems))}")
-    if name in known:
-        entry["found"] = entry.pop("splits")   # the manifest's own counts stay what is expected
-    record_dataset(name, **entry)
-    return entry
+            else:
+                splits[split] = _count_of(READERS[layout["format"]](**options, name=f"{name}:{split}"))
+    return splits, problems
 
 # %% ../../nbs/data/fetching.ipynb #4137b950
 def _count_of(data) -> dict:
@@ -161,7 +98,7 @@ def _download(url:str, output_file, pooch=None, progress:bool=True, attempts:int
             if lasting or attempt + 1 == attempts:
                 have = part.stat().st_size if part.exists() else 0
                 raise DataError(
-                    f"{url}: download failed ({short_class_name(e)}); run the command again to go on from "
+                    f"{url}: download failed ({short_reason(e)}); run the command again to go on from "
                     f"{have:,} bytes"
                 ) from None
         except OSError as e:
@@ -175,7 +112,9 @@ def _receive(url, part, progress) -> bool:
     import requests
     from tqdm import tqdm
     have, tag = part.stat().st_size if part.exists() else 0, part.with_suffix(".etag")
-    headers = {"Range": f"bytes={have}-", **({"If-Range": tag.read_text()} if tag.exists() else {})} if have else {}
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    if have and tag.exists():
+        headers["If-Range"] = tag.read_text()
     with requests.get(url, stream=True, headers=headers, timeout=30) as r:
         if r.status_code == 416 and have:
             part.unlink()
@@ -185,9 +124,8 @@ def _receive(url, part, progress) -> bool:
         etag = r.headers.get("ETag", "W/")
         tag.write_text(etag) if not etag.startswith("W/") else tag.unlink(missing_ok=True)
         total = int(r.headers.get("Content-Length", 0)) + have
-        bar = tqdm(
-            total=total or None, initial=have, unit="B", unit_scale=True, desc=Path(url).name, disable=not progress
-        )
+        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=Path(url).name,
+                   disable=not progress)
         with bar, open(part, "ab" if have else "wb") as f:
             for chunk in r.iter_content(2**16):
                 f.write(chunk)
@@ -210,9 +148,9 @@ def extract(
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as z:
-                for m in z.namelist():
-                    _refuse_escape(m, archive)
-                z.extractall(part)
+                for member in z.namelist():
+                    _refuse_escape(member, archive)
+                    z.extract(member, part)
         else:
             with tarfile.open(archive) as t:
                 for m in t:
@@ -228,7 +166,7 @@ def extract(
         if isinstance(e, OSError) and e.errno:
             raise DataError(f"{folder}: cannot be written ({e.strerror}); make room or choose another folder") from None
         raise DataError(
-            f"{archive}: not a whole archive ({short_class_name(e)}); delete it and fetch it again"
+            f"{archive}: not a whole archive ({short_reason(e)}); delete it and fetch it again"
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -265,7 +203,7 @@ def _fetch_file(name, file, root, record, progress) -> dict:
     get = lambda url, out, pooch: _download(url, out, pooch, progress)
     try:
         path = Path(pooch.retrieve(file["url"], known, fname=file["save"], path=folder, downloader=get))
-    except ValueError as e:
+    except ValueError:
         (folder/file["save"]).unlink(missing_ok=True)
         raise DataError(f"{file['url']}: the checksum is not {known}, so the file was thrown away; "
                         "try again, and if it stays so the file there has changed") from None
@@ -331,6 +269,7 @@ def fetch_dataset(
 
 # %% ../../nbs/data/fetching.ipynb #f97b4b75
 def _status(name:str, entry:dict) -> str:
+    "Whether a data set is here, in a word or two."
     if entry.get("kind") == "embedded":
         return "embedded"
     root = dataset_root(name, entry)
@@ -340,13 +279,14 @@ def _status(name:str, entry:dict) -> str:
 
 def list_datasets() -> list[dict]: # name, kind, role, splits, status, licence, tables
     "All data sets of the manifest and the registry."
-    return [
-        dict(
-            name=n, kind=e.get("kind", ""), role=e.get("role", ""), splits=", ".join(split_names(n, e)),
-            status=_status(n, e), licence=e.get("licence", "unknown"), tables=", ".join(e.get("tables", [])),
-        )
-        for n, e in known_datasets().items()
-    ]
+    return [_listed(name, entry) for name, entry in known_datasets().items()]
+
+def _listed(name, entry) -> dict:
+    "One line of the list."
+    return dict(
+        name=name, kind=entry.get("kind", ""), role=entry.get("role", ""), splits=", ".join(split_names(name, entry)),
+        status=_status(name, entry), licence=entry.get("licence", "unknown"), tables=", ".join(entry.get("tables", [])),
+    )
 
 def show_dataset(
     name: str # a data set of the manifest or the registry
@@ -360,22 +300,21 @@ def show_dataset(
 
 # %% ../../nbs/data/fetching.ipynb #8babd1f7
 def _check(split, check, expected, found) -> dict:
-    return dict(
-        split=split, check=check, expected=expected, found=found, ok=expected in (None, "unknown") or expected == found
-    )
+    "One thing that was compared; what nobody knows beforehand is right."
+    ok = expected in (None, "unknown") or expected == found
+    return dict(split=split, check=check, expected=expected, found=found, ok=ok)
 
 def _splits_here(name, entry) -> list[str]:
     "Splits one of whose layouts finds all its files; DataError when there is none."
     root = dataset_root(name, entry)
-    here = [
-        s
-        for l in entry.get("layouts", [])
-        for s in l.get("splits", {})
-        if root.is_dir() and not reader_options(root, l, s)[1]
-    ]
+    here = {}
+    for layout in entry.get("layouts", []):
+        for split in layout.get("splits", {}):
+            if root.is_dir() and not reader_options(root, layout, split)[1]:
+                here[split] = True
     if not here:
         open_split(name, next(iter(split_names(name, entry)), "all"))
-    return list(dict.fromkeys(here))
+    return list(here)
 
 # %% ../../nbs/data/fetching.ipynb #8ab4d4da
 def verify_dataset(
@@ -398,20 +337,23 @@ def verify_dataset(
         checks += [_check(split, k, expected.get(k), v) for k, v in _count_of(data).items()]
         if not decode:
             continue
-        content, bad = check_images(data.images, progress and (lambda n: progress(split, n)))
-        checks += [dict(split=split, check="picture", expected="readable", found=line, ok=False) for line in bad]
-        checks.append(_check(split, "unreadable pictures", 0, len(bad)))
-        if bad:
-            continue
-        content = sha256_of_array(
-            content, sha256_of_strings(data.ids),
-            sha256_of_strings(data.captions if isinstance(data, Pairs) else data.classnames),
-        )
-        recorded = expected.get("sha256") or (entry.get("content") or {}).get(split)
-        if recorded in (None, "unknown"):
-            record_dataset(name, content={**(dataset_entry(name).get("content") or {}), split: content})
-        checks.append(_check(split, "content sha256", recorded, content))
+        checks += _check_pictures(name, split, data, expected, progress and (lambda n: progress(split, n)))
     return checks
+
+def _check_pictures(name, split, data, expected, progress) -> list[dict]:
+    "What reading every picture finds; a first content hash is recorded."
+    content, bad = check_images(data.images, progress)
+    checks = [dict(split=split, check="picture", expected="readable", found=line, ok=False) for line in bad]
+    checks.append(_check(split, "unreadable pictures", 0, len(bad)))
+    if bad:
+        return checks
+    texts = data.captions if isinstance(data, Pairs) else data.classnames
+    content = sha256_of_array(content, sha256_of_strings(data.ids), sha256_of_strings(texts))
+    entry = dataset_entry(name)
+    recorded = expected.get("sha256") or (entry.get("content") or {}).get(split)
+    if recorded in (None, "unknown"):
+        record_dataset(name, content={**(entry.get("content") or {}), split: content})
+    return [*checks, _check(split, "content sha256", recorded, content)]
 
 def _verify_world(splits=None, count=64, size=32) -> list[dict]:
     "The embedded world draws the same twice, and what the manifest says it draws."

@@ -17,10 +17,10 @@ from pathlib import Path, PurePosixPath
 from ..core.errors import DataError
 
 # %% auto #0
-__all__ = ['square', 'row_numbers', 'sha256_of_array', 'sha256_of_strings', 'core_count', 'Images', 'ArrayImages', 'decode',
-           'inside', 'StoredImages', 'check_images', 'FileImages', 'OverlayImages', 'ConcatImages', 'Pair', 'Pairs',
-           'check_unique', 'concat_pairs', 'LabelledImages', 'WorldImages', 'world_fingerprint', 'open_world',
-           'MixedImages']
+__all__ = ['PICTURE_ENDINGS', 'square', 'row_numbers', 'sha256_of_array', 'sha256_of_strings', 'core_count', 'Images',
+           'ArrayImages', 'decode', 'inside', 'StoredImages', 'check_images', 'FileImages', 'OverlayImages',
+           'ConcatImages', 'MixedImages', 'Pair', 'Pairs', 'check_unique', 'concat_pairs', 'LabelledImages',
+           'WorldImages', 'world_fingerprint', 'open_world']
 
 # %% ../../nbs/data/pairs.ipynb #f67fa15a
 def square(
@@ -91,6 +91,10 @@ class Images:
         raise NotImplementedError
     def take(self, rows) -> Images:
         raise NotImplementedError
+    def leaves(self, rows:np.ndarray):
+        "Yield (source, its rows, positions in `rows`) for the sources that pictures really come from."
+        if len(rows):
+            yield self, rows, np.arange(len(rows))
     def __repr__(self):
         return f"{type(self).__name__}({len(self):,} images)"
 
@@ -146,7 +150,7 @@ def decode(
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except Image.DecompressionBombError:
-        raise DataError(f"{name}: the picture has too many pixels to be opened safely; scale it down")
+        raise DataError(f"{name}: the picture has too many pixels to be opened safely; scale it down") from None
     except (OSError, SyntaxError, ValueError, EOFError) as e:
         what = "is cut off" if "truncated" in str(e).lower() else "cannot be read as a picture"
         raise DataError(
@@ -171,6 +175,9 @@ def inside(
     return PurePosixPath(path).as_posix()
 
 # %% ../../nbs/data/pairs.ipynb #f1d63cf9
+# files with these endings are taken for pictures
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+
 class StoredImages(Images):
     """Encoded pictures: a subclass gives `read(row) -> bytes`, `where(row) -> str` for errors and `member(row) -> str`,
     the portable name.
@@ -279,6 +286,13 @@ class OverlayImages(Images):
         return len(self.base)
     def __getitem__(self, row):
         return self.base[row] if self.lookup[row] < 0 else self.replacement[int(self.lookup[row])]
+    def leaves(self, rows):
+        made = self.lookup[rows] >= 0
+        kept, new = np.flatnonzero(~made), np.flatnonzero(made)
+        for source, its, where in self.base.leaves(rows[kept]):
+            yield source, its, kept[where]
+        for source, its, where in self.replacement.leaves(self.lookup[rows[new]]):
+            yield source, its, new[where]
     def take(self, rows):
         rows = row_numbers(rows, len(self))
         hit = np.flatnonzero(self.lookup[rows] >= 0)
@@ -304,7 +318,13 @@ class ConcatImages(Images):
         self.ends = np.cumsum([len(p) for p in self.parts])
     def __len__(self):
         return int(self.ends[-1]) if len(self.ends) else 0
-    def _find(self, row): 
+    def leaves(self, rows):
+        which = np.searchsorted(self.ends, rows, side="right")
+        for k in np.unique(which):
+            at = np.flatnonzero(which == k)
+            for source, its, where in self.parts[k].leaves(rows[at] - (self.ends[k-1] if k else 0)):
+                yield source, its, at[where]
+    def _find(self, row):
         part = int(np.searchsorted(self.ends, row, side="right"))
         return part, int(row - (self.ends[part-1] if part else 0))
     def __getitem__(self, row):
@@ -327,6 +347,30 @@ class ConcatImages(Images):
     @cached_property
     def fingerprint(self) -> str:
         return sha256_of_array("concat", *(p.fingerprint for p in self.parts))
+
+# %% ../../nbs/data/pairs.ipynb #ff1e1adf
+class MixedImages(Images):
+    "Pictures of a source under new numbers, all of one size; its public face does not tell where a picture comes from."
+    def __init__(self,
+        images: Images,    # all there are
+        where: np.ndarray, # [n], which row of `images` picture n is
+        size: int,         # side of the pictures that `[row]` gives, pixels
+    ):
+        self._images, self._where, self.size = images, where, size
+    def __len__(self):
+        return len(self._where)
+    def __getitem__(self, row):
+        return Image.fromarray(self.array([row], self.size)[0])
+    def leaves(self, rows):
+        yield from self._images.leaves(self._where[rows])
+    def take(self, rows):
+        return MixedImages(self._images, self._where[rows], self.size)
+    def array(self, rows=None, size=None):
+        return self._images.array(self._where if rows is None else self._where[rows], size or self.size)
+    @cached_property
+    def fingerprint(self):
+        which = self._where.astype("<i8").tobytes()
+        return hashlib.sha256(f"{self._images.fingerprint} {self.size} ".encode() + which).hexdigest()
 
 # %% ../../nbs/data/pairs.ipynb #ab363ab8
 @dataclass(frozen=True)
@@ -351,12 +395,7 @@ class Pairs:
         n, put = len(self.ids), lambda k, v: object.__setattr__(self, k, v)
         put("ids", list(self.ids))
         put("captions", list(self.captions))
-        put(
-            "image_rows",
-            row_numbers(self.image_rows, len(self.images))
-            if self.image_rows is not None
-            else np.arange(len(self.images)),
-        )
+        put("image_rows", row_numbers(self.image_rows, len(self.images)))
         if self.labels is not None:
             put("labels", np.asarray(self.labels, np.int64))
         for what, column in [("captions", self.captions), ("image rows", self.image_rows), ("labels", self.labels)]:
@@ -450,11 +489,9 @@ def concat_pairs(
     "Pairs behind one another, as CFBD's union of Flickr and COCO. Labels are kept when all parts have them."
     offsets = np.cumsum([0] + [len(p.images) for p in parts])
     labels = None if any(p.labels is None for p in parts) else np.concatenate([p.labels for p in parts])
-    return Pairs(
-        [i for p in parts for i in p.ids], [c for p in parts for c in p.captions],
-        ConcatImages([p.images for p in parts]), np.concatenate([p.image_rows + o for p, o in zip(parts, offsets)]),
-        labels, name,
-    )
+    ids, captions = [i for p in parts for i in p.ids], [c for p in parts for c in p.captions]
+    image_rows = np.concatenate([p.image_rows + offset for p, offset in zip(parts, offsets)])
+    return Pairs(ids, captions, ConcatImages([p.images for p in parts]), image_rows, labels, name)
 
 # %% ../../nbs/data/pairs.ipynb #43d8a271
 @dataclass(frozen=True, eq=False, repr=False)
@@ -556,25 +593,3 @@ def open_world(
         out = Pairs(ids, world.captions(scenes), images, None, scenes.labels, name)
     out.__dict__["fingerprint"] = mark
     return out
-
-# %% ../../nbs/data/pairs.ipynb #ff1e1adf
-class MixedImages(Images):
-    "Pictures of a source under new numbers, all of one size; nothing on the outside tells where a picture comes from"
-    def __init__(self, images: Images, # all there are
-                 where: np.ndarray, # [n], which row of `images` picture n is
-                 size: int # side of the pictures that `[row]` gives, pixels
-                ):
-        self._images, self._where, self.size = images, where, size
-    def __len__(self):
-        return len(self._where)
-    def __getitem__(self, row):
-        return Image.fromarray(self.array([row], self.size)[0])
-    def take(self, rows):
-        return MixedImages(self._images, self._where[rows], self.size)
-    def array(self, rows=None, size=None):
-        return self._images.array(self._where if rows is None else self._where[rows], size or self.size)
-    @cached_property
-    def fingerprint(self):
-        return hashlib.sha256(
-            f"{self._images.fingerprint} {self.size} ".encode() + self._where.astype("<i8").tobytes()
-        ).hexdigest()

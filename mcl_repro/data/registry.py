@@ -5,24 +5,24 @@
 # %% ../../nbs/data/registry.ipynb #aba9513f
 from __future__ import annotations
 
-import difflib, glob, inspect, mcl_repro, os, re, yaml
-import numpy as np
+import difflib, os, re
 from dataclasses import dataclass
-from filelock import FileLock
 from pathlib import Path
+
+import numpy as np
+import yaml
+from filelock import FileLock
 
 import mcl_repro
 from ..core.errors import DataError
-from .pairs import inside, LabelledImages, open_world, Pairs, world_fingerprint
-from mcl_repro.data.readers import (
-    data_home, read_class_folders, read_coco_pairs, read_csv_labels, read_csv_pairs, read_flickr_pairs, read_json,
-    read_karpathy_pairs, read_table, read_text, read_torchvision, read_webdataset_pairs,
-)
+from ..core.files import parse_yaml, read_text, read_yaml, write_atomically
+from .formats import open_path, reader_options, READERS
+from .pairs import LabelledImages, open_world, Pairs, world_fingerprint
+from .tars import data_home
 
 # %% auto #0
-__all__ = ['READERS', 'read_manifest', 'read_registry', 'record_dataset', 'known_datasets', 'dataset_entry', 'split_names',
-           'dataset_root', 'how_to_get', 'reader_options', 'open_split', 'DataRef', 'first_images', 'resolve',
-           'open_data']
+__all__ = ['read_manifest', 'read_registry', 'record_dataset', 'known_datasets', 'dataset_entry', 'split_names', 'dataset_root',
+           'how_to_get', 'open_split', 'DataRef', 'first_images', 'resolve', 'open_data']
 
 # %% ../../nbs/data/registry.ipynb #b202f20e
 def _manifest_path() -> Path:
@@ -38,8 +38,9 @@ def read_manifest(
 ) -> dict[str, dict]:
     "Data sets by name as data_manifest.yaml describes them."
     path = path or _manifest_path()
+    text = read_text(path)
     try:
-        return yaml.safe_load(read_text(path))["datasets"]
+        return parse_yaml(text, str(path))["datasets"]
     except (yaml.YAMLError, KeyError, TypeError) as e:
         raise DataError(f"{path}: not a data manifest ({str(e).splitlines()[0]})") from None
 
@@ -48,15 +49,16 @@ def read_registry() -> dict[str, dict]:
     path = data_home()/"registry.yaml"
     if not path.exists():
         return {}
-    try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as e:
-        raise DataError(f"{path}: not readable as YAML ({str(e).splitlines()[0]}); mend or delete it") from None
+    content = read_yaml(path, remedy="mend or delete it")
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a registry of data sets; mend or delete it")
     return content
 
-def record_dataset(name:str, **changes):
+# %% ../../nbs/data/registry.ipynb #f36b5c11
+def record_dataset(
+    name: str,  # a data set
+    **changes,  # entries to set: root, layouts, splits, fetched, content ...
+):
     "Change one registry entry, safely beside other processes."
     home = data_home()
     path = home/"registry.yaml"
@@ -65,9 +67,7 @@ def record_dataset(name:str, **changes):
         with FileLock(str(path) + ".lock"):
             registry = read_registry()
             registry[name] = {**registry.get(name, {}), **changes}
-            part = path.with_suffix(".part")
-            part.write_text(yaml.safe_dump(registry, sort_keys=False, allow_unicode=True), "utf-8")
-            os.replace(part, path)
+            write_atomically(path, yaml.safe_dump(registry, sort_keys=False, allow_unicode=True), error=None)
     except OSError as e:
         raise DataError(
             f"{home}: cannot be written ({e.strerror or e}); set MCL_REPRO_DATA to a folder you may write to"
@@ -93,12 +93,14 @@ def dataset_entry(name:str) -> dict:
     )
 
 def split_names(name:str, entry:dict) -> list[str]:
+    "Splits that an entry has, each once."
     if entry.get("kind") == "embedded":
         from mcl_repro.data.world import SPLITS
         return list(SPLITS)
     return list(dict.fromkeys(s for l in entry.get("layouts", []) for s in l.get("splits", {})))
 
 def dataset_root(name:str, entry:dict) -> Path:
+    "Where a data set's files are, or would be."
     return Path(entry["root"]) if entry.get("root") else data_home()/name
 
 def how_to_get(name:str, entry:dict) -> str:
@@ -106,47 +108,6 @@ def how_to_get(name:str, entry:dict) -> str:
     fetch = f"fetch it with: mcl_repro data fetch {name}" if entry.get("files") else ""
     register = "then register its folder" if entry.get("obtain") else "or register a folder that has it"
     return "; ".join(x for x in (fetch, entry.get("obtain"), f"{register} with: mcl_repro data add {name} FOLDER") if x)
-
-# %% ../../nbs/data/registry.ipynb #98e12237
-READERS = dict(
-    csv=read_csv_pairs, csv_labels=read_csv_labels, flickr=read_flickr_pairs, karpathy=read_karpathy_pairs,
-    coco=read_coco_pairs, webdataset=read_webdataset_pairs, class_folders=read_class_folders,
-    torchvision=read_torchvision,
-)
-_path_options = {"path", "tokens", "images", "split_list", "folder", "root", "shards"}
-
-def _find(root:Path, wanted) -> str|None:
-    "The first alternative that exists below `root`; shard patterns are tried by expanding them."
-    for w in wanted if isinstance(wanted, list) else [wanted]:
-        name = inside(root, w)
-        path, pattern = str(root/name), f"{glob.escape(str(root))}/{name}"
-        if Path(path).exists():
-            return path
-        if glob.glob(pattern):
-            return pattern
-        if "{" in w and Path(re.sub(r"\{(\d+)\.\.\d+\}", r"\1", path)).exists():
-            return path
-    return None
-
-def reader_options(root:Path, layout:dict, split:str) -> tuple[dict, list]:
-    "A reader's options for a split with paths resolved, and the paths that were not found."
-    options, missing = {**layout.get("options", {}), **(layout.get("splits", {}).get(split) or {})}, []
-    known = inspect.signature(READERS[layout["format"]]).parameters
-    allowed = [p for p in known if p != "name"]
-    needs = options.pop("needs", None)      # a path that tells whether a data set with root `.` is there
-    if needs and not _find(root, needs):
-        missing.append(needs)
-    for k, v in options.items():
-        if k not in allowed:
-            raise DataError(f"the {layout['format']} reader has no option {k}; it has {', '.join(allowed)}")
-        if k in _path_options:
-            options[k] = _find(root, v)
-            if options[k] is None:
-                missing.append(" or ".join(v) if isinstance(v, list) else v)
-    lacking = [p for p in allowed if known[p].default is known[p].empty and p not in options]
-    if lacking:
-        raise DataError(f"the {layout['format']} reader needs the option {lacking[0]}")
-    return options, missing
 
 # %% ../../nbs/data/registry.ipynb #dbeda663
 def open_split(name:str, split:str) -> Pairs|LabelledImages:
@@ -219,45 +180,6 @@ def _split_source(source:str) -> tuple[str, int|None]:
     head, _, tail = source.rpartition(":")
     return (source, None) if not head or os.path.exists(source) or not tail.isdigit() else (head, _count(tail, source))
 
-def _beside(path, content) -> Path:
-    "The folder beside a JSON (or beside its folder) that has the first picture it lists."
-    first = next(iter(content.get("images") or ()), None) if isinstance(content, dict) else None
-    if not isinstance(first, dict):
-        first = {}
-    name = "/".join(str(x) for x in (first.get("filepath"), first.get("file_name") or first.get("filename")) if x)
-    if not name:
-        raise DataError(f'{path}: lists no picture; give a COCO captions file or one of Karpathy\'s split files')
-    for up in (path.parent, path.parent.parent):
-        for folder in (up, *sorted(d for d in up.iterdir() if d.is_dir())):
-            if (folder/name).is_file():
-                return folder
-    raise DataError(f"{path}: its first picture {name} is neither beside it nor in a folder beside it; "
-                    "register the data with: mcl_repro data add NAME FOLDER")
-
-def _open_path(source:str) -> Pairs|LabelledImages:
-    "Open a file or folder by what it is."
-    path = Path(source).expanduser()
-    kind = path.suffix.lower()
-    if kind == ".tar" or re.search(r"[*?{]", source):
-        return read_webdataset_pairs(path)
-    if not path.exists():
-        raise DataError(f"{source}: there is no such file or folder; check the path, or write name:split")
-    if path.is_dir():
-        return read_csv_pairs(path/"pairs.csv") if (path/"pairs.csv").is_file() else read_class_folders(path)
-    if kind in (".csv", ".tsv", ".tab", ".txt"):
-        columns, _ = read_table(path)
-        return (
-            read_csv_labels(path)
-            if {"image", "label"} <= set(columns) and "caption" not in columns
-            else read_csv_pairs(path)
-        )
-    if kind == ".json":
-        content = read_json(path)
-        coco = isinstance(content, dict) and "annotations" in content
-        return (read_coco_pairs if coco else read_karpathy_pairs)(path, _beside(path, content))
-    raise DataError(f"{source}: no reader for {kind or 'this file'}; give a .csv, .tsv, .json, .tar or a folder, "
-                    "or register the data with: mcl_repro data add NAME FOLDER")
-
 # %% ../../nbs/data/registry.ipynb #6e010be6
 def _parse(source:str) -> tuple[str, str, int|None, int]:
     "Name, split, count and seed of `name:split[:count]` or `world:split[:count[:seed]]`."
@@ -296,7 +218,7 @@ def open_data(
                         f"now {data.fingerprint[:12]}); put the old data back or run again with the new")
     if _is_path(source):
         path, count = _split_source(source)
-        data = _open_path(path)
+        data = open_path(path)
     else:
         name, split, count, seed = _parse(source)
         if name == "world":

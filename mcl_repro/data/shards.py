@@ -4,7 +4,9 @@
 
 # %% ../../nbs/data/shards.ipynb #e2b07327
 from __future__ import annotations
-import csv, datetime, filecmp, hashlib, io, json, math, os, random, re, shlex, shutil, subprocess, warnings
+
+import csv, datetime, filecmp, io, json, math, os, random, re, shutil, subprocess, warnings
+import importlib.util
 from collections import Counter
 from pathlib import Path
 
@@ -12,13 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mcl_repro.data.pairs import (
-    ConcatImages, core_count, decode, Images, LabelledImages, OverlayImages, Pairs, row_numbers, square,
-)
-from .readers import pictures_in, read_json, shard_index, TarImages
-from .registry import dataset_entry
 from ..core.errors import DataError, SettingsError, UserError
+from ..core.files import read_json, write_atomically
+from ..core.seeds import seeded
+from .labelled import pictures_in
 from .order import row_hash, seeded_order
+from .pairs import core_count, decode, Images, row_numbers, square
+from .registry import dataset_entry
+from .tars import shard_index, TarImages
 
 # %% auto #0
 __all__ = ['SAMPLES_PER_SHARD', 'LOADERS', 'FACE_TEMPLATES', 'published_rows', 'published_ids', 'ids_text', 'tsv_rows',
@@ -234,9 +237,7 @@ def count_links(
     seed:int=0,        # of its order
     per_shard:int=SAMPLES_PER_SHARD,
     progress=None,     # called with (shards done, shards)
-# rows, asked, fetched, dead (share of asked), reasons, shards that are unfinished or damaged, and what became of the
-# list
-) -> dict:
+) -> dict: # rows, asked, fetched, dead (share of asked), reasons, unfinished shards, what became of the list
     "Count dead links; writes <split>-links.json, and the ids of the list that are missing as <split>-missing.txt."
     folder = Path(folder)
     total = _list_rows(folder/f"{split}-list.tsv")
@@ -253,12 +254,11 @@ def count_links(
             asked += size
         if progress:
             progress(k + 1, len(numbers))
-    result = dict(
-        when=datetime.date.today().isoformat(), split=split, rows=total, asked=asked, fetched=int(there.sum()),
-        dead=round(float(1 - there.sum() / asked), 6) if asked else None, reasons=dict(reasons.most_common()),
-        unfinished=unfinished, **_list_state(folder, split, there, min(count, total), seed),
-    )
-    _write(folder/f"{split}-links.json", json.dumps(result, indent=1) + "\n")
+    fetched = int(there.sum())
+    result = dict(when=datetime.date.today().isoformat(), split=split, rows=total, asked=asked, fetched=fetched,
+                  dead=round(1 - fetched / asked, 6) if asked else None, reasons=dict(reasons.most_common()),
+                  unfinished=unfinished, list=_list_state(folder, split, there, min(count, total), seed))
+    write_atomically(folder/f"{split}-links.json", json.dumps(result, indent=1) + "\n", error=None)
     return result
 
 def _list_rows(path) -> int:
@@ -279,41 +279,9 @@ def _list_state(folder, split, there, count, seed) -> dict:
     order = seeded_order(len(there), seed)
     missing = order[:count][~there[order[:count]]]
     enough = np.flatnonzero(np.cumsum(there[order]) == count)
-    _write(folder/f"{split}-missing.txt", ids_text(missing))
-    return dict(
-        list=dict(
-            count=count, seed=seed, missing=len(missing), missing_ids=f"{split}-missing.txt",
-            reaches=int(enough[0]) + 1 if len(enough) else None,
-        )
-    )
-
-def _write(path, text):
-    part = Path(f"{path}.part")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)
-
-# %% ../../nbs/data/shards.ipynb #ece1f4a6
-def _leaves(images:Images, rows:np.ndarray):
-    "Yield (source, its rows, positions in `rows`) for the sources that pictures really come from."
-    from mcl_repro.data.pairs import MixedImages
-    if isinstance(images, MixedImages):
-        yield from _leaves(images._images, images._where[rows])
-    elif isinstance(images, OverlayImages):
-        made = images.lookup[rows] >= 0
-        for part, at, below in (
-            (images.base, np.flatnonzero(~made), rows[~made]),
-            (images.replacement, np.flatnonzero(made), images.lookup[rows[made]]),
-        ):
-            for leaf, its, where in _leaves(part, below):
-                yield leaf, its, at[where]
-    elif isinstance(images, ConcatImages):
-        which = np.searchsorted(images.ends, rows, side="right")
-        for k in np.unique(which):
-            at = np.flatnonzero(which == k)
-            for leaf, its, where in _leaves(images.parts[k], rows[at] - (images.ends[k-1] if k else 0)):
-                yield leaf, its, at[where]
-    elif len(rows):
-        yield images, rows, np.arange(len(rows))
+    write_atomically(folder/f"{split}-missing.txt", ids_text(missing), error=None)
+    reaches = int(enough[0]) + 1 if len(enough) else None
+    return dict(count=count, seed=seed, missing=len(missing), missing_ids=f"{split}-missing.txt", reaches=reaches)
 
 # %% ../../nbs/data/shards.ipynb #18f0af6b
 class ShardStream(torch.utils.data.IterableDataset):
@@ -324,7 +292,7 @@ class ShardStream(torch.utils.data.IterableDataset):
     PIECE = 64   # pictures that a loader process hands over at once
     def __init__(self, images:Images, rows:np.ndarray, size:int, seed:int, epoch:int, window:int):
         self.size, self.window, self.numbers, self.wanted, made = size, window, (seed, epoch), {}, []
-        for leaf, its, at in _leaves(images, rows):
+        for leaf, its, at in images.leaves(rows):
             if isinstance(leaf, TarImages):
                 self._want(leaf, its, rows[at])
             else:
@@ -350,7 +318,6 @@ class ShardStream(torch.utils.data.IterableDataset):
 
     def random(self, *more) -> random.Random:
         "A generator for this epoch, the same in every process and on every machine."
-        from mcl_repro.core.seeds import seeded
         seed, epoch = self.numbers
         return random.Random(seeded(seed, 12, epoch, *more))
     def __iter__(self):
@@ -392,11 +359,9 @@ def _read_member(file, leaf:TarImages, row:int) -> bytes:
 def _pixels(picture, size:int) -> np.ndarray:
     "The square of one picture, as `Images.array` gives it."
     source, where = picture
-    return (
-        source.array([where], size)[0]
-        if isinstance(source, Images)
-        else np.asarray(square(decode(source, where), size))
-    )
+    if isinstance(source, Images):
+        return source.array([where], size)[0]
+    return np.asarray(square(decode(source, where), size))
 
 # %% ../../nbs/data/shards.ipynb #3a8ce492
 def _pieces(stream:ShardStream):
@@ -422,10 +387,8 @@ def _pieces(stream:ShardStream):
 def _pieces_or_error(stream:ShardStream):
     "Pieces, or the error that ended them: raised in a loader process, its line would drown in a traceback."
     try:
-        yield from (
-            (torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(rows).long())
-            for pixels, rows in _pieces(stream)
-        )
+        for pixels, rows in _pieces(stream):
+            yield torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(rows).long()
     except UserError as error:
         yield error
 
@@ -444,11 +407,10 @@ def stream_batches(
 ): # iterator of (uint8 [b, 3, s, s], int64 rows [b])
     """One epoch in streamed order: floor(n / batch_size) batches, every row at most once.
 
-The same seed, epoch, window and number of workers give the same batches. Pictures are those of `images.array(rows,
-size)`, bit for bit.
-Raises SettingsError where nothing lies in shards or webdataset is missing, and DataError naming a picture or shard that
-cannot be read.
-"""
+    The same seed, epoch, window and number of workers give the same batches. Pictures are those of
+    `images.array(rows, size)`, bit for bit. Raises SettingsError where nothing lies in shards or webdataset is
+    missing, and DataError naming a picture or shard that cannot be read.
+    """
     if min(batch_size, window) < 1:
         raise SettingsError(f"batch_size and window are at least 1, not {batch_size} and {window}")
     _need_webdataset()
@@ -457,19 +419,20 @@ cannot be read.
     workers = min(LOADERS if workers is None else workers, len(stream.shards))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")    # more processes than cores
-        # its own: the training's draws stay as they are
-        pieces = iter(
-            torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers, generator=torch.Generator())
-        )
+        # a generator of its own: the training's draws stay as they are
+        loader = torch.utils.data.DataLoader(stream, None, num_workers=workers, generator=torch.Generator())
+        pieces = iter(loader)
     return _whole_batches(pieces, min(batch_size, len(rows)))
 
 def _need_webdataset():
     try:
-        import webdataset
-    except ImportError:
+        found = importlib.util.find_spec("webdataset")
+    except ValueError:      # what stands under its name is no module
+        found = None
+    if not found:
         raise SettingsError(
             "streaming needs the webdataset package: pip install 'mcl_repro[shards]', or read in random order"
-        ) from None
+        )
 
 # %% ../../nbs/data/shards.ipynb #831fe58f
 def _whole_batches(pieces, size:int):
@@ -523,7 +486,7 @@ def _nameless(path:Path) -> tuple[bytes, str]:
     data = path.read_bytes()
     image = decode(data, str(path))
     stored = Image.open(io.BytesIO(data))
-    # 14 bytes: JFIF without a thumbnail
+    # an APP0 of 14 bytes is JFIF without a thumbnail
     plain = stored.format == "JPEG" and all(name == "APP0" and len(content) == 14 for name, content in stored.applist)
     if plain and data.find(b"\xff\xd9") == len(data) - 2:
         return data, ".jpg"
@@ -552,20 +515,14 @@ def rename_faces(
     least:int=2,      # persons with fewer pictures are left out: one is for the test
     seed:int=0,       # of names, captions and test pictures
 ) -> dict: # people, train, test: counts
-    """Faces for MEM's case study: invented names in captions, one test picture per person, no real name anywhere in `out`.
+    """Faces for MEM's case study: invented names in captions, one test picture per person, no real name in `out`.
 
-Both CSVs have image, caption and label (number of the person). They come last, so a train.csv means that all is there.
-"""
-    folder, out, draw = Path(folder), Path(out), random.Random(seed)
-    if least < 2:
-        raise SettingsError(
-            f"least is 2 or more, not {least}: one picture of a person is for the test, the others are for the training"
-        )
-    if people is not None and people < 1:
-        raise SettingsError(f"people is 1 or more, not {people}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out}: there is something in this folder; choose an empty or a new one")
-    persons = _persons(folder, people, least)
+    Both CSVs have image, caption and label (number of the person). They come last, so a train.csv means that all is
+    there.
+    """
+    folder, out = Path(folder), Path(out)
+    _check_faces(out, people, least)
+    persons, draw = _persons(folder, people, least), random.Random(seed)
     names = invented_names(len(persons), os.listdir(folder), seed)
     rows = dict(train=[], test=[])
     for label, (person, name) in enumerate(zip(draw.sample(list(persons), len(persons)), names)):
@@ -578,5 +535,16 @@ Both CSVs have image, caption and label (number of the person). They come last, 
     for split in ("test", "train"):
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows([("image", "caption", "label"), *rows[split]])
-        _write(out/f"{split}.csv", text.getvalue())
+        write_atomically(out/f"{split}.csv", text.getvalue(), error=None)
     return dict(people=len(persons), train=len(rows["train"]), test=len(rows["test"]))
+
+def _check_faces(out, people, least):
+    "What cannot be asked for, as an error."
+    if least < 2:
+        raise SettingsError(
+            f"least is 2 or more, not {least}: one picture of a person is for the test, the others are for the training"
+        )
+    if people is not None and people < 1:
+        raise SettingsError(f"people is 1 or more, not {people}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out}: there is something in this folder; choose an empty or a new one")

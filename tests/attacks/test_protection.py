@@ -16,7 +16,8 @@ from PIL import Image
 from mcl_repro.attacks import protection as P
 from mcl_repro.model.clip import build_clip, tokenize
 from mcl_repro.data.pairs import ArrayImages, FileImages, Pairs
-from mcl_repro.data.readers import read_coco_pairs, read_csv_pairs, read_flickr_pairs, read_webdataset_pairs
+from mcl_repro.data.readers import read_coco_pairs, read_csv_pairs, read_flickr_pairs
+from mcl_repro.data.tars import read_webdataset_pairs
 from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import DataError, SettingsError, StoreError
 from mcl_repro.model.training import iterate, read_batch

@@ -1,23 +1,27 @@
 """CC3M's way from its table to shards and subsets, streaming, faces under invented names, and the papers' formats end
 to end; on the real packs where MCL_REPRO_REAL_DATA points to them.
 """
-import csv, hashlib, importlib.util, inspect, io, json, os, pickle, struct, sys, tarfile, time, warnings, zlib
+import csv, hashlib, importlib.util, inspect, io, json, pickle, shlex, struct, sys, tarfile, time, warnings, zlib
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
-from mcl_repro.cli import main as cli
-from mcl_repro.model.clip import build_clip
-from mcl_repro.core.errors import DataError, SettingsError
+from data_files import REAL, real, refused
 from mcl_repro.attacks.base import load_poisoned, make_attack, poison, save_poisoned
+from mcl_repro.cli import main as cli
+from mcl_repro.core.errors import SettingsError
 from mcl_repro.data.fetching import add_dataset
+from mcl_repro.data.labelled import _imagenet, _import_torchvision_datasets
 from mcl_repro.data.order import row_hash, seeded_order
 from mcl_repro.data.pairs import ArrayImages, check_images, ConcatImages, decode, FileImages, OverlayImages, square
-from mcl_repro.data.readers import _imagenet, _import_torchvision_datasets, read_webdataset_pairs
 from mcl_repro.data.registry import first_images, open_data, read_manifest, resolve
 from mcl_repro.data.shards import count_links, invented_names, rename_faces, stream_batches, tsv_rows, write_link_list
+from mcl_repro.data.tars import read_webdataset_pairs
+from mcl_repro.model.clip import build_clip
 
 
 def encoded(seed=0, size=(40, 30), format="JPEG", **options):
@@ -26,16 +30,6 @@ def encoded(seed=0, size=(40, 30), format="JPEG", **options):
         out, format, **options
     )
     return out.getvalue()
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MCL_REPRO_DATA", str(tmp_path/"home"))
-
-def refused(contains, f, *args, kind=DataError, **options):
-    "f raises in one line that says `contains`."
-    with pytest.raises(kind) as e:
-        f(*args, **options)
-    assert contains in str(e.value) and "\n" not in str(e.value), str(e.value)
 
 def write_shard(folder, number, rows, per_shard=10, failures=None, digits=9):
     """What img2dataset 1.47 leaves of one shard (but the parquet): members in the order of arrival, keys with leading
@@ -86,24 +80,17 @@ def test_the_manifest_has_the_hash_of_the_published_list(tmp_path, capsys):
     began = time.perf_counter()
     entry = read_manifest()["cc3m"]
     told = entry["subset"]
-    assert (
-        cli.main(["data", "ids", "cc3m", str(told["count"]), "--out", str(tmp_path / "ids.txt")]) == 0
-        and capsys.readouterr().out == f"{tmp_path / 'ids.txt'}\n"
-    )
+    assert cli.main(["data", "ids", "cc3m", str(told["count"]), "--out", str(tmp_path / "ids.txt")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'ids.txt'}\n"
     ids = np.loadtxt(tmp_path/"ids.txt", dtype=np.int64)
-    assert (
-        len(np.unique(ids)) == told["count"] == 500_000
-        and ids.max() < entry["rows"]["train"] == 3_318_333
-        and (np.diff(row_hash(ids).astype(float)) >= 0).all()
-    )
-    assert (
-        hashlib.sha256((tmp_path / "ids.txt").read_bytes()).hexdigest() == told["sha256"]
-        and time.perf_counter() - began < 20
-    )
+    assert len(np.unique(ids)) == told["count"] == 500_000
+    assert ids.max() < entry["rows"]["train"] == 3_318_333
+    assert (np.diff(row_hash(ids).astype(float)) >= 0).all()
+    assert hashlib.sha256((tmp_path / "ids.txt").read_bytes()).hexdigest() == told["sha256"]
+    assert time.perf_counter() - began < 20
     assert cli.main(["data", "ids", "cc3m", "3"]) == 0 and capsys.readouterr().out == "".join(f"{i}\n" for i in ids[:3])
-    assert (
-        cli.main(["data", "ids", "coco", "3"]) == 2 and "coco:train has no published order" in capsys.readouterr().err
-    )
+    assert cli.main(["data", "ids", "coco", "3"]) == 2
+    assert "coco:train has no published order" in capsys.readouterr().err
 
 def test_a_count_takes_the_published_order_where_the_manifest_says_so_and_the_first_elsewhere(tmp_path):
     there = [r for r in range(30) if r % 4]
@@ -114,11 +101,9 @@ def test_a_count_takes_the_published_order_where_the_manifest_says_so_and_the_fi
     order = [r for r in sorted(range(30), key=plainly) if r in there]
     for n in (1, 5, len(there)):
         pairs = open_data(f"cc3m:train:{n}")
-        assert (
-            [int(i) for i in pairs.ids] == order[:n]
-            and pairs.captions == [f"caption {r}" for r in order[:n]]
-            and len(pairs.images) == n
-        )
+        assert [int(i) for i in pairs.ids] == order[:n]
+        assert pairs.captions == [f"caption {r}" for r in order[:n]]
+        assert len(pairs.images) == n
         assert (
             pairs.image_array(size=16) == np.stack([np.asarray(square(decode(encoded(r), ""), 16)) for r in order[:n]])
         ).all()
@@ -141,9 +126,19 @@ def test_the_published_order_needs_row_numbers(tmp_path):
 # ---- from the table to shards
 
 @pytest.mark.parametrize("text, message", [
-    (b"", "the file is empty"), (b"only a caption\n", "line 1: 1 fields"), (b"a\thttp://x.org/1\tmore\n", "line 1: 3 fields"), (b"a\thttp://x.org/1\n\nb\thttp://x.org/2\n", "line 2: 1 fields"),
-    (b"caption\turl\na\thttp://x.org/1\n", "line 1: url is not a web address; delete this line if it names the columns"), (b"a\thttp://x.org/1\n \thttp://x.org/2\n", "line 2: the caption is empty"),
-    (b"a\thttp://x.org/1\nb\tx.jpg\n", "line 2: x.jpg is not a web address; take the original file"), (b"a\thttp://x.org/1\nb\tfile:///etc/hostname\n", "line 2: file:///etc/hostname is not a web address"), ("café\thttp://x.org/1\n".encode("latin1"), "line 1: not UTF-8 (byte 0xe9)")])
+    (b"", "the file is empty"),
+    (b"only a caption\n", "line 1: 1 fields"),
+    (b"a\thttp://x.org/1\tmore\n", "line 1: 3 fields"),
+    (b"a\thttp://x.org/1\n\nb\thttp://x.org/2\n", "line 2: 1 fields"),
+    (
+        b"caption\turl\na\thttp://x.org/1\n",
+        "line 1: url is not a web address; delete this line if it names the columns",
+    ),
+    (b"a\thttp://x.org/1\n \thttp://x.org/2\n", "line 2: the caption is empty"),
+    (b"a\thttp://x.org/1\nb\tx.jpg\n", "line 2: x.jpg is not a web address; take the original file"),
+    (b"a\thttp://x.org/1\nb\tfile:///etc/hostname\n", "line 2: file:///etc/hostname is not a web address"),
+    ("café\thttp://x.org/1\n".encode("latin1"), "line 1: not UTF-8 (byte 0xe9)"),
+])
 def test_a_table_with_a_wrong_line_is_refused_and_leaves_nothing(tmp_path, text, message):
     (tmp_path/"t.tsv").write_bytes(text)
     refused(message, write_link_list, tmp_path/"t.tsv", tmp_path/"out")
@@ -163,83 +158,76 @@ def test_captions_reach_img2datasets_parser_as_they_are(tmp_path):
     # RFC 4180, which pyarrow follows too
     read = list(csv.reader(io.StringIO(path.read_bytes().decode(), newline=""), delimiter="\t", strict=True))
     assert rows == len(captions) and path.name == "validation-list.tsv" and read[0] == ["caption", "url"]
-    assert (
-        [c for c, _ in read[1:]] == [c.replace("\r", " ") for c in captions]
-        and read[3][1] == 'http://x.org/2?a="b"'
-        and path.read_bytes().count(b"\n") == rows + 1
-    )
+    assert [c for c, _ in read[1:]] == [c.replace("\r", " ") for c in captions]
+    assert read[3][1] == 'http://x.org/2?a="b"'
+    assert path.read_bytes().count(b"\n") == rows + 1
 
-FAKE = f'''#!{sys.executable}
+FAKE = f"""
 import hashlib, io, json, pathlib, sys, tarfile
 import numpy as np
 from PIL import Image
 {inspect.getsource(encoded)}
 {inspect.getsource(write_shard)}
 options = dict(word[2:].split("=", 1) for word in sys.argv[1:])
-lines = pathlib.Path(options["url_list"]).read_text().splitlines()[1:]; out = pathlib.Path(options["output_folder"])
+lines = pathlib.Path(options["url_list"]).read_text().splitlines()[1:]
+out = pathlib.Path(options["output_folder"])
 done = {{int(p.name.split("_")[0]) for p in out.glob("*.json")}}     # as img2dataset itself finds what is finished
-per = int(options["number_sample_per_shard"]); shards = [k for k in range(-(-len(lines)//per)) if k not in done]
-with open(out.parent/"calls.txt", "a") as f: print(len(shards), options["resize_mode"], options["image_size"], options["incremental_mode"], file=f)
+per = int(options["number_sample_per_shard"])
+shards = [k for k in range(-(-len(lines)//per)) if k not in done]
+with open(out.parent/"calls.txt", "a") as f:
+    print(len(shards), *(options[name] for name in ("resize_mode", "image_size", "incremental_mode")), file=f)
 for k in shards:
     size = min(per, len(lines) - k*per)
     write_shard(out, k, [r for r in range(k*per, k*per + size) if r % 5], size)
-'''
+"""
+
+def fake_img2dataset(folder):
+    "A program that writes shards as img2dataset does. Python is called by a shell: its path may have a space."
+    (folder/"fake.py").write_text(FAKE)
+    program = folder/"img2dataset"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(folder/"fake.py"))} "$@"\n')
+    program.chmod(0o755)
+    return program
 
 def test_the_command_fetches_goes_on_and_counts(tmp_path, capsys):
-    program = tmp_path/"img2dataset"
-    program.write_text(FAKE)
-    program.chmod(0o755)
-    words = [
-        "data", "cc3m", str(table(tmp_path / "t.tsv", 25)), "--out", str(tmp_path / "cc 3m"), "--program", str(program),
-    ]
+    program = fake_img2dataset(tmp_path)
+    tsv = table(tmp_path/"t.tsv", 25)
+    words = ["data", "cc3m", str(tsv), "--out", str(tmp_path/"cc 3m"), "--program", str(program)]
     assert cli.main(words) == 0
     out, err = capsys.readouterr()
-    assert (
-        "20.0% of 25 links are dead" in out
-        and "5      20.0%  HTTP 404" in out
-        and "25 rows; CC3M itself has 3,318,333" in err
-    )
-    assert (
-        cli.main(words) == 0
-        and (tmp_path / "cc 3m/calls.txt").read_text() == "1 keep_ratio 256 incremental\n0 keep_ratio 256 incremental\n"
-    )
+    assert "20.0% of 25 links are dead" in out
+    assert "5      20.0%  HTTP 404" in out
+    assert "25 rows; CC3M itself has 3,318,333" in err
+    assert cli.main(words) == 0
+    assert (tmp_path / "cc 3m/calls.txt").read_text() == "1 keep_ratio 256 incremental\n0 keep_ratio 256 incremental\n"
     links = json.loads((tmp_path/"cc 3m/train-links.json").read_text())
-    assert (links["rows"], links["asked"], links["fetched"], links["dead"], links["unfinished"]) == (
-        25, 25, 20, 0.2, [],
-    ) and links["list"]["missing"] == 5
+    assert (
+        (links["rows"], links["asked"], links["fetched"], links["dead"], links["unfinished"]) == (25, 25, 20, 0.2, [])
+    )
+    assert links["list"]["missing"] == 5
     assert sorted(map(int, (tmp_path/"cc 3m/train-missing.txt").read_text().split())) == [0, 5, 10, 15, 20]
     shard = tmp_path/"cc 3m/train/00000.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:len(whole)//2])     # its statistics say that it is finished
     assert cli.main(["data", "links", str(tmp_path/"cc 3m")]) == 2 and "no shard is finished" in capsys.readouterr().err
-    assert (
-        cli.main(words) == 0
-        and shard.read_bytes() == whole
-        and (tmp_path / "cc 3m/calls.txt").read_text().endswith("1 keep_ratio 256 incremental\n")
-    )
+    assert cli.main(words) == 0
+    assert shard.read_bytes() == whole
+    assert (tmp_path / "cc 3m/calls.txt").read_text().endswith("1 keep_ratio 256 incremental\n")
     (tmp_path/"cc 3m/calls.txt").write_text("\n\n")
-    assert (
-        cli.main(["data", "add", "cc3m", str(tmp_path / "cc 3m")]) == 0
-        and "cc3m:train (20 images, 20 pairs of 3,318,333 rows)" in capsys.readouterr().out
-    )
+    assert cli.main(["data", "add", "cc3m", str(tmp_path / "cc 3m")]) == 0
+    assert "cc3m:train (20 images, 20 pairs of 3,318,333 rows)" in capsys.readouterr().out
     assert cli.main(words + ["--split", "../out"]) == 2 and "invalid choice: '../out'" in capsys.readouterr().err
     capsys.readouterr()
     assert cli.main(words[:-1] + ["no-such-program"]) == 0
     out, err = capsys.readouterr()
-    assert (
-        out.startswith("no-such-program '--url_list=")
-        and "--number_sample_per_shard=10000 " in out
-        and "is not installed here" in err
-    )
-    assert (
-        cli.main(words + ["--print"]) == 0
-        and capsys.readouterr().out.startswith(str(program))
-        and (tmp_path / "cc 3m/calls.txt").read_text().count("\n") == 2
-    )
-    assert (
-        cli.main(["data", "links", str(tmp_path)]) == 2
-        and "make it with: mcl_repro data cc3m TSV" in capsys.readouterr().err
-    )
+    assert out.startswith("no-such-program '--url_list=")
+    assert "--number_sample_per_shard=10000 " in out
+    assert "is not installed here" in err
+    assert cli.main(words + ["--print"]) == 0
+    assert capsys.readouterr().out.startswith(str(program))
+    assert (tmp_path / "cc 3m/calls.txt").read_text().count("\n") == 2
+    assert cli.main(["data", "links", str(tmp_path)]) == 2
+    assert "make it with: mcl_repro data cc3m TSV" in capsys.readouterr().err
 
 def test_unfinished_and_unexplained_shards_are_told_apart(tmp_path):
     write_link_list(table(tmp_path/"t.tsv", 35), tmp_path/"cc")
@@ -252,19 +240,13 @@ def test_unfinished_and_unexplained_shards_are_told_apart(tmp_path):
     # keys only
     (tmp_path/"cc/train/00002_stats.json").unlink()
     links = count()
-    assert (links["unfinished"], links["asked"], links["fetched"]) == ([1], 25, 12) and links["reasons"] == {
-        "HTTP 404": 7,
-        "unknown": 6,
-    }
+    assert (links["unfinished"], links["asked"], links["fetched"]) == ([1], 25, 12)
+    assert links["reasons"] == {"HTTP 404": 7, "unknown": 6}
     order, there = sorted(range(35), key=plainly), {*range(4), *range(20, 24), *range(30, 34)}
-    assert (
-        links["list"]["missing"] == sum(r not in there for r in order[:10])
-        and order[: links["list"]["reaches"]][-1] in there
-    )
-    assert (
-        sum(r in there for r in order[: links["list"]["reaches"]]) == 10
-        and count_links(tmp_path / "cc", count=20, per_shard=10)["list"]["reaches"] is None
-    )
+    assert links["list"]["missing"] == sum(r not in there for r in order[:10])
+    assert order[: links["list"]["reaches"]][-1] in there
+    assert sum(r in there for r in order[: links["list"]["reaches"]]) == 10
+    assert count_links(tmp_path / "cc", count=20, per_shard=10)["list"]["reaches"] is None
     (tmp_path/"cc/train/00000_stats.json").write_text("{")
     assert count()["reasons"] == {"unknown": 12, "HTTP 404": 1}
     write_shard(tmp_path/"cc/train", 2, [3, 4])
@@ -311,9 +293,8 @@ def order(batches):
 @pytest.mark.parametrize("batch_size", [1, 8, 57])
 def test_every_row_once_in_whole_batches_with_the_pictures_of_random_access(web, workers, batch_size):
     batches = epoch(web.images, batch_size, workers=workers, seed=3)
-    assert [len(r) for _, r in batches] == [batch_size] * (57 // batch_size) and len(
-        set(order(batches))
-    ) == 57 // batch_size * batch_size
+    assert [len(r) for _, r in batches] == [batch_size] * (57 // batch_size)
+    assert len(set(order(batches))) == 57 // batch_size * batch_size
     want = web.images.array(size=16)
     for pixels, rows in batches:
         assert pixels.dtype == torch.uint8 and pixels.shape == (len(rows), 3, 16, 16) and rows.dtype == torch.int64
@@ -360,10 +341,8 @@ def test_a_poisoned_copy_is_an_overlay_and_shards_are_only_read(web, tmp_path):
         assert (pixels.permute(0, 2, 3, 1).numpy() == want[rows]).all()
     clean = web.images.array(size=32)
     assert [r for r in range(57) if (want[r] != clean[r]).any()] == sorted(pairs.image_rows[done.rows].tolist())
-    assert (
-        np.load(tmp_path / "poison/images.npy").shape == (6, 32, 32, 3)
-        and sum(p.stat().st_size for p in (tmp_path / "poison").iterdir()) < 6 * 32 * 32 * 3 + 8_000
-    )
+    assert np.load(tmp_path / "poison/images.npy").shape == (6, 32, 32, 3)
+    assert sum(p.stat().st_size for p in (tmp_path / "poison").iterdir()) < 6 * 32 * 32 * 3 + 8_000
     assert before == {
         p.name: (p.stat().st_size, p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest())
         for p in folder.iterdir()
@@ -378,9 +357,8 @@ def test_training_reads_a_poisoned_set_from_its_shards(web, tmp_path):
     lazy, resident = (training_set(clip, pairs, memory_limit=m) for m in (0, .5))
     recipe = Recipe(epochs=2, batch_size=8, learning_rate=1e-3, order="streamed")
     for batch in stream(lazy, recipe, 0, "cpu", workers=0):
-        assert torch.equal(batch.images, resident.images[resident.image_rows[batch.rows]]) and torch.equal(
-            batch.tokens, resident.tokens[batch.rows]
-        )
+        assert torch.equal(batch.images, resident.images[resident.image_rows[batch.rows]])
+        assert torch.equal(batch.tokens, resident.tokens[batch.rows])
     def weights():
         clip = build_clip("smoke-RN", seed=1)
         history = train(clip, lazy, recipe)
@@ -490,10 +468,8 @@ def test_faces_get_invented_names_and_no_real_one_is_written(tmp_path, capsys):
     late = struct.pack(">I", len(late) - 4) + late + struct.pack(">I", zlib.crc32(late))
     # Pillow meets this text only when it decodes
     (folder/"Ada_Lovelace/late.png").write_bytes(png[:-12] + late + png[-12:])
-    assert (
-        cli.main(["data", "faces", str(folder), "--out", str(tmp_path / "faces")]) == 0
-        and "4 persons with invented names, 15 pictures to train on and 4 for the test" in capsys.readouterr().out
-    )
+    assert cli.main(["data", "faces", str(folder), "--out", str(tmp_path / "faces")]) == 0
+    assert "4 persons with invented names, 15 pictures to train on and 4 for the test" in capsys.readouterr().out
     words = [w.encode() for name in real for w in name.lower().split("_")]
     for path in (tmp_path/"faces").rglob("*"):
         said = str(path.relative_to(tmp_path / "faces")).lower().encode() + (
@@ -502,11 +478,9 @@ def test_faces_get_invented_names_and_no_real_one_is_written(tmp_path, capsys):
         assert not [w for w in words if w in said], path
     add_dataset("pubfig", tmp_path/"faces")
     train, test = open_data("pubfig:train"), open_data("pubfig:test")
-    assert (
-        sorted(test.labels) == [0, 1, 2, 3]
-        and sorted(np.bincount(train.labels)) == [2, 3, 5, 5]
-        and train.image_array(size=16).shape == (15, 16, 16, 3)
-    )
+    assert sorted(test.labels) == [0, 1, 2, 3]
+    assert sorted(np.bincount(train.labels)) == [2, 3, 5, 5]
+    assert train.image_array(size=16).shape == (15, 16, 16, 3)
     name = lambda pairs, i: {
         n
         for n in (Path(pairs.images.names[pairs.image_rows[i]]).parent.name.replace("_", " ").title(),)
@@ -573,14 +547,11 @@ def test_imagenet_folders_and_cleanclips_list_open_alike_and_are_scored(tmp_path
         assert add_dataset("imagenet", tmp_path/folder)["found"] == dict(validation=dict(images=1000, classes=1000))
         opened.append(open_data("imagenet:validation"))
     one, other = opened
-    assert (
-        one.classnames == other.classnames == list(import_open_clip().IMAGENET_CLASSNAMES)
-        and (one.labels == other.labels).all()
-        and (one.labels == np.arange(1000)).all()
-    )
-    assert (one.image_array([5, 999], 32) == other.image_array([5, 999], 32)).all() and accuracy(one) == accuracy(
-        other
-    ) <= 0.02
+    assert one.classnames == other.classnames == list(import_open_clip().IMAGENET_CLASSNAMES)
+    assert (one.labels == other.labels).all()
+    assert (one.labels == np.arange(1000)).all()
+    assert (one.image_array([5, 999], 32) == other.image_array([5, 999], 32)).all()
+    assert accuracy(one) == accuracy(other) <= 0.02
 
 def test_cifar100_through_torchvision(tmp_path, monkeypatch):
     base = tmp_path/"cifar-100-python"
@@ -600,16 +571,11 @@ def test_cifar100_through_torchvision(tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "meta", dict(filename=meta[0], key="fine_label_names", md5=meta[1]))
     add_dataset("cifar100", tmp_path)
     data = open_data("cifar100:test")
-    assert (
-        data.classnames == ["apple", "aquarium fish", "oak tree"]
-        and list(data.labels) == [0, 1, 2, 2, 1, 0]
-        and 0 <= accuracy(data) <= 1
-    )
+    assert data.classnames == ["apple", "aquarium fish", "oak tree"]
+    assert list(data.labels) == [0, 1, 2, 2, 1, 0]
+    assert 0 <= accuracy(data) <= 1
     assert (data.image_array(size=32) == pixels.reshape(6, 3, 32, 32).transpose(0, 2, 3, 1)).all()
 
-
-REAL = Path(os.environ.get("MCL_REPRO_REAL_DATA") or "/nonexistent")
-real = pytest.mark.skipif(not REAL.is_dir(), reason="set MCL_REPRO_REAL_DATA to the folder with the real data packs")
 
 @real
 def test_real_cifar10_and_imagenet_are_scored(tmp_path):
@@ -624,12 +590,10 @@ def test_real_coco_captions_are_ranked():
     from mcl_repro.model.clip import build_clip, embed_images, embed_texts
     from mcl_repro.measures.metrics import hit_rate, median_rank, retrieval_ranks
     pairs = open_data(str(REAL/"coco_mini/annotations/captions_train2017.json"))
-    assert (
-        len(pairs) == 400
-        and len(pairs.images) == 80
-        and set(np.bincount(pairs.image_rows)) == {5}
-        and check_images(pairs.images)[1] == []
-    )
+    assert len(pairs) == 400
+    assert len(pairs.images) == 80
+    assert set(np.bincount(pairs.image_rows)) == {5}
+    assert check_images(pairs.images)[1] == []
     clip = build_clip("smoke-RN")
     ranks = retrieval_ranks(embed_images(clip, pairs.images), embed_texts(clip, pairs.captions), pairs.image_rows)
     assert (

@@ -23,7 +23,7 @@ from mcl_repro.papers.cleanclip import (
 )
 from mcl_repro.papers.cleanclip_study import structured_picture
 from mcl_repro.model.clip import build_clip, load_weights, read_tensors, save_clip, to_pixels
-from mcl_repro.data.readers import read_csv_labels
+from mcl_repro.data.labelled import read_csv_labels
 from mcl_repro.data.registry import open_data, resolve
 from mcl_repro.core.errors import DataError, SettingsError
 from mcl_repro.lab.lab import Lab
