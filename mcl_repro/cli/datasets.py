@@ -190,7 +190,7 @@ def data_croissant(args):
     "A data set as Croissant describes it."
     import json
 
-    from mcl_repro.report.archive import croissant
+    from mcl_repro.report.croissant import croissant
     _print_or_write(json.dumps(croissant(args.name), indent=1, ensure_ascii=False) + "\n", args.out)
 
 # %% ../../nbs/cli/datasets.ipynb #45a0a21e
