@@ -15,6 +15,7 @@ import pytest
 from rocrate.rocrate import ROCrate
 
 from mcl_repro.report import archive
+from mcl_repro.report.croissant import croissant
 from mcl_repro.run import batch
 from mcl_repro.cli import main as cli
 from mcl_repro.core.errors import DataError, SettingsError
@@ -22,7 +23,7 @@ from mcl_repro.core.files import package_yaml
 from mcl_repro.data.registry import open_data, read_manifest, resolve
 from mcl_repro.run.notebooks import STANDARD
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -509,10 +510,10 @@ REQUIRED = ("@context", "@type", "conformsTo", "name", "description", "license",
 @pytest.mark.parametrize("name", MANIFEST)
 def test_croissant_of_every_data_set(name):
     "What mlcroissant 1.1 checks in the structure of a description, and what the specification requires of one."
-    c, entry = archive.croissant(name), MANIFEST[name]
+    c, entry = croissant(name), MANIFEST[name]
     json.dumps(c)
     assert (
-        c == archive.croissant(name)
+        c == croissant(name)
         and c["name"] == name
         and c["@type"] == "sc:Dataset"
         and c["conformsTo"] == "http://mlcommons.org/croissant/1.0"
@@ -591,7 +592,7 @@ def test_the_standards_own_reader_accepts_every_description(name, monkeypatch):
         raise AssertionError("a network was asked")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    issues = mlcroissant.Dataset(jsonld=archive.croissant(name)).metadata.ctx.issues
+    issues = mlcroissant.Dataset(jsonld=croissant(name)).metadata.ctx.issues
     assert not issues.errors
     assert {re.search(r'Property "(.*?)" is recommended', warning)[1] for warning in issues.warnings} <= RECOMMENDED
 
@@ -600,7 +601,7 @@ def test_the_standards_own_reader_refuses_a_wrong_description():
     mlcroissant = pytest.importorskip(
         "mlcroissant", reason="mlcroissant is not installed; it comes with: pip install mcl_repro[dev]"
     )
-    wrong = archive.croissant("flickr8k")
+    wrong = croissant("flickr8k")
     wrong["recordSet"][1]["field"][0]["source"]["fileSet"] = {"@id": "nowhere"}
     with pytest.raises(mlcroissant.ValidationError):
         mlcroissant.Dataset(jsonld=wrong)
@@ -610,7 +611,7 @@ def test_the_standards_own_reader_reads_the_rows_of_the_world():
     mlcroissant = pytest.importorskip(
         "mlcroissant", reason="mlcroissant is not installed; it comes with: pip install mcl_repro[dev]"
     )
-    found = list(mlcroissant.Dataset(jsonld=archive.croissant("world")).records("pairs"))
+    found = list(mlcroissant.Dataset(jsonld=croissant("world")).records("pairs"))
     drawn = open_data("world:train:3")
     assert [row["pairs/caption"] for row in found] == list(drawn.captions)
 
@@ -628,7 +629,7 @@ def walk(value):
 
 def test_croissant_gives_the_manifests_addresses_and_checksums_and_says_what_is_by_hand():
     for name, entry in MANIFEST.items():
-        c = archive.croissant(name)
+        c = croissant(name)
         files = {f["@id"]: f for f in c.get("distribution", [])}
         for f in entry.get("files", []):
             if "unknown" in (f.get("sha256"), f.get("md5")):
@@ -658,7 +659,7 @@ def test_croissant_gives_the_manifests_addresses_and_checksums_and_says_what_is_
                     if k != "splits/name"
                 )
     fields = lambda n: (
-        {f["@id"] for r in archive.croissant(n)["recordSet"] for f in r["field"]}
+        {f["@id"] for r in croissant(n)["recordSet"] for f in r["field"]}
         - {f"splits/{k}" for k in ("name", "images", "pairs", "classes")}
     )
     assert fields("cc3m") == {"pairs/image", "pairs/caption"} and fields("imagenet") == fields("dtd") == {
@@ -670,15 +671,15 @@ def test_croissant_gives_the_manifests_addresses_and_checksums_and_says_what_is_
         and fields("cifar10") == set()
     )
     assert (
-        "torchvision.datasets.CIFAR10" in archive.croissant("cifar10")["description"]
-        and archive.croissant("dtd")["version"] == "1.0.1"
+        "torchvision.datasets.CIFAR10" in croissant("cifar10")["description"]
+        and croissant("dtd")["version"] == "1.0.1"
     )
 
 
 def test_the_embedded_world_is_described_with_its_generator_and_every_split():
     from mcl_repro.data import world
 
-    c = archive.croissant("world")
+    c = croissant("world")
     (program,) = c["distribution"]
     splits, pairs = c["recordSet"]
     assert (
@@ -720,7 +721,7 @@ def test_paths_of_the_description_lead_into_real_layouts(tmp_path):
     for name, content in (("flickr30k", karpathy), ("coco", coco)):
         found = {
             f["@id"]: values(f["source"]["extract"]["jsonPath"], content)
-            for r in archive.croissant(name)["recordSet"]
+            for r in croissant(name)["recordSet"]
             if "data" not in r
             for f in r["field"]
         }
@@ -729,7 +730,7 @@ def test_paths_of_the_description_lead_into_real_layouts(tmp_path):
             and found["captions/image_id"] == [0, 0, 1, 1, 2, 2]
             and found["images/id"] == [0, 1, 2]
         )
-    image, caption = archive.croissant("flickr8k")["recordSet"][1]["field"]
+    image, caption = croissant("flickr8k")["recordSet"][1]["field"]
     line = "a_b.jpg#3\tA dog #1 runs ."
     assert (
         re.search(image["source"]["transform"]["regex"], line)[1],
@@ -738,19 +739,19 @@ def test_paths_of_the_description_lead_into_real_layouts(tmp_path):
 
 
 def test_croissant_command(tmp_path, capsys):
-    assert cli.main(["data", "croissant", "coco"]) == 0 and json.loads(capsys.readouterr().out) == archive.croissant(
+    assert cli.main(["data", "croissant", "coco"]) == 0 and json.loads(capsys.readouterr().out) == croissant(
         "coco"
     )
     assert cli.main(["data", "croissant", "coco", "--out", str(tmp_path / "new/coco.json")]) == 0 and json.loads(
         (tmp_path / "new/coco.json").read_text("utf-8")
-    ) == archive.croissant("coco")
+    ) == croissant("coco")
     assert (
         capsys.readouterr().out == f"{tmp_path / 'new/coco.json'}\n"
         and cli.main(["data", "croissant", "cocoa"]) == 2
         and "did you mean coco" in capsys.readouterr().err
     )
     with pytest.raises(DataError, match="unknown data set of the manifest 'x'"):
-        archive.croissant("x")
+        croissant("x")
 
 
 # ---- what to cite
@@ -794,7 +795,7 @@ def test_citation_is_in_step_with_the_settings_and_the_papers():
 def test_citation_is_found_where_it_was_installed_and_refused_where_it_is_none(tmp_path, monkeypatch):
     package = tmp_path / "site" / "mcl_repro"
     package.mkdir(parents=True)
-    monkeypatch.setattr(archive.errors, "__file__", str(package / "errors.py"))
+    monkeypatch.setattr(archive.mcl_repro, "__file__", str(package / "__init__.py"))
     with pytest.raises(DataError, match="CITATION.cff was not installed"):
         archive.read_citation()
     (package / "CITATION.cff").write_text("title: x\nauthors: [{name: y}]\n")
