@@ -458,16 +458,14 @@ def plan(lab, tmp_path):
     "Experiments with lines that are measured already: a defence, labels, and outcomes of four images."
     plan = Experiments(lab, ["cleanclip.weights", "ubt.table1"])
     plan.lab = SimpleNamespace(folder=tmp_path, name="smoke")
-    def line(table, defense, labels, **found):
+    def line(table, defence, labels, **found):
         folder = tmp_path/f"line{len(plan.lines)}"
         folder.mkdir()
         np.savez(folder/"outcomes.npz", **{k: np.array(v, bool) for k, v in found.items()})
         plan.done[str(folder)] = SimpleNamespace(path=folder)
-        plan.lines.append(
-            SimpleNamespace(
-                table=table, defense=defense, labels=labels, found=[str(folder)], models=[], chains=[], own=False
-            )
-        )
+        plan.lines.append(SimpleNamespace(
+            table=table, defence=defence, labels=labels, found=[str(folder)], models=[], chains=[], own=False
+        ))
     plan.add = line
     return plan
 
@@ -557,7 +555,7 @@ def test_nothing_is_known_and_a_table_that_has_no_other_side(plan):
     plan.add("cleanclip.weights", "CleanCLIP", dict(weight=2), clean=[1, 1], attacked=[1, 0])
     (head, row), (bare, bare_row) = written(plan, unknown="not known"), written(plan)
     assert row.count("not known") == 2 and len(head) == 5 and len(bare) == 3 and not [h for h in bare if "paper" in h]
-    assert [c for c in row if c != "not known"] == bare_row and bare_row[1].startswith("100.00")
+    assert [c for c in row if c != "not known"] == bare_row and bare_row[1].startswith("100 ")
 
 
 def test_a_table_that_was_not_asked_for_is_not_written(plan, capsys):

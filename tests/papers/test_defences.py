@@ -21,7 +21,8 @@ from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.profiles import load_profile
 from mcl_repro.papers.stages import clean_clip, finetuned_clip, load_clip, open_poisoned, poisoned_pairs
 from mcl_repro.model import training
-from mcl_repro.attacks.base import Attack, BadNets, TriggeredImages
+from mcl_repro.attacks import base
+from mcl_repro.attacks.base import Attack, BadNets
 from mcl_repro.papers.stages import defender_pairs
 from mcl_repro.papers.ubt import ubt_overfit, ubt_select, ubt_split, ubt_unlearn
 
@@ -288,7 +289,7 @@ CHEATS = dict(
         work, clip=clip, test=None, attack=None, target="banana"
     ),
     hits=lambda work, clip, poisoned: metrics.attack_hits(torch.zeros(1, 2), np.zeros(1), 0),
-    triggered=lambda work, clip, poisoned: TriggeredImages(defender_pairs(poisoned).images, None, 32),
+    triggered=lambda work, clip, poisoned: base.TriggeredImages(defender_pairs(poisoned).images, None, 32),
     attacked=lambda work, clip, poisoned: BadNets().apply(np.zeros((1, 32, 32, 3), np.uint8), np.random.default_rng(0)),
 )
 
@@ -371,7 +372,7 @@ def test_a_text_mask_needs_a_text_transformer(made, tmp_path, untrained, towers)
 
 
 def test_ubt_needs_a_text_transformer_and_says_so_first(made, tmp_path, towers, monkeypatch):
-    monkeypatch.setattr(stages, "pair_similarities", lambda *a: pytest.fail("worked before it refused"))
+    monkeypatch.setattr(ubt, "pair_similarities", lambda *a: pytest.fail("worked before it refused"))
     with pytest.raises(SettingsError, match="needs CLIP's own text transformer"):
         run(tmp_path/"split", ubt_split, clip=made.clean, poisoned=made.poisoned, share=.05)
 

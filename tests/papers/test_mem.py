@@ -204,7 +204,8 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, pairs):
 @pytest.mark.parametrize("free", [None, 0])
 def test_the_surrogate_sees_what_a_hacker_would_find_and_captions_are_read_once(tmp_path, pairs, monkeypatch, free):
     if free is not None:
-        monkeypatch.setattr(training, "free_memory", lambda device: free)
+        for module in (training, mem):
+            monkeypatch.setattr(module, "free_memory", lambda device: free)
     clip = build_clip("smoke-RN", seed=3)
     m = material(clip, pairs)
     rounds = Rounds(clip, m, tmp_path, Recipe(**RECIPE), 6, 0.)
@@ -212,7 +213,7 @@ def test_the_surrogate_sees_what_a_hacker_would_find_and_captions_are_read_once(
     rounds.renew(0)
     noise, triggers = (np.load(file) for file in rounds.files(1))
     wanted = protected_training_set(clip, pairs, Protection(pairs.ids, noise, triggers))
-    monkeypatch.setattr(clip, "tokenize", lambda *args: pytest.fail("captions were tokenised again"))
+    monkeypatch.setattr(training, "tokenize", lambda *args: pytest.fail("captions were tokenised again"))
     rounds.load(1, 5)
     order = rounds.data.image_rows
     assert (

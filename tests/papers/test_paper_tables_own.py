@@ -23,7 +23,7 @@ from mcl_repro.tools.repairing import Method, METHODS
 from mcl_repro.report.tables import read_table
 from mcl_repro.run.notebooks import STANDARD
 
-ROOT = Path(batch.__file__).parents[1]
+ROOT = Path(batch.__file__).parents[2]
 CODE = """
 from dataclasses import dataclass
 from mcl_repro.attacks.base import Attack

@@ -26,7 +26,7 @@ from mcl_repro.papers.ubt import (
     ubt_select, ubt_split, ubt_unlearn, unlearning_loss,
 )
 from mcl_repro.model import training
-from mcl_repro.papers import stages, ubt
+from mcl_repro.papers import ubt
 from mcl_repro.measures.attribution import image_relevance
 from mcl_repro.model.training import _step, _train_epoch, embed_batch, read_batch, Recipe, rows_of, step_rows
 from mcl_repro.papers.stages import defender_pairs
@@ -149,7 +149,7 @@ def test_a_defence_gets_the_same_from_plain_pairs(made, tmp_path, monkeypatch):
     )
     assert len(known.rows) == 8 and type(plain.images) is not type(seen.images) and plain.labels is None
     first = defend(tmp_path/"poisoned", made, made.poisoned)
-    monkeypatch.setattr(stages, "defender_pairs", lambda poisoned: plain)
+    monkeypatch.setattr(ubt, "defender_pairs", lambda poisoned: plain)
     second = defend(tmp_path/"plain", made, Unseen())
     assert first[0] == second[0] and first[1].keys() == second[1].keys()
     assert [name for name in first[1] if first[1][name] != second[1][name]] == [] and len(first[1]) == 6
