@@ -60,11 +60,9 @@ def test_consistency_is_equations_1_to_4(mapping):
     original, generated = ([max(cosine(i, t), 0) for i, t in zip(images, other)] for other in (texts, made))
     assert np.abs(found.original - original).max() < 1e-5 and np.abs(found.generated - generated).max() < 1e-5
     assert (found.original == 0).any()                                    # the rectifier is at work here
-    assert (
-        np.abs(found.value - np.abs(np.subtract(generated, original))).max() < 1e-5
-        and (found.signed < 0).any()
-        and (found.value >= 0).all()
-    )
+    assert np.abs(found.value - np.abs(np.subtract(generated, original))).max() < 1e-5
+    assert (found.signed < 0).any()
+    assert (found.value >= 0).all()
 
 
 @pytest.mark.parametrize("rows", [[5], [0, 199], list(range(50))])
@@ -113,10 +111,8 @@ def test_embeddings_of_any_kind_give_the_same(tmp_path, mapping, kind):
     kept = [plain(a) for a in (images, texts)]
     found = detect(images, texts, mapping, q=20)
     eps = 1e-5 if kind in ("tensor", "longer") else 2e-2 if "b" in kind else 2e-3
-    assert (
-        np.abs(found.consistency.value - expected.consistency.value).max() < eps
-        and np.abs(found.correlation - expected.correlation).max() < 3 * eps
-    )
+    assert np.abs(found.consistency.value - expected.consistency.value).max() < eps
+    assert np.abs(found.correlation - expected.correlation).max() < 3 * eps
     assert all((plain(a) == k).all() for a, k in zip((images, texts), kept))   # inputs are left as they were
 
 
@@ -150,11 +146,9 @@ def test_the_mixture_is_found_and_repeatable():
     )
     found = fit_mixture(values, 3)
     again = fit_mixture(values, 3)
-    assert (
-        np.abs(found.means - [0.1, 0.3, 0.7]).max() < 0.01
-        and np.abs(found.deviations - [0.02, 0.03, 0.05]).max() < 0.01
-        and abs(found.weights.sum() - 1) < 1e-9
-    )
+    assert np.abs(found.means - [0.1, 0.3, 0.7]).max() < 0.01
+    assert np.abs(found.deviations - [0.02, 0.03, 0.05]).max() < 0.01
+    assert abs(found.weights.sum() - 1) < 1e-9
     assert all((a == b).all() for a, b in zip(found, again))
     few = fit_mixture(values, 3, sample=500, seed=3)
     assert np.abs(few.means - [.1, .3, .7]).max() < .05
@@ -183,10 +177,8 @@ def test_coverage_is_the_share_of_the_lowest_gaussian():
     values = np.abs(np.random.default_rng(0).normal(.5, .05, 50_000))
     one = Mixture(np.ones(1), np.array([.5]), np.array([.05]))
     for gamma in (.1, .5, .9, .99):
-        assert (
-            abs(benign_region(one, values, gamma).mean() - gamma) < 0.01
-            and abs(benign_region(one, values, gamma, "central").mean() - gamma) < 0.01
-        )
+        assert abs(benign_region(one, values, gamma).mean() - gamma) < 0.01
+        assert abs(benign_region(one, values, gamma, "central").mean() - gamma) < 0.01
         assert benign_region(one, values, gamma, "posterior").all()
     two = Mixture(np.array([.5, .5]), np.array([.2, .6]), np.array([.05, .05]))
     assert benign_region(two, np.array([0.1, 0.2, 0.39, 0.41, 0.6]), 0.5, "posterior").tolist() == [
@@ -198,9 +190,9 @@ def test_the_three_subsets_are_all_rows_and_the_poisoned_come_first():
     values = np.linspace(0, 1, 400).astype(np.float32)
     # a region that holds everything
     split = coarse_split(values, Mixture(np.ones(1), np.array([.9]), np.array([1.])), q=50)
-    assert (
-        split.poisoned.tolist() == list(range(399, 349, -1)) and not len(split.suspicious) and len(split.benign) == 350
-    )
+    assert split.poisoned.tolist() == list(range(399, 349, -1))
+    assert not len(split.suspicious)
+    assert len(split.benign) == 350
     ties = coarse_split(np.ones(400), Mixture(np.ones(1), np.zeros(1), np.ones(1)), q=50)
     assert ties.poisoned.tolist() == list(range(50)) and len(ties.suspicious) == 0 or len(ties.benign) == 0
 
@@ -213,23 +205,17 @@ def test_poison_is_found_and_a_clean_set_is_left_alone(mapping):
         found = detect(images, texts, mapping, reference=reference)
         rates = detection_rates(np.isin(np.arange(3000), found.flagged), flags)
         assert found.attacked and rates["tpr"] > .95 and rates["fpr"] < .04, (reference, rates)
-        assert (
-            detection_quality(found.correlation, flags)["auroc"] > 0.98
-            and detection_quality(found.score, flags)["auroc"] > 0.98
-        )
-        assert (
-            set(found.split.poisoned) <= set(found.flagged)
-            and not set(found.split.benign) & set(found.flagged)
-            and set(found.core) <= set(found.split.poisoned)
-        )
+        assert detection_quality(found.correlation, flags)["auroc"] > 0.98
+        assert detection_quality(found.score, flags)["auroc"] > 0.98
+        assert set(found.split.poisoned) <= set(found.flagged)
+        assert not set(found.split.benign) & set(found.flagged)
+        assert set(found.core) <= set(found.split.poisoned)
         assert (
             found.score[found.split.benign].max() < found.score[np.setdiff1d(np.arange(3000), found.split.benign)].min()
         )
     screened = detect(images, texts, mapping, screen=True)
-    assert (
-        set(screened.flagged) < set(detect(images, texts, mapping).flagged)
-        and (screened.correlation[screened.flagged] > screened.threshold).all()
-    )
+    assert set(screened.flagged) < set(detect(images, texts, mapping).flagged)
+    assert (screened.correlation[screened.flagged] > screened.threshold).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -250,11 +236,9 @@ def test_the_core_is_the_poison_among_many_wrong_captions():
 def test_the_likeness_of_chance_is_repeatable_and_needs_no_more_than_there_is():
     texts = pairs(300, 0)[1]
     found = chance_likeness(texts, np.arange(100, 300), 20, subsets=5)
-    assert (
-        found.shape == (5,)
-        and (found == chance_likeness(texts, np.arange(100, 300), 20, subsets=5)).all()
-        and (found != chance_likeness(texts, np.arange(100, 300), 20, subsets=5, seed=1)).any()
-    )
+    assert found.shape == (5,)
+    assert (found == chance_likeness(texts, np.arange(100, 300), 20, subsets=5)).all()
+    assert (found != chance_likeness(texts, np.arange(100, 300), 20, subsets=5, seed=1)).any()
     assert len(set(chance_likeness(texts, np.arange(15), 20, subsets=3))) == 1
     with pytest.raises(SettingsError, match="at least one random subset"):
         chance_likeness(texts, np.arange(300), 20, subsets=0)
@@ -264,15 +248,11 @@ def test_honest_captions_about_the_target_do_not_move_the_level():
     rng = np.random.default_rng(0)
     bulk = rng.normal(.1, .03, 5000)
     mixed = np.concatenate([bulk, rng.normal(.9, .01, 150)])
-    assert (
-        abs(benign_level(mixed, 0.001) - benign_level(bulk, 0.001)) < 0.01
-        and benign_level(mixed, 0.001, "quantile") > 0.85
-    )
-    assert (
-        guard_level(mixed, np.array([0.2, 0.5]), margin=1.0) == 0.5
-        and guard_level(mixed, np.array([0.1]), margin=1.0) < 0.2
-        and guard_level(mixed, np.array([0.1]), 0.01, "quantile", 1.0) > 0.8
-    )
+    assert abs(benign_level(mixed, 0.001) - benign_level(bulk, 0.001)) < 0.01
+    assert benign_level(mixed, 0.001, "quantile") > 0.85
+    assert guard_level(mixed, np.array([0.2, 0.5]), margin=1.0) == 0.5
+    assert guard_level(mixed, np.array([0.1]), margin=1.0) < 0.2
+    assert guard_level(mixed, np.array([0.1]), 0.01, "quantile", 1.0) > 0.8
     assert guard_level(mixed, np.array([.2, .5])) == .75
 
 
@@ -413,11 +393,9 @@ def test_a_captioner_takes_the_place_of_the_network():
         return [f"picture of brightness {p.mean():.0f}" for p in pictures]
     tell.image_size = 48
     made = generated_embeddings(clip, data.images, tell, batch_size=16)
-    assert (
-        seen == [(16, 48, 48, 3), (16, 48, 48, 3), (8, 48, 48, 3)]
-        and made.shape == (40, clip.model.text_projection.shape[1])
-        and np.allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
-    )
+    assert seen == [(16, 48, 48, 3), (16, 48, 48, 3), (8, 48, 48, 3)]
+    assert made.shape == (40, clip.model.text_projection.shape[1])
+    assert np.allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
     images = np.random.default_rng(0).normal(size=made.shape).astype(np.float32)
     found = cross_modality_consistency(images, embed_texts(clip, list(data.captions)).numpy(), made, chunk=7)
     assert np.allclose(found.generated, [max(cosine(i, t), 0) for i, t in zip(images, made)], atol=1e-5)
@@ -495,24 +473,18 @@ def test_the_stored_detection_is_the_detection(staged):
         load_mapping(mapping.path / "mapping.safetensors"), q=20, components=2,
     )
     stored = cfbd.load_detection(staged.found)
-    assert (
-        np.abs(stored.consistency.value - expected.consistency.value).max() < 1e-3
-        and stored.split.poisoned.shape == (20,)
-        and isinstance(stored.consistency, Consistency)
-        and isinstance(stored.split, CoarseSplit)
-    )
+    assert np.abs(stored.consistency.value - expected.consistency.value).max() < 1e-3
+    assert stored.split.poisoned.shape == (20,)
+    assert isinstance(stored.consistency, Consistency)
+    assert isinstance(stored.split, CoarseSplit)
     again = fine_stage(np.load(staged.found.path/"texts.npy", allow_pickle=False), stored.split)
-    assert (
-        np.abs(again["correlation"] - stored.correlation).max() < 1e-6
-        and again["threshold"] == pytest.approx(stored.threshold)
-        and (again["flagged"] == stored.flagged).all()
-    )
+    assert np.abs(again["correlation"] - stored.correlation).max() < 1e-6
+    assert again["threshold"] == pytest.approx(stored.threshold)
+    assert (again["flagged"] == stored.flagged).all()
     result = staged.found.result
-    assert (
-        result["in_poisoned"] + result["in_benign"] + result["in_suspicious"] == result["pairs"] == 400
-        and result["attacked"] == stored.attacked
-        and result["flagged"] == len(stored.flagged)
-    )
+    assert result["in_poisoned"] + result["in_benign"] + result["in_suspicious"] == result["pairs"] == 400
+    assert result["attacked"] == stored.attacked
+    assert result["flagged"] == len(stored.flagged)
 
 
 def test_what_is_kept_is_trained_on(staged):
@@ -521,12 +493,10 @@ def test_what_is_kept_is_trained_on(staged):
     full, coarse, select = staged.lab.run([staged.nodes[n] for n in ("full", "coarse", "select")])
     assert full.result["pairs"] == 400 - len(found.flagged) and coarse.result["pairs"] == len(found.split.benign)
     chosen, split = arrays(select, "selection"), arrays(select, "split")
-    assert (
-        chosen["selected"].shape == (6,)
-        and chosen["tokens"].shape == chosen["masked"].shape
-        and chosen["masked_images"].shape == (6, 32, 32, 3)
-        and select.result["poisoned"] == found.attacked
-    )
+    assert chosen["selected"].shape == (6,)
+    assert chosen["tokens"].shape == chosen["masked"].shape
+    assert chosen["masked_images"].shape == (6, 32, 32, 3)
+    assert select.result["poisoned"] == found.attacked
     assert (split["similarities"][found.flagged] == -1).all() and len(split["normal"]) == 400 - len(found.flagged)
 
 

@@ -240,14 +240,11 @@ def test_moments_are_those_of_the_checkpoint_and_weights_and_clock_are_not(tmp_p
     was, found = read_tensors(poisoning.path/"checkpoint.safetensors"), read_tensors(made)
     assert found.keys() == was.keys()
     moments = [k for k in found if k.startswith("optimizer.")]
-    assert (
-        moments
-        and all(torch.equal(found[k], was[k]) for k in moments)
-        and {found[k].item() for k in moments if k.endswith(".step")} == {2.0}
-    )
-    assert all(torch.equal(found[f"model.{k}"], v) for k, v in other.model.state_dict().items()) and not torch.equal(
-        found["model.visual.conv1.weight"], was["model.visual.conv1.weight"]
-    )
+    assert moments
+    assert all(torch.equal(found[k], was[k]) for k in moments)
+    assert {found[k].item() for k in moments if k.endswith(".step")} == {2.0}
+    assert all(torch.equal(found[f"model.{k}"], v) for k, v in other.model.state_dict().items())
+    assert not torch.equal(found["model.visual.conv1.weight"], was["model.visual.conv1.weight"])
     state = _start(build_clip("smoke-RN"), range(32), Recipe(**RECIPE))
     assert load_checkpoint(state, made) and (state.epoch, state.step, state.history, state.stop) == (0, 0, [], False)
     assert torch.equal(state.clip.model.visual.conv1.weight, other.model.visual.conv1.weight)
@@ -309,11 +306,9 @@ def test_moments_of_another_architecture(tmp_path, poisoning, clip, monkeypatch,
     )
     with pytest.raises(DataError, match=says) as e:
         clean(tmp_path/"run", poisoning, moments=SimpleNamespace(path=folder))
-    assert (
-        "\n" not in str(e.value)
-        and not list((tmp_path / "run/out").iterdir())
-        and not (tmp_path / "run/scratch/checkpoint.safetensors").exists()
-    )
+    assert "\n" not in str(e.value)
+    assert not list((tmp_path / "run/out").iterdir())
+    assert not (tmp_path / "run/scratch/checkpoint.safetensors").exists()
     if what == "head":
         assert "1 tensors differ, first 'head.weight'" in str(e.value)
 
@@ -357,11 +352,9 @@ def test_a_head_fits_the_embeddings_and_depends_on_its_seed_only(headed):
     attach_head(again, 5, seed=3)
     attach_head(other, 5, seed=4)
     assert torch.equal(torch.get_rng_state(), before)
-    assert (
-        headed.model.head.weight.shape == (5, 32)
-        and torch.equal(headed.model.head.weight, again.model.head.weight)
-        and not torch.equal(headed.model.head.weight, other.model.head.weight)
-    )
+    assert headed.model.head.weight.shape == (5, 32)
+    assert torch.equal(headed.model.head.weight, again.model.head.weight)
+    assert not torch.equal(headed.model.head.weight, other.model.head.weight)
     plain = build_clip("smoke-RN").model.state_dict()
     assert all(torch.equal(v, plain[k]) for k, v in headed.model.state_dict().items() if not k.startswith("head."))
 
@@ -399,17 +392,13 @@ def test_the_supervised_loss_is_the_formula(headed, labelled):
 
 def test_as_many_images_of_every_class_and_which_depends_on_the_seed(labelled):
     pairs = [balanced_pairs(labelled, 1, seed) for seed in (0, 0, 1)]
-    assert (
-        all(np.bincount(p.labels, minlength=CLASSES).tolist() == [1] * CLASSES for p in pairs)
-        and pairs[0].ids == pairs[1].ids != pairs[2].ids
-    )
+    assert all(np.bincount(p.labels, minlength=CLASSES).tolist() == [1] * CLASSES for p in pairs)
+    assert pairs[0].ids == pairs[1].ids != pairs[2].ids
     chosen, of = pairs[0], dict(zip(labelled.ids, range(80)))
     rows = [of[i] for i in chosen.ids]
-    assert (
-        len(set(rows)) == CLASSES
-        and (labelled.labels[rows] == chosen.labels).all()
-        and chosen.captions == [labelled.classnames[c] for c in chosen.labels]
-    )
+    assert len(set(rows)) == CLASSES
+    assert (labelled.labels[rows] == chosen.labels).all()
+    assert chosen.captions == [labelled.classnames[c] for c in chosen.labels]
     assert (chosen.images.array(None, 32) == labelled.images.array(np.array(rows), 32)).all()
     assert np.bincount(balanced_pairs(labelled, 2).labels).tolist() == [2]*CLASSES
 
@@ -431,10 +420,8 @@ def test_a_class_with_too_few_images_is_named(labelled):
 def test_a_head_comes_back_with_its_names_and_leaves_a_plain_clip(tmp_path, headed):
     weight, bias = headed.model.head.weight.clone(), headed.model.head.bias.clone()
     save_head(headed, tmp_path/"head.safetensors", ["a", "b", "c, d", "é", '"'])
-    assert (
-        not hasattr(headed.model, "head")
-        and headed.model.state_dict().keys() == build_clip("smoke-RN").model.state_dict().keys()
-    )
+    assert not hasattr(headed.model, "head")
+    assert headed.model.state_dict().keys() == build_clip("smoke-RN").model.state_dict().keys()
     assert load_head(SimpleNamespace(path=tmp_path), headed) == ["a", "b", "c, d", "é", '"']
     assert torch.equal(headed.model.head.weight, weight) and torch.equal(headed.model.head.bias, bias)
 
@@ -450,11 +437,9 @@ def test_a_head_of_another_width(tmp_path, headed):
 def test_classes_of_one_name_are_told_apart_by_their_order():
     "ImageNet has two classes called missile and two called sunglasses."
     names = ["missile", "cat", "missile", "sunglasses"]
-    assert (
-        columns_of(names, names) == [0, 1, 2, 3]
-        and columns_of(names, ["missile", "missile", "cat"]) == [0, 2, 1]
-        and columns_of(names, ["missile"]) == [0]
-    )
+    assert columns_of(names, names) == [0, 1, 2, 3]
+    assert columns_of(names, ["missile", "missile", "cat"]) == [0, 2, 1]
+    assert columns_of(names, ["missile"]) == [0]
 
 
 @pytest.mark.parametrize("count", [0, -1])
@@ -489,10 +474,8 @@ def test_supervised_fine_tuning_gives_the_same_bytes_twice_and_others_for_other_
     changes = [{}, {}, dict(recipe=dict(RECIPE, seed=1)), dict(per_class=2), dict(head_only=True)]
     torch.rand(3)
     done = [supervise(tmp_path/str(k), start, **change) for k, change in enumerate(changes)]
-    assert (
-        done[0] == done[1]
-        and len({clip for _, clip, _ in done}) == len({head for *_, head in done}) == len(changes) - 1
-    )
+    assert done[0] == done[1]
+    assert len({clip for _, clip, _ in done}) == len({head for *_, head in done}) == len(changes) - 1
     assert [(r["pairs"], r["steps"], r["classes"], r["head_only"]) for r, *_ in done[2:]] == [
         (40, 2, CLASSES, False), (80, 5, CLASSES, False), (40, 2, CLASSES, True),
     ]
@@ -504,13 +487,11 @@ def test_the_image_tower_learns_and_the_text_tower_stays_to_the_bit(tmp_path, st
     before, after = read_tensors(start.path/"clip.safetensors"), read_tensors(tmp_path/"a/out/clip.safetensors")
     assert before.keys() == after.keys()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
-    assert {k.split(".")[0] for k in changed} == {"visual"} and {
-        "visual.conv1.weight", "visual.bn1.running_mean", "visual.attnpool.c_proj.weight",
-    } <= changed
+    assert {k.split(".")[0] for k in changed} == {"visual"}
+    assert {"visual.conv1.weight", "visual.bn1.running_mean", "visual.attnpool.c_proj.weight"} <= changed
     clip = load_clip(SimpleNamespace(path=tmp_path/"a/out", result=dict(model="smoke-RN")))
-    assert load_head(SimpleNamespace(path=tmp_path / "a/out"), clip) == labelled.classnames and class_scores(
-        clip, labelled.images
-    ).shape == (80, CLASSES)
+    assert load_head(SimpleNamespace(path=tmp_path / "a/out"), clip) == labelled.classnames
+    assert class_scores(clip, labelled.images).shape == (80, CLASSES)
 
 
 def test_a_head_alone_leaves_the_whole_clip_to_the_bit(tmp_path, start):
@@ -518,9 +499,8 @@ def test_a_head_alone_leaves_the_whole_clip_to_the_bit(tmp_path, start):
     assert weights == (start.path/"clip.safetensors").read_bytes()      # running statistics too
     attach_head(fresh := build_clip("smoke-RN"), CLASSES)
     load_head(SimpleNamespace(path=tmp_path/"a/out"), trained := build_clip("smoke-RN"))
-    assert not torch.equal(fresh.model.head.weight, trained.model.head.weight) and not torch.equal(
-        fresh.model.head.bias, trained.model.head.bias
-    )
+    assert not torch.equal(fresh.model.head.weight, trained.model.head.weight)
+    assert not torch.equal(fresh.model.head.bias, trained.model.head.bias)
 
 
 def test_a_trained_head_knows_its_images(tmp_path, start):
@@ -539,9 +519,8 @@ def test_a_trained_head_knows_its_images(tmp_path, start):
     )
     clip = load_clip(SimpleNamespace(path=tmp_path/"a/out", result=dict(model="smoke-RN")))
     names, data = load_head(SimpleNamespace(path=tmp_path/"a/out"), clip), open_data(source)
-    assert (
-        names == ["blue", "green", "red"] and (class_scores(clip, data.images).argmax(1).numpy() == data.labels).all()
-    )
+    assert names == ["blue", "green", "red"]
+    assert (class_scores(clip, data.images).argmax(1).numpy() == data.labels).all()
 
 
 @pytest.mark.parametrize("head_only", [False, True])

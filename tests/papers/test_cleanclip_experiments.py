@@ -82,9 +82,8 @@ def clip(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["stripes", "triangles", "text"])
 def test_a_structured_picture_is_the_same_twice_at_any_size_and_has_edges(kind):
     drawn = [structured_picture(kind, size) for size in (8, 33, 64, 64)]
-    assert [p.shape for p in drawn] == [(8, 8, 3), (33, 33, 3), (64, 64, 3), (64, 64, 3)] and {
-        p.dtype for p in drawn
-    } == {np.dtype("uint8")}
+    assert [p.shape for p in drawn] == [(8, 8, 3), (33, 33, 3), (64, 64, 3), (64, 64, 3)]
+    assert {p.dtype for p in drawn} == {np.dtype("uint8")}
     assert np.array_equal(drawn[2], drawn[3]) and not np.array_equal(drawn[2], structured_picture(kind, 64, seed=1))
     x, noise = drawn[2].astype(float), np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(float)
     likeness = lambda p: np.corrcoef(p[:, 1:].ravel(), p[:, :-1].ravel())[0, 1]
@@ -101,9 +100,8 @@ def test_a_structured_attack_blends_the_picture_that_was_drawn(lab, tmp_path):
     settings = structured_attack(lab, dict(name="blended", pattern=dict(kind="triangles", seed=3), alpha=.5), 32)
     made = lab.run(settings["pattern"])
     pattern = np.load(made.path/"pattern.npy", allow_pickle=False)
-    assert made.result == dict(kind="triangles", size=32) and np.array_equal(
-        pattern, structured_picture("triangles", 32, 3)
-    )
+    assert made.result == dict(kind="triangles", size=32)
+    assert np.array_equal(pattern, structured_picture("triangles", 32, 3))
     attack, images = attack_of(dict(settings, pattern=made)), np.full((2, 32, 32, 3), 100, np.uint8)
     assert np.abs(attack.apply(images, np.random.default_rng(0)).astype(float) - (.5*images + .5*pattern)).max() <= .5
     # and of another size
@@ -122,9 +120,8 @@ def test_a_pattern_that_is_a_plain_name_stays(lab):
     assert settings == entry and settings is not entry
     drawn = lab.profile.cleaning.structured.attacks["Stripes, blended"]
     # the profile is not written into
-    assert structured_attack(lab, drawn, 32)["pattern"].settings == dict(
-        kind="stripes", size=32, seed=0
-    ) and drawn.pattern == dict(kind="stripes")
+    assert structured_attack(lab, drawn, 32)["pattern"].settings == dict(kind="stripes", size=32, seed=0)
+    assert drawn.pattern == dict(kind="stripes")
 
 
 def test_every_structured_attack_of_the_profile_can_poison(lab):
@@ -138,9 +135,8 @@ def test_every_structured_attack_of_the_profile_can_poison(lab):
             for e in entries.values()
         ]
     )
-    assert [a.result["count"] for a in made] == [2] * len(entries) and len(
-        {open_poisoned(a).pairs.fingerprint for a in made}
-    ) == len(entries)
+    assert [a.result["count"] for a in made] == [2] * len(entries)
+    assert len({open_poisoned(a).pairs.fingerprint for a in made}) == len(entries)
 
 
 # ---- pre-training from scratch
@@ -175,10 +171,8 @@ def test_bad_captions_are_refused_before_pretraining(poisoned, tmp_path, monkeyp
     settings = dict(model="smoke-RN", poisoned=poisoned, recipe=RECIPE)
     with pytest.raises(DataError, match="row 0 has no letters: '2024'"):
         run(tmp_path/"a", scratch_clip, self_supervised_weight=1., **settings)
-    assert (
-        run(tmp_path / "b", scratch_clip, self_supervised_weight=1.0, letterless="keep", **settings).result
-        and run(tmp_path / "c", scratch_clip, **settings).result
-    )
+    assert run(tmp_path / "b", scratch_clip, self_supervised_weight=1.0, letterless="keep", **settings).result
+    assert run(tmp_path / "c", scratch_clip, **settings).result
 
 
 # ---- the optimiser's memory
@@ -188,9 +182,8 @@ def test_the_poisoning_is_repeated_to_the_same_weights(clip, poisoned, tmp_path)
     again = run(tmp_path/"again", poisoning_checkpoint, clip=clip, poisoned=poisoned, recipe=RECIPE)
     assert weights(again) == weights(victim) and again.result == victim.result
     kept, own = read_tensors(again.path/"checkpoint.safetensors"), read_tensors(victim.path/"clip.safetensors")
-    assert {k.removeprefix("model.") for k in kept if k.startswith("model.")} == set(own) and all(
-        torch.equal(kept[f"model.{k}"], v) for k, v in own.items()
-    )
+    assert {k.removeprefix("model.") for k in kept if k.startswith("model.")} == set(own)
+    assert all(torch.equal(kept[f"model.{k}"], v) for k, v in own.items())
     assert {kept[k].item() for k in kept if k.endswith(".step")} == {6.}
 
 
@@ -386,11 +379,9 @@ def test_a_watched_training_is_the_training_itself(watched_settings, tmp_path, s
     )
     assert same(final(tmp_path/"watched"), final(tmp_path/"alone"))
     rows = pd.read_csv(watched.path/"watched.csv")
-    assert (
-        rows.step.tolist() == [0, 2, 3, 4, 6]
-        and list(rows) == ["step", "alignment", "without_trigger", "CA", "ASR"]
-        and rows.notna().all(axis=None)
-    )
+    assert rows.step.tolist() == [0, 2, 3, 4, 6]
+    assert list(rows) == ["step", "alignment", "without_trigger", "CA", "ASR"]
+    assert rows.notna().all(axis=None)
     assert watched.result == pytest.approx(rows.iloc[-1].to_dict()) and rows.alignment.nunique() == 5
 
 
@@ -444,11 +435,9 @@ def test_a_watched_training_that_is_killed_keeps_its_rows(watched_settings, tmp_
     monkeypatch.setattr(cleanclip, "alignment", lambda *args: seen.append(1) or measured(*args))
     again = run(tmp_path/"broken", watched_training, **watched_settings)
     assert len(seen) == 3      # what was seen of the first epoch is not measured again
-    assert (
-        (again.path / "watched.csv").read_bytes() == (whole.path / "watched.csv").read_bytes()
-        and again.result == whole.result
-        and same(final(tmp_path / "broken"), final(tmp_path / "whole"))
-    )
+    assert (again.path / "watched.csv").read_bytes() == (whole.path / "watched.csv").read_bytes()
+    assert again.result == whole.result
+    assert same(final(tmp_path / "broken"), final(tmp_path / "whole"))
 
 
 # ---- tables that no paper prints
@@ -535,12 +524,10 @@ def test_published_points_stand_beside_ours_and_others_are_not_known(plan):
     assert (paper("1", "CA"), paper("1", "ASR"), paper("2", "CA"), paper("2", "ASR"), paper("8", "ASR")) == (
         "55.5", "not known", "not known", "not known", "9.25",
     )
-    assert (
-        ours("1", "CA").startswith("50.0")
-        and ours("2", "CA").startswith("100.0")
-        and ours("2", "ASR").startswith("50.00")
-        and ours("8", "ASR") == ""
-    )
+    assert ours("1", "CA").startswith("50.0")
+    assert ours("2", "CA").startswith("100.0")
+    assert ours("2", "ASR").startswith("50.00")
+    assert ours("8", "ASR") == ""
     table = read_table(plan.lab.folder/"tables/cleanclip.weights.csv")
     assert table.paper_value.dropna().tolist() == [55.5, 9.25] and len(table) == 5
 

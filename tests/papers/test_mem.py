@@ -118,10 +118,8 @@ def test_a_kill_while_the_result_is_written_loses_nothing(tmp_path, pairs, monke
         protect_here(pairs, tmp_path/"killed", **settings)
     searched = []
     monkeypatch.setattr(mem, "one_pass", lambda *args, real=mem.one_pass: searched.append(1) or real(*args))
-    assert (
-        protect_here(pairs, tmp_path / "killed", **settings) == whole
-        and load_protection(tmp_path / "killed", pairs.ids).noise.any()
-    )
+    assert protect_here(pairs, tmp_path / "killed", **settings) == whole
+    assert load_protection(tmp_path / "killed", pairs.ids).noise.any()
     assert len(searched) == (0 if "recipe" not in settings else 1), "a search that was finished is not made again"
 
 def test_a_stage_whose_end_fails_goes_on_from_its_scratch(tmp_path, monkeypatch):
@@ -216,11 +214,9 @@ def test_the_surrogate_sees_what_a_hacker_would_find_and_captions_are_read_once(
     monkeypatch.setattr(training, "tokenize", lambda *args: pytest.fail("captions were tokenised again"))
     rounds.load(1, 5)
     order = rounds.data.image_rows
-    assert (
-        noise.any()
-        and rounds.data.resident == wanted.resident == (free is None)
-        and rounds.data.image_size == wanted.image_size
-    )
+    assert noise.any()
+    assert rounds.data.resident == wanted.resident == (free is None)
+    assert rounds.data.image_size == wanted.image_size
     def pixels(data):
         return data.images if data.resident else torch.from_numpy(data.images.array(size=32))
     assert torch.equal(pixels(rounds.data), pixels(wanted)) and len(order) == 6 * 20 and order.dtype == torch.int64

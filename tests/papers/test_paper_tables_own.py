@@ -103,9 +103,8 @@ def named(e):
 
 def test_without_plug_ins_the_plan_is_what_it_was(lab):
     e = planned(lab)
-    assert type(e.attacks) is dict and named(e) == [
-        (a, d) for a in ("BadNet", "Blended") for d in ("No defense", "UBT")
-    ]
+    assert type(e.attacks) is dict
+    assert named(e) == [(a, d) for a in ("BadNet", "Blended") for d in ("No defense", "UBT")]
     for l in e.lines:
         from mcl_repro.papers.stages import classification
         alone = lab.node(
@@ -141,12 +140,10 @@ def test_only_lists_of_defences_and_lines_of_attacks_get_more(installed, lab):
     ]
     # the clean line beside an attack is of no attack
     assert e.lines[7].chains[0].attack == "none"
-    assert (
-        list(e.attacks) == ["BadNet"]
-        and len(e.attacks) == 1
-        and "dots" not in e.attacks
-        and e.attacks["dots"] == e.attacks.get("dots") == P.own_attacks()["dots"]
-    )
+    assert list(e.attacks) == ["BadNet"]
+    assert len(e.attacks) == 1
+    assert "dots" not in e.attacks
+    assert e.attacks["dots"] == e.attacks.get("dots") == P.own_attacks()["dots"]
     with pytest.raises(KeyError):
         e.attacks["dashes"]
     assert e.attacks.get("dashes") is None
@@ -184,11 +181,9 @@ def test_a_table_that_no_paper_prints_keeps_the_papers_attacks(installed, lab):
         ),
     )
     ours, own = (read_table(lab.folder/"tables"/f"cleanclip.main{end}.csv") for end in ("", "_own"))
-    assert (
-        set(ours.attack) == {"BadNet"}
-        and set(own.attack) == {"dots"}
-        and set(ours.defense) == set(own.defense) == {"No defense", "UBT", "soften"}
-    )
+    assert set(ours.attack) == {"BadNet"}
+    assert set(own.attack) == {"dots"}
+    assert set(ours.defense) == set(own.defense) == {"No defense", "UBT", "soften"}
     assert "dots" in json.loads((lab.folder/"tables"/"cleanclip.main_own.json").read_text())["note"]
 
 
@@ -208,9 +203,8 @@ def test_another_code_is_another_node_and_is_refused_elsewhere(installed, lab):
     second = planned(lab)
     keys = lambda e, a, d: {n.key for l in e.lines if (l.labels["attack"], l.defence) == (a, d) for n in l.found}
     assert keys(first, "BadNet", "UBT") == keys(second, "BadNet", "UBT")
-    assert not keys(first, "dots", "UBT") & keys(second, "dots", "UBT") and not keys(first, "BadNet", "soften") & keys(
-        second, "BadNet", "soften"
-    )
+    assert not keys(first, "dots", "UBT") & keys(second, "dots", "UBT")
+    assert not keys(first, "BadNet", "soften") & keys(second, "BadNet", "soften")
     with pytest.raises(SettingsError, match=f"'{known}' is none of"):
         make_attack(known)
     stale, = {l.models[0] for l in first.lines if (l.labels["attack"], l.defence) == ("BadNet", "soften")}
@@ -272,10 +266,8 @@ def test_a_repair_that_was_stopped_before_its_commit_is_made_again(tmp_path, ins
     (work.scratch/"repair").mkdir(parents=True)
     (work.scratch/"repair"/"CARD.md").write_text("done")
     told = P.repaired_clip(work, **inputs)
-    assert (
-        told == dict(model="smoke-RN", method="soften", refused=False, why="")
-        and (work.out / "clip.safetensors").is_file()
-    )
+    assert told == dict(model="smoke-RN", method="soften", refused=False, why="")
+    assert (work.out / "clip.safetensors").is_file()
     again = work_in(tmp_path/"b")
     P.repaired_clip(again, **inputs)
     assert (work.out/"clip.safetensors").read_bytes() == (again.out/"clip.safetensors").read_bytes()
@@ -323,11 +315,9 @@ def test_a_module_that_a_variable_names_is_loaded(tmp_path, monkeypatch):
     )
     with pytest.warns(UserWarning, match="plugin missing_module .* ModuleNotFoundError"):
         told = P.load_plugins()
-    assert (
-        told[told.kind == "module"].name.tolist() == ["named", "missing_module"]
-        and {"dots"} == set(P.own_attacks())
-        and {"soften"} == set(P.own_repairs())
-    )
+    assert told[told.kind == "module"].name.tolist() == ["named", "missing_module"]
+    assert {"dots"} == set(P.own_attacks())
+    assert {"soften"} == set(P.own_repairs())
     P.workers_load_plugins("dask")                                       # they load it, too
     import dask
     assert dask.config.get("distributed.worker.preload") == ["mcl_repro.tools.plugins"]
@@ -390,9 +380,7 @@ def test_a_papers_notebook_shows_them_with_nothing_edited(tmp_path, installed):
     }
     assert table[(table.attack == "dots") | (table.defense == "soften")].paper_value.isna().all()
     note = json.loads((tmp_path/"runs/smoke/tables/ubt.table1.json").read_text())["note"]
-    assert (
-        "Plug-in attacks, not in the paper: dots" in note
-        and "Plug-in defences, not in the paper: soften (code " in note
-    )
+    assert "Plug-in attacks, not in the paper: dots" in note
+    assert "Plug-in defences, not in the paper: soften (code " in note
     again = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert "unchanged, nothing to do" in again.stderr + again.stdout

@@ -35,7 +35,8 @@ def entry(printed):
 # ---- all of them, once
 
 def test_every_printed_setting_stands_in_the_table_with_its_section_and_value():
-    assert len(PRINTED) == 131 and list(zip(TABLE.paper, TABLE.setting, TABLE.section)) == [
+    assert len(PRINTED) == 131
+    assert list(zip(TABLE.paper, TABLE.setting, TABLE.section)) == [
         (p["paper"], p["name"], str(p["section"])) for p in PRINTED
     ]
     assert count_settings(TABLE)["all"].sum() == 131 and set(TABLE.how) == {"equal", "built in", *VERDICTS}

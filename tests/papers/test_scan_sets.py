@@ -55,10 +55,8 @@ def test_a_scan_is_a_detection_and_the_clean_set_has_one_too(made):
             lab.node(scan, embeddings=embeddings, changed=c, mapping=mapping, options=dict(q=20, components=2))
         )
         found = load_detection(artefact)
-        assert (
-            len(found.correlation) == 300 == sum(map(len, found.split))
-            and artefact.result["attacked"] == found.attacked
-        )
+        assert len(found.correlation) == 300 == sum(map(len, found.split))
+        assert artefact.result["attacked"] == found.attacked
 
 
 @pytest.mark.parametrize("where", [slice(None), slice(2, 7), slice(0, 10, 3), np.array([9, 0, 4, 4]), slice(8, 8)])
@@ -67,20 +65,17 @@ def test_planted_slices_like_an_array(where):
     clean, new, rows = rng.normal(size=(10, 3)), rng.normal(size=(3, 3)), np.array([0, 4, 9])
     whole = clean.copy()
     whole[rows] = new
-    assert (Planted(clean, rows, new)[where] == whole[where]).all() and not np.shares_memory(
-        Planted(clean, rows, new)[where], clean
-    )
+    assert (Planted(clean, rows, new)[where] == whole[where]).all()
+    assert not np.shares_memory(Planted(clean, rows, new)[where], clean)
 
 
 def test_mistakes_keep_no_caption_in_its_place():
     texts = np.arange(40.).reshape(20, 2)
     rows, images, other = planted_mistakes(texts, texts, 8, np.arange(5), np.random.default_rng(0))
-    assert (
-        len(set(rows)) == 8
-        and rows.min() >= 5
-        and sorted(other[:, 0]) == sorted(texts[rows, 0])
-        and (other != texts[rows]).all()
-    )
+    assert len(set(rows)) == 8
+    assert rows.min() >= 5
+    assert sorted(other[:, 0]) == sorted(texts[rows, 0])
+    assert (other != texts[rows]).all()
 
 
 def test_robustness_is_the_same_twice_and_says_what_it_drew(made):
@@ -101,8 +96,6 @@ def test_robustness_is_the_same_twice_and_says_what_it_drew(made):
         axes=dict(targets=[1, 2], duplicates=[0, 30]), share=0.05, draws=draws,
     )
     once, twice = (lab.run(node(d)).path.joinpath("points.csv").read_text().splitlines() for d in (1, 2))
-    assert (
-        len(once) == 1 + len(robustness_points(0.05, dict(targets=[1, 2], duplicates=[0, 30])))
-        and len(twice) == 2 * len(once) - 1
-    )
+    assert len(once) == 1 + len(robustness_points(0.05, dict(targets=[1, 2], duplicates=[0, 30])))
+    assert len(twice) == 2 * len(once) - 1
     assert set(once) <= set(twice)     # a draw does not depend on how many there are

@@ -153,9 +153,8 @@ def test_a_defence_gets_the_same_from_plain_pairs(made, tmp_path, monkeypatch):
     second = defend(tmp_path/"plain", made, Unseen())
     assert first[0] == second[0] and first[1].keys() == second[1].keys()
     assert [name for name in first[1] if first[1][name] != second[1][name]] == [] and len(first[1]) == 6
-    assert [r["refused"] for r in first[0][3:]] == [False] * 3 and len(
-        {first[1][f"{n}/out/clip.safetensors"] for n in ("printed", "retention", "whole captions")}
-    ) == 3
+    assert [r["refused"] for r in first[0][3:]] == [False] * 3
+    assert len({first[1][f"{n}/out/clip.safetensors"] for n in ("printed", "retention", "whole captions")}) == 3
 
 
 PLANNING = ("lab", "plan")     # what a function is given that puts stages together and computes nothing
@@ -250,9 +249,8 @@ def test_the_verdict_compares_the_median_with_the_95th_percentile():
     normal = np.arange(101.)/100
     assert [looks_poisoned(np.full(5, v), normal) for v in (.94, .95, .96)] == [False, False, True]
     # the median, not the mean
-    assert looks_poisoned(np.array([0.1, 0.1, 0.96, 0.97, 0.97]), normal) and not looks_poisoned(
-        np.array([0.1, 0.1, 0.9, 9.0, 9.0]), normal
-    )
+    assert looks_poisoned(np.array([0.1, 0.1, 0.96, 0.97, 0.97]), normal)
+    assert not looks_poisoned(np.array([0.1, 0.1, 0.9, 9.0, 9.0]), normal)
     assert not looks_poisoned(normal, normal)
 
 
@@ -261,18 +259,14 @@ def test_splits_and_selections_are_partitions_in_order():
     similarities = rng.normal(size=200).round(1)   # with ties
     suspicious, normal = split_suspicious(similarities, .1)
     assert sorted([*suspicious, *normal]) == list(range(200)) and len(suspicious) == 20
-    assert (
-        similarities[suspicious].max() <= similarities[normal].min()
-        and (np.diff(similarities[suspicious]) >= 0).all()
-        and (np.diff(normal) > 0).all()
-    )
+    assert similarities[suspicious].max() <= similarities[normal].min()
+    assert (np.diff(similarities[suspicious]) >= 0).all()
+    assert (np.diff(normal) > 0).all()
     after = rng.normal(size=200)
     chosen = most_similar(after, suspicious, 7)
-    assert (
-        set(chosen) <= set(suspicious)
-        and (np.diff(after[chosen]) <= 0).all()
-        and after[chosen].min() >= np.delete(after[suspicious], np.flatnonzero(np.isin(suspicious, chosen))).max()
-    )
+    assert set(chosen) <= set(suspicious)
+    assert (np.diff(after[chosen]) <= 0).all()
+    assert after[chosen].min() >= np.delete(after[suspicious], np.flatnonzero(np.isin(suspicious, chosen))).max()
     for share in (0, 1, .001, -1):
         with pytest.raises(SettingsError, match="leaves nothing on one side"):
             split_suspicious(similarities, share)
@@ -406,9 +400,8 @@ def test_other_forms_have_their_known_bounds():
     an end.
     """
     u = unit(8, 16)
-    assert FORGETTING["cosine"](u, -u, None, None, 100.0).item() == pytest.approx(-1) and FORGETTING["cosine"](
-        u, u, None, None, 100.0
-    ).item() == pytest.approx(1)
+    assert FORGETTING["cosine"](u, -u, None, None, 100.0).item() == pytest.approx(-1)
+    assert FORGETTING["cosine"](u, u, None, None, 100.0).item() == pytest.approx(1)
     worst = FORGETTING["info_nce"](u, torch.roll(u, 1, 0), None, None, 100.).item()
     assert -(200 + math.log(8)) <= worst < -20
 
@@ -443,11 +436,9 @@ def test_masks_choose_between_whole_and_masked_captions_and_images(made):
     for mask in MASKS:
         found, tokens = masked_pairs(made.selection, images, mask, None)
         assert torch.equal(tokens, torch.from_numpy(chosen["masked" if mask in ("text", "both") else "tokens"]))
-        assert (
-            bool(found.any()) == (mask in ("image", "both"))
-            and found.shape == images.shape
-            and found.dtype == torch.uint8
-        )
+        assert bool(found.any()) == (mask in ("image", "both"))
+        assert found.shape == images.shape
+        assert found.dtype == torch.uint8
     assert (chosen["tokens"] != chosen["masked"]).any() and chosen["masked_images"].shape == (6, 32, 32, 3)
     found, tokens = masked_pairs(made.selection, images, "text", 2)
     assert len(found) == len(tokens) == 2
@@ -475,9 +466,8 @@ def test_relevance_of_images_needs_a_tower_it_knows(made):
     model = load_clip(made.victim)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     texts = embed_tokens(model, torch.from_numpy(arrays(made.selection, "selection")["tokens"][:2]))
-    assert image_relevance(model, images, texts, "layer2").shape == (2, 4, 4) and image_relevance(
-        model, images, texts, "layer1"
-    ).shape == (2, 8, 8)
+    assert image_relevance(model, images, texts, "layer2").shape == (2, 4, 4)
+    assert image_relevance(model, images, texts, "layer1").shape == (2, 8, 8)
     with pytest.raises(SettingsError, match="no 'layer7'"):
         image_relevance(model, images, texts, "layer7")
 
@@ -517,16 +507,13 @@ def test_unlearning_that_was_killed_goes_on_to_the_same_weights(made, tmp_path, 
     )
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     key = graph(broken).unlearn.key
-    assert (broken.store.scratch(key) / "checkpoint.safetensors").exists() and not broken.store.read(
-        "ubt.ubt_unlearn", key
-    )
+    assert (broken.store.scratch(key) / "checkpoint.safetensors").exists()
+    assert not broken.store.read("ubt.ubt_unlearn", key)
     epochs, one = [], _train_epoch
     monkeypatch.setattr(training, "_train_epoch", lambda state, *a: (epochs.append(state.epoch), one(state, *a))[1])
     resumed = broken.run(graph(broken).unlearn)
     assert epochs == [1, 2] and undisturbed.result["steps"] == 6
-    assert (
-        resumed.key == undisturbed.key
-        and weights(resumed) == weights(undisturbed) != weights(made.victim)
-        and resumed.result == undisturbed.result
-    )
+    assert resumed.key == undisturbed.key
+    assert weights(resumed) == weights(undisturbed) != weights(made.victim)
+    assert resumed.result == undisturbed.result
     assert not broken.store.scratch(key).exists()
