@@ -428,7 +428,15 @@ def test_continuous_integration_runs_what_the_readme_says():
     assert done.returncode == 0 and "tests/run_all.py" in done.stdout, done.stderr
 
 
-def test_data_files_are_packaged(tmp_path):
+@pytest.mark.parametrize("module", ["mcl_repro", "mcl_repro.dev.site", "mcl_repro.dev.publishing",
+                                    "mcl_repro.dev.outputs"])
+def test_what_make_calls_answers(module):
+    assert f"-m {module} " in (ROOT/"Makefile").read_text(encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
+
+
+def test_data_files_are_packaged():
     "Every file of the package that is no code has an ending that `setup.py` takes along."
     kinds = ast.literal_eval(re.search(r"^DATA = (\(.*?\))", (ROOT/"setup.py").read_text(encoding="utf-8"), re.M)[1])
     files = [p for p in tracked() if p.is_relative_to(ROOT/"mcl_repro") and p.suffix != ".py" and p.name != "py.typed"]
