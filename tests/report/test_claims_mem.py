@@ -1,63 +1,42 @@
 """The claims of MEM and CleanCLIP: all have a rule or a reason, rules resolve, audits say what a reader of the tables
 says, and verdicts turn with the numbers.
 """
-import json
-from pathlib import Path
+import numpy as np
+import pytest
 
-import numpy as np, pytest
-
-from mcl_repro.report.claims import _pairs, audit, judge
-from mcl_repro.report.rules import Printed, read_claims, RELATIONS, Run
+from published_tables import not_on_record
+from mcl_repro.lab.profiles import load_profile
 from mcl_repro.measures.metrics import bootstrap_interval, median_rank
-from mcl_repro.report.printed import paper_table, table_spec
-from mcl_repro.report.tables import tidy, write_table
 from mcl_repro.papers.stages import cell
+from mcl_repro.report.claims import audit, judge
+from mcl_repro.report.printed import paper_table, printed_entries, table_spec
+from mcl_repro.report.rules import Printed, read_claims, rule_pairs, Run
+from mcl_repro.report.tables import tidy, write_table
 
 CLAIMS = {id: c for id, c in read_claims().items() if c.paper in ("mem", "cleanclip")}
-NOTEBOOKS = {"mem": "mem", "cleanclip": "cleanclip"}
 # audits that differ from the transcription's
 OTHERWISE = {"mem.c05": "1.7 against 1.7 is a tie, which the glossary does not count against a method"}
-
-def printed(table):
-    return bool(Printed().rows(table))
-def selections(rule):
-    return [rule["of"], *(rule[k] for k in ("minus", "over", *RELATIONS) if isinstance(rule.get(k), dict))]
-def source(paper):
-    cells = json.loads((Path(__file__).parent.parent / f"nbs/{NOTEBOOKS[paper]}.ipynb").read_text(encoding="utf-8"))[
-        "cells"
-    ]
-    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+# labels that the published run has not, since its data are too small for them
+ONLY_AT_PAPER_SCALE = [("cleanclip.poison_count", "count", "75")]
 
 def test_every_claim_has_rules_or_a_reason():
     assert len(CLAIMS) == 38 + 5
-    assert sorted(id for id, c in CLAIMS.items() if c.untestable) == [
-        "mem.c06", "mem.c08", "mem.c12", "mem.c23", "mem.c31",
-    ]
+    untestable = ["mem.c06", "mem.c08", "mem.c12", "mem.c23", "mem.c31"]
+    assert sorted(id for id, c in CLAIMS.items() if c.untestable) == untestable
     for c in CLAIMS.values():
         assert bool(c.rules) != bool(c.untestable), c.id
 
 @pytest.mark.parametrize("id", CLAIMS)
 def test_every_rule_resolves(id):
-    "On the printed cells, or its table and every label are written by the paper's notebook."
+    "On the printed cells, or on a table of ours that the published run has, with every label that the rule names."
     for rule in CLAIMS[id].rules:
-        if printed(rule["of"]["table"]):
-            assert _pairs(Printed(), rule, id)
-        else:
-            text = source(CLAIMS[id].paper) + Path(__file__).parent.parent.joinpath(
-                "mcl_repro/profiles.yaml"
-            ).read_text(encoding="utf-8")
-            labels = [
-                l
-                for s in selections(rule)
-                for k, v in s.items()
-                if k not in ("times", "plus", "table")
-                for l in (v if isinstance(v, list) else [v])
-            ]
-            table = rule["of"]["table"]
-            assert (
-                f'"{table}"' in text or table.partition(".")[2] in text.partition("TABLES = ")[2].partition("\n")[0]
-            ), table
-            assert not [l for l in labels if str(l) not in text]
+        if rule["of"]["table"] in printed_entries("tables"):
+            assert rule_pairs(Printed(), rule, id)
+        assert [label for label in not_on_record(rule) if label not in ONLY_AT_PAPER_SCALE] == []
+
+def test_what_only_the_papers_scale_has_is_in_profile_paper():
+    for _, _, label in ONLY_AT_PAPER_SCALE:
+        assert int(label) in load_profile("paper").cleaning.scratch.few
 
 @pytest.mark.parametrize("id", CLAIMS)
 def test_the_audit_says_what_a_reader_of_the_tables_says(id):
@@ -86,25 +65,21 @@ def test_audits_recomputed_from_the_printed_cells():
     assert near == states("mem.c25").count("holds") == 5
     hit = values("mem.table1", metric="Hit@10")
     assert (hit["MEM-5"] > hit["MEM-3"]).sum() == 1 == states("mem.c17").count("fails")
-    assert list((medr["EM"] / medr["Random"]).xs("image_to_text", level="direction").round(2)) == [
-        0.16, 0.28, 0.35,
-    ] and set(states("mem.c15")) == {"holds"}
+    em = (medr["EM"]/medr["Random"]).xs("image_to_text", level="direction")
+    assert list(em.round(2)) == [.16, .28, .35] and set(states("mem.c15")) == {"holds"}
     lost = int((hit["UAP"] < .9 * hit["Clean"]).sum() + (medr["UAP"] > 1.1 * medr["Clean"]).sum())
     assert lost == states("mem.c13").count("fails") == 8
     faces = values("mem.table4", metric="Hit@10")
-    assert {m for m in ("RN50", "RN101", "ViT-B/32") if (faces["MEM-3"][m] > 0.5 * faces["Fine-tuned"][m]).any()} == {
-        "ViT-B/32"
-    }
+    half_left = {m for m in ("RN50", "RN101", "ViT-B/32") if (faces["MEM-3"][m] > .5*faces["Fine-tuned"][m]).any()}
+    assert half_left == {"ViT-B/32"}
 
 def ranks(seed, around):
     return np.random.default_rng(seed).poisson(around, 400).astype(float)
 
 def run_with(folder, table, factors, rows):
     "A run with one table of ours; `rows`: labels, metric, outcomes, statistic."
-    made = [
-        dict(**labels, metric=metric, unit="", **cell([bootstrap_interval(x, statistic)]))
-        for labels, metric, x, statistic in rows
-    ]
+    made = [dict(**labels, metric=metric, unit="", **cell([bootstrap_interval(x, statistic)]))
+            for labels, metric, x, statistic in rows]
     write_table(tidy(table, made, extra=dict(title="of a test", factors=factors)), table, folder, "profile mini; world")
     return Run(folder, count=300)
 
@@ -148,25 +123,11 @@ def test_attention_and_likeness(tmp_path):
     ]
     run = run_with(tmp_path, "mem.attention", ["model", "captions", "metric"], rows)
     assert [judge(CLAIMS[i], run).verdict for i in ("mem.c26", "mem.c27")] == ["reproduced", "reproduced"]
-    kinds = dict(
-        zip(
-            (
-                "partners", "versions of a picture", "captions of a picture", "other captions of it", "two pictures",
-                "captions of two pictures", "captions of others",
-            ),
-            (0.8, 0.5, 0.5, 0.9, 0, 0, 0),
-        )
-    )
-    run = run_with(
-        tmp_path,
-        "mem.likeness",
-        ["method", "between", "metric"],
-        [
-            (dict(method=m, between=k), "mean", around(level) / 100, np.mean)
-            for m in ("Clean", "MEM-3")
-            for k, level in kinds.items()
-        ],
-    )
+    kinds = {"partners": .8, "versions of a picture": .5, "captions of a picture": .5, "other captions of it": .9,
+             "two pictures": 0, "captions of two pictures": 0, "captions of others": 0}
+    rows = [(dict(method=m, between=k), "mean", around(level)/100, np.mean)
+            for m in ("Clean", "MEM-3") for k, level in kinds.items()]
+    run = run_with(tmp_path, "mem.likeness", ["method", "between", "metric"], rows)
     # the other captions are nearer than the partner
     assert [judge(CLAIMS[i], run).verdict for i in ("mem.c29", "mem.c30")] == ["reproduced", "contradicted"]
 
@@ -196,15 +157,10 @@ def test_cleanclip_is_judged_by_the_demands_that_were_fixed(tmp_path):
     assert [judge(CLAIMS[f"cleanclip.c0{k}"], run).verdict for k in (3, 5)] == ["reproduced", "contradicted"]
 
 def test_seventy_five_in_three_million_is_for_profile_paper(tmp_path):
-    row = [
-        (
-            dict(start="from scratch", count=75, share="0.0025%", defense="No defense"), "ASR",
-            100.0 * (np.arange(500) % 10 < 9), np.mean,
-        )
-    ]
-    run = run_with(tmp_path, "cleanclip.poison_count", ["start", "count", "share", "defense", "metric"], row)
-    assert (
-        judge(CLAIMS["cleanclip.c01"], run, "mini").verdict == "not_testable"
-        and judge(CLAIMS["cleanclip.c01"], run, "paper").verdict == "reproduced"
-    )
-    assert judge(CLAIMS["cleanclip.c01"], Run(tmp_path/"nothing"), "paper").verdict == "not_testable"
+    labels = dict(start="from scratch", count=75, share="0.0025%", defense="No defense")
+    row = labels, "ASR", 100.*(np.arange(500) % 10 < 9), np.mean
+    run = run_with(tmp_path, "cleanclip.poison_count", [*labels, "metric"], [row])
+    claim = CLAIMS["cleanclip.c01"]
+    assert judge(claim, run, "mini").verdict == "not_testable"
+    assert judge(claim, run, "paper").verdict == "reproduced"
+    assert judge(claim, Run(tmp_path/"nothing"), "paper").verdict == "not_testable"

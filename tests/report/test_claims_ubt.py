@@ -2,20 +2,17 @@
 tables or in what the notebook writes.
 """
 import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from mcl_repro.report.claims import _pairs, audit, judge
-from mcl_repro.report.rules import Printed, read_claims, Run
+from published_tables import not_on_record
+from mcl_repro.report.claims import audit, judge
+from mcl_repro.report.rules import Printed, read_claims, rule_pairs, Run
 from mcl_repro.measures.metrics import Items
 from mcl_repro.report.printed import paper_table
-from mcl_repro.report.tables import read_table, tidy, write_table
+from mcl_repro.report.tables import tidy, write_table
 
 CLAIMS = {id: c for id, c in read_claims().items() if c.paper == "ubt"}
-RECORDS = Path(__file__).parent.parent / "nbs/results/tables"
-OWN_FACTORS = ("metric", "model", "models", "pairs", "method")
 PRINTED = [f"ubt.table{i}" for i in range(1, 11)]
 UNTESTABLE = {"ubt.c06", "ubt.c09", "ubt.c14", "ubt.c16", "ubt.c20", "ubt.c21", "ubt.c37", "ubt.c69", "ubt.c70"}
 OTHER_THAN_BY_HAND = {"ubt.c14": "a number in the text against a row label of Table IX: no cell says it",
@@ -38,21 +35,11 @@ def printed_run(folder, seeds=1):
     for table in PRINTED:
         rows = paper_table(table)
         known = rows[rows.paper_value.notna()]
-        write_table(
-            tidy(
-                table,
-                [
-                    as_measured(
-                        {k: v for k, v in r.items() if k not in ("paper_value", "printed", "unit")}, r["paper_value"],
-                        r["unit"], seeds,
-                    )
-                    for r in known.to_dict("records")
-                ],
-            ),
-            table,
-            folder,
-            "as printed",
-        )
+        cells = []
+        for row in known.to_dict("records"):
+            labels = {k: v for k, v in row.items() if k not in ("paper_value", "printed", "unit")}
+            cells.append(as_measured(labels, row["paper_value"], row["unit"], seeds))
+        write_table(tidy(table, cells), table, folder, "as printed")
     return folder
 
 
@@ -170,33 +157,13 @@ def test_every_inconsistency_that_touches_a_claim_is_named():
     assert named == {f"ubt.i{n:02d}" for n in range(1, 20)} - {"ubt.i13", "ubt.i15"}
 
 
-def labels_on_record(table):
-    "Factor -> labels of a table of ours, as the published run has it."
-    frame = read_table(RECORDS / f"{table}.csv")
-    return {name: set(frame[name].astype(str)) for name in frame.attrs["table"]["factors"]}
-
-
-def asked(part):
-    "Factor -> labels that one side of a rule asks for by name."
-    wanted = {k: v if isinstance(v, list) else [v] for k, v in part.items() if k in OWN_FACTORS}
-    return {k: [str(x) for x in labels] for k, labels in wanted.items()}
-
-
 def test_every_rule_resolves():
     "On printed cells, or on a table of ours that the published run has, with the labels that the rule asks for."
     for claim in CLAIMS.values():
         for rule in claim.rules:
-            parts = [p for p in rule.values() if isinstance(p, dict)]
-            tables = {p["table"] for p in parts if "table" in p}
-            if tables <= set(PRINTED):
-                assert _pairs(Printed(), rule, claim.id), (claim.id, rule)
-                continue
-            known = {}
-            for table in tables - set(PRINTED):
-                for factor, labels in labels_on_record(table).items():
-                    known.setdefault(factor, set()).update(labels)
-            for factor, labels in ((k, v) for p in parts for k, v in asked(p).items()):
-                assert set(labels) <= known.get(factor, set()), (claim.id, factor, labels)
+            if rule["of"]["table"] in PRINTED:
+                assert rule_pairs(Printed(), rule, claim.id), (claim.id, rule)
+            assert not_on_record(rule) == [], claim.id
 
 
 # ---- the audit
@@ -226,8 +193,14 @@ def value(table, metric, **labels):
 def found(id, rule=0):
     return audit(CLAIMS[id]).rules[rule][1]
 
-@pytest.mark.parametrize("id, metric, sign, other, points", [("ubt.c02", "ASR", -1, "CleanCLIP", 19.0425), ("ubt.c03", "CA", 1, "CleanCLIP", 2.5725), ("ubt.c31", "ASR", -1, "CleanCLIP", 19.0425),
-                                                             ("ubt.c32", "ASR", -1, "RoCLIP", 52.5175), ("ubt.c33", "CA", 1, "CleanCLIP", 2.5725), ("ubt.c34", "CA", 1, "RoCLIP", 1.045)])
+@pytest.mark.parametrize("id, metric, sign, other, points", [
+    ("ubt.c02", "ASR", -1, "CleanCLIP", 19.0425),
+    ("ubt.c03", "CA", 1, "CleanCLIP", 2.5725),
+    ("ubt.c31", "ASR", -1, "CleanCLIP", 19.0425),
+    ("ubt.c32", "ASR", -1, "RoCLIP", 52.5175),
+    ("ubt.c33", "CA", 1, "CleanCLIP", 2.5725),
+    ("ubt.c34", "CA", 1, "RoCLIP", 1.045),
+])
 def test_headline_differences(id, metric, sign, other, points):
     plain = sign*(value("ubt.table3", metric, defense="UBT") - value("ubt.table3", metric, defense=other)).mean()
     assert plain == pytest.approx(points) and [c.left for c in found(id)] == pytest.approx([plain])
@@ -277,10 +250,8 @@ def test_a_run_that_measured_the_printed_numbers_is_judged_as_the_audit(printed)
     for id, c in CLAIMS.items():
         if c.untestable or not set(c.tables) <= set(PRINTED):
             continue
-        assert judge(c, run, "paper").verdict == ("reproduced" if audit(c).verdict == "holds" else "contradicted"), (
-            id,
-            judge(c, run, "paper").evidence,
-        )
+        made = judge(c, run, "paper")
+        assert made.verdict == ("reproduced" if audit(c).verdict == "holds" else "contradicted"), (id, made.evidence)
 
 
 def test_levels_are_not_asked_of_stand_ins(printed):
@@ -307,9 +278,7 @@ def test_a_run_of_some_attacks_only_leaves_the_rest_open(tmp_path):
     "What was not run is no contradiction and no error."
     own_run(tmp_path, True)
     rows = [as_measured(dict(attack="BadNet", metric="relevance beyond chance"), 5, "ratio", 1)]
-    write_table(
-        tidy("ubt.trigger_relevance", rows, dict(title="one attack", factors=["attack", "metric"])),
-        "ubt.trigger_relevance", tmp_path, "made up",
-    )
+    table = tidy("ubt.trigger_relevance", rows, dict(title="one attack", factors=["attack", "metric"]))
+    write_table(table, "ubt.trigger_relevance", tmp_path, "made up")
     made = judge(CLAIMS["ubt.c47"], Run(tmp_path, count=4))
     assert made.verdict == "not_testable" and "Not run: ubt.trigger_relevance has no cell with" in made.why

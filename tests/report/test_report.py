@@ -1,7 +1,11 @@
 """The files a run leaves behind: tables, figures, provenance and the page, checked as somebody without the package
 would.
 """
-import csv, json, re, xml.etree.ElementTree as ET
+import csv
+import json
+import os
+import re
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -11,19 +15,16 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-
 from mcl_repro.core.errors import SettingsError, StoreError, UserError
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.nodes import stage
-from mcl_repro.report.figures import save_figure, use_style
-from mcl_repro.report.page import write_report
-from mcl_repro.report.printed import paper_table, table_spec
-from mcl_repro.report.provenance import write_provenance
-from mcl_repro.report.tables import read_table, show_table, table_note, tidy, write_table
 from mcl_repro.report import provenance
 from mcl_repro.report.diagrams import Arrow, Box, diagram_table, draw_diagram
-from mcl_repro.report.printed import printed_entries
-from mcl_repro.report.tables import read_table, show_table, tidy, write_table
+from mcl_repro.report.figures import save_figure, use_style
+from mcl_repro.report.page import write_report
+from mcl_repro.report.printed import paper_table, printed_entries, table_spec
+from mcl_repro.report.provenance import write_provenance
+from mcl_repro.report.tables import read_table, show_table, table_note, tidy, write_table
 
 TABLES = sorted(printed_entries("tables"))
 NOTE = table_note("mini", "embedded world, 10,000 pairs", "ResNet of width 16", "8 px patch")
@@ -31,12 +32,13 @@ NOTE = table_note("mini", "embedded world, 10,000 pairs", "ResNet of width 16", 
 
 def cells(table_id, share=1):
     "Made-up cells for a printed table: each value a little off, the first `share` of them."
-    spec = table_spec(table_id)
-    rows = [r for r in printed_entries("tables")[table_id]["rows"] if r["value"] is not None]
-    return [
-        {f: r[f] for f in spec.factors} | {"value": r["value"] * 0.9, "ci_low": r["value"] * 0.8, "ci_high": r["value"]}
-        for r in rows[: int(len(rows) * share)]
-    ]
+    factors = table_spec(table_id).factors
+    made = []
+    for row in printed_entries("tables")[table_id]["rows"]:
+        if row["value"] is not None:
+            numbers = dict(value=row["value"]*.9, ci_low=row["value"]*.8, ci_high=row["value"])
+            made.append({factor: row[factor] for factor in factors} | numbers)
+    return made[:int(len(made)*share)]
 
 
 class Page(HTMLParser):
@@ -92,9 +94,8 @@ def test_every_printed_table_round_trips(table_id, tmp_path):
     rows = list(csv.DictReader(path.open(encoding="utf-8")))
     assert len(rows) == len(entry["rows"])
     assert list(rows[0])[-7:] == ["metric", "value", "ci_low", "ci_high", "n_seeds", "paper_value", "unit"]
-    assert sorted(r["paper_value"] for r in rows) == sorted(
-        "" if r["value"] is None else str(r["printed"]).rstrip("%") for r in entry["rows"]
-    )
+    printed = ["" if r["value"] is None else str(r["printed"]).rstrip("%") for r in entry["rows"]]
+    assert sorted(r["paper_value"] for r in rows) == sorted(printed)
     grid = show_table(read_table(path)).grid
     assert sum(c is not None for row in grid["body"] for c in row["cells"]) == len(entry["rows"])
     assert {len(row["cells"]) for row in grid["body"]} == {len(grid["leaves"])}
@@ -123,9 +124,15 @@ def test_what_was_not_run_is_empty_and_never_the_papers_number(tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"attack": "BadNets"}, "did you mean BadNet"), ({"metric": "acc"}, "unknown metric 'acc'"), ({"value": float("inf")}, "value is inf"),
-    ({"value": 12, "unit": "fraction"}, r"leaves \[0, 1\]"), ({"unit": "rank"}, "the table has '%'"), ({"ci_low": 3}, "needs both ends"),
-    ({"paper_value": 1}, "looked up"), ({"seed": 1}, "unknown column 'seed'")])
+    ({"attack": "BadNets"}, "did you mean BadNet"),
+    ({"metric": "acc"}, "unknown metric 'acc'"),
+    ({"value": float("inf")}, "value is inf"),
+    ({"value": 12, "unit": "fraction"}, r"leaves \[0, 1\]"),
+    ({"unit": "rank"}, "the table has '%'"),
+    ({"ci_low": 3}, "needs both ends"),
+    ({"paper_value": 1}, "looked up"),
+    ({"seed": 1}, "unknown column 'seed'"),
+])
 def test_a_row_that_would_mislead_is_refused(change, says):
     with pytest.raises(SettingsError, match=says):
         tidy("ubt.table1", [dict(attack="BadNet", defense="UBT", metric="CA", value=50.) | change])
@@ -137,9 +144,8 @@ def test_a_row_of_ours_is_marked_and_stands_in_its_group():
         tidy("ubt.table1", [row])
     df = tidy("ubt.table1", [row | {"extra": True}])
     at = df.index[df.defense == "UBT + retention"].item()
-    assert (
-        df.attack[at - 1] == "SIG" and df.attack[at + 1] == "SSBA" and pd.isna(df.paper_value[at]) and "extra" not in df
-    )
+    assert (df.attack[at - 1], df.attack[at + 1]) == ("SIG", "SSBA")
+    assert pd.isna(df.paper_value[at]) and "extra" not in df
 
 
 def test_numbers_of_two_units_are_never_subtracted():
@@ -148,19 +154,35 @@ def test_numbers_of_two_units_are_never_subtracted():
     assert (cell["ours"], cell["paper"], cell["difference"]) == ("12.5", "10228", "")
 
 
+@pytest.mark.parametrize("value, shown", [
+    (224_499_670., "2.24 × 10⁸"), (-4_786_186.2, "−4.79 × 10⁶"), (99_999.4, "99,999.40"), (1234.5, "1234.50"),
+    (-.001, "0.00"),
+])
+def test_large_numbers_are_read_at_a_glance_in_every_output(value, shown, tmp_path):
+    rows = [dict(models=m, metric="KL", value=v, unit="nats") for m, v in (("one", value), ("other", .5))]
+    table = tidy("ubt.far", rows, dict(title="How far", factors=["models", "metric"]))
+    path = write_table(table, "ubt.far", tmp_path, NOTE)
+    assert f"| one | {shown} |" in path.with_suffix(".md").read_text(encoding="utf-8")
+    assert shown in show_table(table)._repr_html_()
+    assert f"{value:.10g}" in path.read_text(encoding="utf-8")         # the file for machines has all digits
+
+
+def test_a_table_of_ours_says_so_in_its_heading():
+    table = tidy("ubt.far", [dict(models="one", metric="KL", value=1., unit="nats")],
+                 dict(title="How far models are apart", factors=["models", "metric"]))
+    assert str(show_table(table)).startswith("### UBT (ours): How far models are apart\n")
+    assert "UBT (ours): How far models are apart" in show_table(table)._repr_html_()
+
+
 def test_labels_are_text_in_every_output(tmp_path):
     nasty = "a|b & <script>alert(1)</script> 50%_{x}"
-    df = tidy(
-        "ubt.odd", [dict(defense=nasty, metric="CA", value=1.0)],
-        dict(title="Odd & <b>labels</b>", factors=["defense", "metric"]),
-    )
+    extra = dict(title="Odd & <b>labels</b>", factors=["defense", "metric"])
+    df = tidy("ubt.odd", [dict(defense=nasty, metric="CA", value=1.)], extra)
     path = write_table(df, "ubt.odd", tmp_path, "Note with <i>tags</i>.")
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<script>" not in page and "&lt;script&gt;" in page and "<i>tags" not in page
-    assert (
-        r"a|b \& <script>" in path.with_suffix(".tex").read_text()
-        and r"50\%\_\{x\}" in path.with_suffix(".tex").read_text()
-    )
+    tex = path.with_suffix(".tex").read_text()
+    assert r"a|b \& <script>" in tex and r"50\%\_\{x\}" in tex
     assert r"a\|b" in path.with_suffix(".md").read_text()
     assert read_table(path).defense.item() == nasty
 
@@ -175,11 +197,8 @@ def test_page_is_one_file_that_loads_nothing(run):
             assert link[1:] in page.ids
         elif not link.startswith("data:"):
             assert (run/link).is_file() and not link.startswith(("/", ".."))
-    assert (
-        page.headings[0] == 1
-        and page.headings.count(1) == 1
-        and all(b - a <= 1 for a, b in zip(page.headings, page.headings[1:]))
-    )
+    assert page.headings[0] == 1 and page.headings.count(1) == 1
+    assert all(b - a <= 1 for a, b in zip(page.headings, page.headings[1:]))
     assert page.images and all(i.get("alt") for i in page.images)
     assert "prefers-color-scheme:dark" in text and 'name="viewport"' in text
 
@@ -195,17 +214,14 @@ def test_page_with_next_to_nothing_and_with_damage(run, tmp_path_factory):
     (run/"notebooks").mkdir()
     (run/"notebooks/ubt.ipynb").write_text("{}")
     text = write_report(run).read_text(encoding="utf-8")
-    for name in (
-        "tables/ubt.table1.json", "tables/mem.table1.json", "claims.csv", "figures/ubt.fig4.json",
-        "notebooks/ubt.ipynb",
-    ):
+    for name in ("tables/ubt.table1.json", "tables/mem.table1.json", "claims.csv", "figures/ubt.fig4.json",
+                 "notebooks/ubt.ipynb"):
         assert name in text
 
 
 def test_claims_stand_beside_their_sentences(run):
-    pd.DataFrame(
-        [dict(id="ubt.c01", paper="ubt", audit="holds", verdict="contradicted", margin="-3", evidence="ubt.table3")]
-    ).to_csv(run / "claims.csv", index=False)
+    row = dict(id="ubt.c01", paper="ubt", audit="holds", verdict="contradicted", margin="-3", evidence="ubt.table3")
+    pd.DataFrame([row]).to_csv(run/"claims.csv", index=False)
     text = write_report(run).read_text(encoding="utf-8")
     assert "UBT has the lowest attack success rate" in text and "contradicted" in text and "1 claim," in text
 
@@ -215,7 +231,7 @@ def test_nothing_half_written_is_left(run, monkeypatch):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StoreError, match="No space left on device"):
         write_table(tidy("ubt.table1", []), "ubt.table1", run, NOTE)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
@@ -242,11 +258,9 @@ def test_provenance_keeps_sections_and_names_no_machine(tmp_path, monkeypatch):
     home = tmp_path/"home"/"somebody"
     home.mkdir(parents=True)
     roles = {"train": str(home/"pairs.csv"), "zeroshot": "world:zeroshot_test"}
-    lab = SimpleNamespace(
-        name="mini", folder=tmp_path, store=Store(tmp_path / "store"), device="cpu", seeds=[0],
-        profile={"train": {"lr": 0.1}, "roles": roles},
-        role=lambda n: SimpleNamespace(source=roles[n], fingerprint="f" * 64),
-    )
+    lab = SimpleNamespace(name="mini", folder=tmp_path, store=Store(tmp_path/"store"), device="cpu", seeds=[0],
+                          profile={"train": {"lr": .1}, "roles": roles},
+                          role=lambda n: SimpleNamespace(source=roles[n], fingerprint="f"*64))
     write_provenance(lab, [], notebook="ubt")
     monkeypatch.setenv("MCL_REPRO_NOTEBOOK", "mem")
     path = write_provenance(lab, [])
@@ -255,9 +269,8 @@ def test_provenance_keeps_sections_and_names_no_machine(tmp_path, monkeypatch):
     assert list(whole["notebooks"]) == ["mem", "ubt"] and whole["profile"] == "mini"
     assert whole["notebooks"]["mem"]["data"]["train"] == {"source": "…/pairs.csv", "fingerprint": "f"*64}
     assert str(tmp_path) not in text and "somebody" not in text and f'"{platform.node()}"' not in text
-    assert set(whole["notebooks"]["ubt"]) >= {
-        "settings", "seeds", "code", "packages", "hardware", "data", "stages", "device",
-    }
+    parts = {"settings", "seeds", "code", "packages", "hardware", "data", "stages", "device"}
+    assert set(whole["notebooks"]["ubt"]) >= parts
 
 
 def test_stages_come_from_the_records_of_a_real_lab(tmp_path, monkeypatch):
@@ -265,9 +278,8 @@ def test_stages_come_from_the_records_of_a_real_lab(tmp_path, monkeypatch):
     done = lab.run(lab.node(two, parts=[lab.node(one, n=n) for n in (1, 2)]))
     monkeypatch.setattr(provenance, "_roles", lambda lab: {})
     stages = json.loads(write_provenance(lab, [done]).read_text())["notebooks"]["interactive"]["stages"]
-    assert len(stages) == 3 and all(
-        s["seconds"] >= 0 and s["peak_memory_mb"] > 0 and s["device"] == "cpu" for s in stages
-    )
+    assert len(stages) == 3
+    assert all(s["seconds"] >= 0 and s["peak_memory_mb"] > 0 and s["device"] == "cpu" for s in stages)
 
 
 def test_unknown_ids_are_refused_with_a_hint(tmp_path):
@@ -291,24 +303,26 @@ def test_a_diagram_holds_its_boxes_arrows_and_groups_and_is_saved_twice_alike(tm
     use_style()
     fig = draw_diagram(BOXES, ARROWS, {"First": ["a", "b"]})
     said = [t.get_text() for t in fig.axes[0].texts]
-    assert (
-        sorted(said) == sorted(["First", "one", "two", "three", "four", "yes"])
-        and sum(type(p).__name__ == "FancyArrowPatch" for p in fig.axes[0].patches) == 3
-    )
+    assert sorted(said) == sorted(["First", "one", "two", "three", "four", "yes"])
+    assert sum(type(p).__name__ == "FancyArrowPatch" for p in fig.axes[0].patches) == 3
     table = diagram_table(BOXES, ARROWS)
     files = [save_figure(fig, "ubt.fig1", tmp_path/n, table) for n in "ab"]
     plt.close(fig)
-    assert (
-        files[0].read_bytes() == files[1].read_bytes()
-        and list(pd.read_csv(files[0].with_suffix(".csv")).part) == ["box"] * 4 + ["arrow"] * 3
-        and not recwarn.list
-    )
+    assert files[0].read_bytes() == files[1].read_bytes() and not recwarn.list
+    assert list(pd.read_csv(files[0].with_suffix(".csv")).part) == ["box"]*4 + ["arrow"]*3
 
 
-@pytest.mark.parametrize("change,says", [
-    (dict(boxes=[*BOXES, BOXES[0]]), "'a' is given twice"), (dict(arrows=[Arrow("a", "e")]), "arrow 'a' to 'e': unknown box 'e'"), (dict(groups={"G": ["z"]}), "group 'G': unknown box"),
-    (dict(boxes=[*BOXES, Box("e", .3, .2, "")]), "'a' and 'e' overlap"), (dict(boxes=[*BOXES, Box("e", 0, 3, "much too long for such a box")]), "text of box 'e'"),
-    (dict(arrows=[Arrow("a", "c")]), "runs through the box 'b'"), (dict(arrows=[Arrow("b", "c", "a label that is far too long")]), "lies on the box"), (dict(boxes=[Box("e", 0, 0, "", "blob")], arrows=[]), "unknown kind 'blob'"), (dict(boxes=[], arrows=[]), "no boxes")])
+@pytest.mark.parametrize("change, says", [
+    (dict(boxes=[*BOXES, BOXES[0]]), "'a' is given twice"),
+    (dict(arrows=[Arrow("a", "e")]), "arrow 'a' to 'e': unknown box 'e'"),
+    (dict(groups={"G": ["z"]}), "group 'G': unknown box"),
+    (dict(boxes=[*BOXES, Box("e", .3, .2, "")]), "'a' and 'e' overlap"),
+    (dict(boxes=[*BOXES, Box("e", 0, 3, "much too long for such a box")]), "text of box 'e'"),
+    (dict(arrows=[Arrow("a", "c")]), "runs through the box 'b'"),
+    (dict(arrows=[Arrow("b", "c", "a label that is far too long")]), "lies on the box"),
+    (dict(boxes=[Box("e", 0, 0, "", "blob")], arrows=[]), "unknown kind 'blob'"),
+    (dict(boxes=[], arrows=[]), "no boxes"),
+])
 def test_a_diagram_that_could_not_be_read_is_refused(change, says):
     with pytest.raises(SettingsError, match=re.escape(says)) as e:
         draw_diagram(**{"boxes": BOXES, "arrows": ARROWS} | change)
@@ -322,30 +336,17 @@ def test_an_arc_goes_around_a_box_that_a_straight_arrow_hits():
 
 def test_a_table_of_ours_with_published_points_reads_back_as_it_was(tmp_path):
     "A factor of whole numbers and fractions is a column of floats; the point published at 1 must be found again."
-    extra = dict(
-        title="A sweep",
-        factors=["weight", "metric"],
-        unknown="not known",
-        published=[
-            dict(weight=w, metric=m, value=v, printed=f"{v:g}", unit="%")
-            for w, m, v in ((0.5, "ASR", 7.5), (1, "ASR", 7.2), (1, "CA", 18.1))
-        ],
-    )
-    table = tidy(
-        "cleanclip.sweep",
-        [
-            dict(weight=w, metric=m, value=v, ci_low=v - 1, ci_high=v + 1, n_seeds=1)
-            for w in (0.5, 1)
-            for m, v in (("CA", 70.0), ("ASR", 5.0))
-        ]
-        + [dict(weight=2, metric="CA", value=69.0, ci_low=68.0, ci_high=70.0, n_seeds=1, extra=True)],
-        extra,
-    )
+    known = ((.5, "ASR", 7.5), (1, "ASR", 7.2), (1, "CA", 18.1))
+    published = [dict(weight=w, metric=m, value=v, printed=f"{v:g}", unit="%") for w, m, v in known]
+    extra = dict(title="A sweep", factors=["weight", "metric"], unknown="not known", published=published)
+    def made(weight, metric, value, **more):
+        return dict(weight=weight, metric=metric, value=value, ci_low=value - 1, ci_high=value + 1, n_seeds=1, **more)
+    rows = [made(w, m, v) for w in (.5, 1) for m, v in (("CA", 70.), ("ASR", 5.))]
+    table = tidy("cleanclip.sweep", [*rows, made(2, "CA", 69., extra=True)], extra)
     path = write_table(table, "cleanclip.sweep", tmp_path, "a note")
     back = read_table(path)
-    assert back.weight.tolist() == ["0.5", "0.5", "1", "1", "2"] and sorted(back.paper_value.dropna()) == [
-        7.2, 7.5, 18.1,
-    ]
+    assert back.weight.tolist() == ["0.5", "0.5", "1", "1", "2"]
+    assert sorted(back.paper_value.dropna()) == [7.2, 7.5, 18.1]
     assert str(show_table(back, "a note")) == str(show_table(table, "a note"))
     grid = show_table(back).grid
     assert (grid["measured"], grid["own"], grid["printed"]) == (0, 5, 0)        # no paper printed this table
