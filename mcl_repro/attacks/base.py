@@ -626,10 +626,9 @@ class Poisoned:
         return np.isin(np.arange(len(self.pairs)), self.rows)
     def describe(self) -> dict: # JSON-able
         "What a table should say about this set"
-        return dict(
-            attack=self.attack.describe(self.images.shape[1]), target=self.target, count=len(self.rows),
-            total=len(self.pairs), rate=len(self.rows) / len(self.pairs), seed=self.seed, geometry=self.geometry,
-        )
+        count, total = len(self.rows), len(self.pairs)
+        return dict(attack=self.attack.describe(self.images.shape[1]), target=self.target, count=count, total=total,
+                    rate=count/total, seed=self.seed, geometry=self.geometry)
 
 # %% ../../nbs/attacks/base.ipynb #4d4c001d
 def eligible_rows(pairs: Pairs, attack: Attack, target: str, eligible) -> np.ndarray:

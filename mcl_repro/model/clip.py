@@ -84,9 +84,10 @@ def build_clip(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with _unwarned(tag):
-            model = (
-                oc.CLIP(**config) if name in mini_models() else oc.create_model(name, pretrained=tag, precision="fp32")
-            )
+            if name in mini_models():
+                model = oc.CLIP(**config)
+            else:
+                model = oc.create_model(name, pretrained=tag, precision="fp32")
     size = config["vision_cfg"].get("image_size", 224)
     clip = Clip(model, _tokenizer(oc, name, config), size, *_mean_and_std(oc, name, tag), name)
     if pretrained and not tag:
@@ -327,10 +328,8 @@ def _looks_causal(model):
     parts = ("transformer", "token_embedding", "positional_embedding", "ln_final", "attn_mask", "text_projection")
     if any(getattr(model, p, None) is None for p in parts) or getattr(model, "text_pool_type", "") != "argmax":
         return False
-    mask = model.attn_mask
-    return (
-        bool(torch.isinf(mask[0, 1:]).all()) and model.transformer.get_cast_dtype() == model.positional_embedding.dtype
-    )
+    one_type = model.transformer.get_cast_dtype() == model.positional_embedding.dtype
+    return one_type and bool(torch.isinf(model.attn_mask[0, 1:]).all())
 
 def text_length(tokens: torch.Tensor # int64 [n, context_length] on the CPU
     ) -> int: # at most context_length
@@ -382,10 +381,8 @@ def embed_images(clip: Clip, # the model
     "Unit-length image embeddings, float32 [n, d] on the CPU, in the order of `images`."
     clip.model.eval()
     encode = lambda batch: F.normalize(clip.model.encode_image(to_pixels(clip, batch)).float(), dim=-1)
-    return _in_batches(
-        encode, len(images), batch_size, clip.device, lambda rows: _batch_array(images, rows, clip.image_size),
-        precision,
-    )
+    read = lambda rows: _batch_array(images, rows, clip.image_size)
+    return _in_batches(encode, len(images), batch_size, clip.device, read, precision)
 
 # %% ../../nbs/model/clip.ipynb #509d8225
 @torch.no_grad()
