@@ -126,15 +126,13 @@ def test_a_pattern_that_is_a_plain_name_stays(lab):
 
 def test_every_structured_attack_of_the_profile_can_poison(lab):
     entries = lab.profile.cleaning.structured.attacks
-    made = lab.run(
-        [
-            lab.node(
-                poisoned_pairs, pairs=lab.role("finetune"), attack=structured_attack(lab, e, 32), target="banana",
-                count=2, image_size=32,
-            )
-            for e in entries.values()
-        ]
-    )
+    made = lab.run([
+        lab.node(
+            poisoned_pairs, pairs=lab.role("finetune"), attack=structured_attack(lab, e, 32), target="banana",
+            count=2, image_size=32,
+        )
+        for e in entries.values()
+    ])
     assert [a.result["count"] for a in made] == [2] * len(entries)
     assert len({open_poisoned(a).pairs.fingerprint for a in made}) == len(entries)
 
@@ -149,12 +147,10 @@ def test_pretraining_without_the_self_supervised_term_is_plain_contrastive_train
         run(
             tmp_path / str(k), scratch_clip, model="smoke-RN", poisoned=poisoned, recipe=dict(RECIPE, seed=seed), **more
         )
-        for k, (seed, more) in enumerate(
-            [
-                (4, {}), (4, dict(self_supervised_weight=1.0)), (4, dict(self_supervised_weight=2.0)), (5, {}),
-                (4, dict(self_supervised_weight=1.0)),
-            ]
-        )
+        for k, (seed, more) in enumerate([
+            (4, {}), (4, dict(self_supervised_weight=1.0)), (4, dict(self_supervised_weight=2.0)), (5, {}),
+            (4, dict(self_supervised_weight=1.0)),
+        ])
     ]
     assert weights(done[0]) == (tmp_path/"plain.safetensors").read_bytes()
     assert len({weights(d) for d in done}) == 4 and weights(done[1]) == weights(done[4])

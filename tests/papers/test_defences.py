@@ -2,7 +2,8 @@
 nobody can measure attack success.
 
 A stage that reads rows, flags, triggers, targets or stored files of the poisoned set, looks behind its images, or asks
-for an attack success rate fails. New stages of the modules named in DEFENDERS must be entered in `steps`."""
+for an attack success rate fails. New stages of the modules named in DEFENDERS must be entered in `STEPS`."""
+import inspect
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -110,166 +111,130 @@ def flagging(detection):
     return SimpleNamespace(path=folder, result=dict(detection.result, attacked=True))
 
 
-def steps(made, poisoned, done):
-    """Every defence stage with its settings in profile smoke, in an order in which later ones find what they need in
-    `done`: name -> (stage, settings).
-    """
-    s, victim = SETTINGS, dict(clip=made.victim, poisoned=poisoned)
-    # a model as small as this does not look poisoned
-    suspect = lambda selection: SimpleNamespace(path=selection.path, result=dict(selection.result, poisoned=True))
-    unlearn = lambda options: (
-        ubt_unlearn,
-        dict(
-            victim, split=done["ubt_split"], selection=suspect(done["ubt_select"]), recipe=dict(options["recipe"]),
-            **{k: v for k, v in options.items() if k != "recipe"},
+S = SETTINGS
+
+
+def called_poisoned(selection):
+    "The selection with the verdict that a model as small as this does not earn."
+    return SimpleNamespace(path=selection.path, result=dict(selection.result, poisoned=True))
+
+
+def unlearning(made, done, settings):
+    return dict(plain(settings), clip=made.victim, split=done["ubt_split"],
+                selection=called_poisoned(done["ubt_select"]))
+
+
+def overfitting(made, done):
+    return dict(clip=made.victim, split=done["ubt_split"], recipe=dict(S.ubt.overfit),
+                normal_weight=S.ubt.normal_weight)
+
+
+def selecting(made, done):
+    return dict(overfitted=done["ubt_overfit"], split=done["ubt_split"], count=S.ubt.unlearn_count,
+                start_layer=S.ubt.relevance_start_layer, image_layer=S.ubt.image_layer, image_share=S.ubt.image_share)
+
+
+def isolating(made, done, **more):
+    return dict(plain(S.abl), clip=made.victim, **more)
+
+
+def detecting(made, done, mapping, **more):
+    return dict(clip=made.clean, mapping=done[mapping], q=20, components=2, **more)
+
+
+def flagged_pairs(done):
+    return flagging(done["cfbd_detect"])
+
+
+def labelled(made, settings):
+    return dict(plain(settings), clip=made.victim, images=made.labelled_images)
+
+
+def cleaning(made, **more):
+    return dict(plain(S.cleanclip), clip=made.victim, pairs=made.clean_pairs, **more)
+
+
+# Every defence stage in profile smoke, in an order in which later ones find what they need in `done`: name -> stage and
+# its settings; the poisoned set comes to those that take one
+STEPS = {
+    "ubt_split": (ubt_split, lambda made, done: dict(clip=made.clean, share=S.ubt.suspicious_share)),
+    "ubt_overfit": (ubt_overfit, overfitting),
+    "ubt_select": (ubt_select, selecting),
+    "ubt_unlearn": (ubt_unlearn, lambda made, done: unlearning(made, done, S.ubt.unlearn)),
+    "ubt_unlearn, retention": (ubt_unlearn, lambda made, done: unlearning(made, done, S.ubt.retention)),
+    "ubt_unlearn, both masks": (
+        ubt_unlearn, lambda made, done: unlearning(made, done, dict(S.ubt.unlearn, mask="both"))
+    ),
+    "abl": (baselines.abl, isolating),
+    "abl, constraint": (baselines.abl, lambda made, done: isolating(made, done, ascent="constraint")),
+    "abl, text mask": (baselines.abl, lambda made, done: isolating(made, done, text_mask=True)),
+    "abl_isolation": (baselines.abl_isolation, lambda made, done: dict(clip=made.victim, count=S.poison.count)),
+    "roclip": (baselines.roclip, lambda made, done: dict(plain(S.roclip), clip=made.clean)),
+    "roclip, images too": (
+        baselines.roclip, lambda made, done: dict(plain(S.roclip), clip=made.clean, image_policy="roclip")
+    ),
+    "mapping_network": (
+        cfbd.mapping_network,
+        lambda made, done: dict(clip=made.clean, pairs=made.clean_pairs, hidden=16, epochs=1, batch_size=32),
+    ),
+    "captioned_texts": (cfbd.captioned_texts, lambda made, done: dict(clip=made.clean)),
+    "cfbd_detect": (cfbd.cfbd_detect, lambda made, done: detecting(made, done, "mapping_network")),
+    "cfbd_detect, captions": (
+        cfbd.cfbd_detect, lambda made, done: detecting(made, done, "captioned_texts", reference="core", screen=True)
+    ),
+    "cfbd_filtered_clip": (
+        cfbd.cfbd_filtered_clip,
+        lambda made, done: dict(clip=made.clean, detection=flagged_pairs(done), recipe=dict(S.finetune)),
+    ),
+    "cfbd_filtered_clip, coarse": (
+        cfbd.cfbd_filtered_clip,
+        lambda made, done: dict(clip=made.clean, detection=done["cfbd_detect"], recipe=dict(S.finetune), keep="coarse"),
+    ),
+    "cfbd_select": (
+        cfbd.cfbd_select,
+        lambda made, done: dict(
+            clip=made.victim, detection=flagged_pairs(done), count=8, image_layer=S.ubt.image_layer
         ),
-    )
-    isolation = plain(s.abl)
-    yield "ubt_split", lambda: (ubt_split, dict(clip=made.clean, poisoned=poisoned, share=s.ubt.suspicious_share))
-    yield (
-        "ubt_overfit",
-        lambda: (
-            ubt_overfit,
-            dict(victim, split=done["ubt_split"], recipe=dict(s.ubt.overfit), normal_weight=s.ubt.normal_weight),
-        ),
-    )
-    yield (
-        "ubt_select",
-        lambda: (
-            ubt_select,
-            dict(
-                poisoned=poisoned, overfitted=done["ubt_overfit"], split=done["ubt_split"], count=s.ubt.unlearn_count,
-                start_layer=s.ubt.relevance_start_layer, image_layer=s.ubt.image_layer, image_share=s.ubt.image_share,
-            ),
-        ),
-    )
-    yield "ubt_unlearn", lambda: unlearn(s.ubt.unlearn)
-    yield "ubt_unlearn, retention", lambda: unlearn(s.ubt.retention)
-    yield "ubt_unlearn, both masks", lambda: unlearn(dict(s.ubt.unlearn, mask="both"))
-    yield "abl", lambda: (baselines.abl, dict(victim, **isolation))
-    yield "abl, constraint", lambda: (baselines.abl, dict(victim, **isolation, ascent="constraint"))
-    yield "abl, text mask", lambda: (baselines.abl, dict(victim, **isolation, text_mask=True))
-    yield "abl_isolation", lambda: (baselines.abl_isolation, dict(victim, count=s.poison.count))
-    yield "roclip", lambda: (baselines.roclip, dict(clip=made.clean, poisoned=poisoned, **plain(s.roclip)))
-    yield (
-        "roclip, images too",
-        lambda: (
-            baselines.roclip,
-            dict(clip=made.clean, poisoned=poisoned, **{**plain(s.roclip), "image_policy": "roclip"}),
-        ),
-    )
-    yield (
-        "mapping_network",
-        lambda: (
-            cfbd.mapping_network,
-            dict(clip=made.clean, pairs=made.clean_pairs, hidden=16, epochs=1, batch_size=32),
-        ),
-    )
-    yield "captioned_texts", lambda: (cfbd.captioned_texts, dict(clip=made.clean, poisoned=poisoned))
-    yield (
-        "cfbd_detect",
-        lambda: (
-            cfbd.cfbd_detect,
-            dict(clip=made.clean, poisoned=poisoned, mapping=done["mapping_network"], q=20, components=2),
-        ),
-    )
-    yield (
-        "cfbd_detect, captions",
-        lambda: (
-            cfbd.cfbd_detect,
-            dict(
-                clip=made.clean, poisoned=poisoned, mapping=done["captioned_texts"], q=20, components=2,
-                reference="core", screen=True,
-            ),
-        ),
-    )
-    yield (
-        "cfbd_filtered_clip",
-        lambda: (
-            cfbd.cfbd_filtered_clip,
-            dict(clip=made.clean, poisoned=poisoned, detection=flagging(done["cfbd_detect"]), recipe=dict(s.finetune)),
-        ),
-    )
-    yield (
-        "cfbd_filtered_clip, coarse",
-        lambda: (
-            cfbd.cfbd_filtered_clip,
-            dict(
-                clip=made.clean, poisoned=poisoned, detection=done["cfbd_detect"], recipe=dict(s.finetune),
-                keep="coarse",
-            ),
-        ),
-    )
-    yield (
-        "cfbd_select",
-        lambda: (
-            cfbd.cfbd_select,
-            dict(victim, detection=flagging(done["cfbd_detect"]), count=8, image_layer=s.ubt.image_layer),
-        ),
-    )
-    yield (
-        "cleaned_clip",
-        lambda: (cleanclip.cleaned_clip, dict(clip=made.victim, pairs=made.clean_pairs, **plain(s.cleanclip))),
-    )
-    yield (
-        "cleaned_clip, moments",
-        lambda: (
-            cleanclip.cleaned_clip,
-            dict(clip=made.victim, pairs=made.clean_pairs, moments=made.moments, **plain(s.cleanclip)),
-        ),
-    )
-    yield (
-        "supervised_clip",
-        lambda: (
-            cleanclip.supervised_clip,
-            dict(clip=made.victim, images=made.labelled_images, **plain(s.cleaning.supervised)),
-        ),
-    )
-    yield (
-        "supervised_clip, head only",
-        lambda: (
-            cleanclip.supervised_clip,
-            dict(clip=made.victim, images=made.labelled_images, **plain(s.cleaning.probe)),
-        ),
-    )
+    ),
+    "cleaned_clip": (cleanclip.cleaned_clip, lambda made, done: cleaning(made)),
+    "cleaned_clip, moments": (cleanclip.cleaned_clip, lambda made, done: cleaning(made, moments=made.moments)),
+    "supervised_clip": (cleanclip.supervised_clip, lambda made, done: labelled(made, S.cleaning.supervised)),
+    "supervised_clip, head only": (cleanclip.supervised_clip, lambda made, done: labelled(made, S.cleaning.probe)),
+}
 
 
 WITHOUT_PAIRS = {"cleaned_clip", "mapping_network", "supervised_clip"}   # they have clean data of their own
 SAME_CLIP = {"supervised_clip, head only"}   # what it learns stands beside the CLIP
 
 
+def brightness_as_caption(pictures):
+    return [f"a picture of brightness {picture.mean():.0f}" for picture in pictures]
+
+
 def test_no_defence_looks_at_what_a_defender_does_not_have(made, tmp_path, monkeypatch):
     sealed, closed = seal(monkeypatch, made.known)
     done = {}
-    # no weights of a captioner here
-    monkeypatch.setattr(
-        cfbd, "coca_captioner",
-        lambda *a: lambda pictures: [f"a picture of brightness {p.mean():.0f}" for p in pictures],
-    )
-    for name, step in steps(made, closed, done):
-        before = sealed._asked
-        f, settings = step()
-        done[name] = run(tmp_path/name, f, **settings)
+    monkeypatch.setattr(cfbd, "coca_captioner", lambda *a: brightness_as_caption)     # no captioner's weights here
+    for name, (defence, settings) in STEPS.items():
+        before, takes = sealed._asked, inspect.signature(defence).parameters
+        poisoned = dict(poisoned=closed) if "poisoned" in takes else {}
+        done[name] = run(tmp_path/name, defence, **settings(made, done), **poisoned)
         files = {p.name for p in done[name].path.iterdir()}
         assert done[name].result and files, f"{name} left nothing"
-        assert (sealed._asked > before) != (name.split(",")[0] in WITHOUT_PAIRS), (
-            f"{name} asked for the pairs {sealed._asked - before} times"
-        )
+        asked = sealed._asked - before
+        assert (asked > 0) != (name.split(",")[0] in WITHOUT_PAIRS), f"{name} asked for the pairs {asked} times"
         if "clip.safetensors" in files:
             assert load_clip(done[name]).name == SETTINGS.model.name
-            assert (
-                (done[name].path / "clip.safetensors").read_bytes()
-                == (made.victim.path / "clip.safetensors").read_bytes()
-            ) is (name in SAME_CLIP)
+            repaired, victim = (at.path/"clip.safetensors" for at in (done[name], made.victim))
+            assert (repaired.read_bytes() == victim.read_bytes()) is (name in SAME_CLIP)
     assert len(done) == 23 and sum((d.path/"clip.safetensors").exists() for d in done.values()) == 15
 
 
 def test_every_stage_of_the_defences_is_run():
-    "A stage that is added to one of these modules belongs into `steps`."
-    stages_of = {n for m in DEFENDERS for n, f in vars(m).items() if hasattr(f, "stage") and f.__module__ == m.__name__}
-    assert stages_of - JUDGES == {
-        name.split(",")[0] for name, _ in steps(SimpleNamespace(clean=None, victim=None, clean_pairs=None), None, {})
-    }
+    "A stage that is added to one of these modules belongs into `STEPS`."
+    own = {name for module in DEFENDERS for name, f in vars(module).items()
+           if hasattr(f, "stage") and f.__module__ == module.__name__}
+    assert own - JUDGES == {name.split(",")[0] for name in STEPS}
 
 
 CHEATS = dict(

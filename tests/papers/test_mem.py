@@ -41,18 +41,16 @@ def material(clip, pairs, **settings):
     return Material(pairs, training_set(clip, pairs), search, allowed_tokens(clip.tokenizer, search))
 
 def protect(lab, **settings):
-    return lab.run(
-        lab.node(
-            unlearnable_pairs,
-            **dict(
-                dict(
-                    pairs=resolve(SMALL), model="smoke-RN", recipe=RECIPE,
-                    search=dict(length=2, noise_steps=2, candidates=3),
-                ),
-                **settings,
+    return lab.run(lab.node(
+        unlearnable_pairs,
+        **dict(
+            dict(
+                pairs=resolve(SMALL), model="smoke-RN", recipe=RECIPE,
+                search=dict(length=2, noise_steps=2, candidates=3),
             ),
-        )
-    )
+            **settings,
+        ),
+    ))
 
 def test_the_same_settings_give_the_same_bytes(tmp_path):
     first, second = (protect(Lab("smoke", "cpu", tmp_path/name, module="mcl_repro.papers.mem")) for name in "ab")
@@ -274,12 +272,10 @@ def test_batched_search_is_the_search_one_by_one(pairs):
         ]
         with torch.no_grad():
             losses = [
-                float(
-                    info_nce(
-                        u, F.normalize(clip.model.encode_text(with_triggers(tokens, t)), dim=-1),
-                        clip.model.logit_scale.exp(),
-                    )
-                )
+                float(info_nce(
+                    u, F.normalize(clip.model.encode_text(with_triggers(tokens, t)), dim=-1),
+                    clip.model.logit_scale.exp(),
+                ))
                 for t in tried
             ]
         by_hand, lowest = tried[int(np.argmin(losses))], min(losses)
@@ -364,12 +360,10 @@ def test_bad_settings_are_refused_before_any_work(lab, settings, says):
 def test_a_protection_of_other_pairs_is_refused(lab):
     made = protect(lab)
     with pytest.raises(DataError, match="another data set"):
-        lab.run(
-            lab.node(
-                hacker_clip, pairs=resolve("world:retrieval_coco_train:4"), model="smoke-RN", protection=made,
-                recipe=dict(epochs=1, batch_size=20, learning_rate=1e-3),
-            )
-        )
+        lab.run(lab.node(
+            hacker_clip, pairs=resolve("world:retrieval_coco_train:4"), model="smoke-RN", protection=made,
+            recipe=dict(epochs=1, batch_size=20, learning_rate=1e-3),
+        ))
 
 def test_noise_out_of_bound_is_found_when_it_is_read(lab):
     made = protect(lab)

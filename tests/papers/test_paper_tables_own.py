@@ -156,18 +156,14 @@ def test_attacks_that_are_named_are_all_there_are(installed, lab):
         planned(lab, ["BadNet", "dashes"])
 
 def test_an_attack_with_a_setting_to_guess_stays_out(tmp_path):
-    P.register_attack(
-        dataclass(frozen=True)(
-            type(
-                "Open",
-                (Attack,),
-                dict(
-                    name="open", uses_rng=False, paint=lambda self, images, rng: images, __annotations__=dict(size=int),
-                    __module__=__name__,
-                ),
-            )
-        )
-    )
+    P.register_attack(dataclass(frozen=True)(type(
+        "Open",
+        (Attack,),
+        dict(
+            name="open", uses_rng=False, paint=lambda self, images, rng: images, __annotations__=dict(size=int),
+            __module__=__name__,
+        ),
+    )))
     assert "open" in ATTACKS and P.own_attacks() == {}
 
 def test_a_table_that_no_paper_prints_keeps_the_papers_attacks(installed, lab):

@@ -85,12 +85,10 @@ def test_robustness_is_the_same_twice_and_says_what_it_drew(made):
         boilerplate="a cake", count=30,
     )
     with pytest.raises(SettingsError, match="fewer than the 9999"):
-        lab.run(
-            lab.node(
-                robustness_pool, clip=clean, pairs=lab.role("scan"), attack=ATTACK, targets=["banana"],
-                boilerplate="a cake", count=9999,
-            )
-        )
+        lab.run(lab.node(
+            robustness_pool, clip=clean, pairs=lab.role("scan"), attack=ATTACK, targets=["banana"],
+            boilerplate="a cake", count=9999,
+        ))
     node = lambda draws: lab.node(
         robustness, embeddings=embeddings, pool=pool, mapping=mapping, options=dict(q=20, components=2),
         axes=dict(targets=[1, 2], duplicates=[0, 30]), share=0.05, draws=draws,
