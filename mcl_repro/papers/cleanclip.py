@@ -427,7 +427,7 @@ def _watched_training_cost(s):
     work.add(s.reading("test"), 2 * s.images)
     return work.embed(s, 2 * s.images * looks, s.counts("test").classes * looks)
 
-# %% ../../nbs/papers/cleanclip.ipynb #6cfe3015
+# %% ../../nbs/papers/cleanclip.ipynb #1087d323
 CLEANCLIP_TABLES = [f"cleanclip.{name}" for name in (
     "main", "finetune_ablation", "lambda", "poison_count", "data_size", "pretrained", "variants", "objective",
     "structured")]
@@ -436,6 +436,7 @@ def has_head(node) -> bool:
     "Whether a node makes a model with a head; a notebook's own copy of the stage counts as the library's."
     return node.stage.name.rpartition(".")[2] == "supervised_clip"
 
+# %% ../../nbs/papers/cleanclip.ipynb #6cfe3015
 class CleanclipExperiments(Experiments):
     "The plan of CleanCLIP's experiments. Raises SettingsError for a table or an attack that it does not have."
     def __init__(

@@ -199,9 +199,7 @@ def steganography_encoder(work, *,
         )
     encoder, decoder = (net.to(work.device) for net in build_steganography(bits, canvas, width, strength, seed))
     seen = source.array(np.arange(image_count), canvas)
-    train_steganography(
-        encoder, decoder, seen, steps, batch_size, learning_rate, image_weight, seed, work.progress
-    )
+    train_steganography(encoder, decoder, seen, steps, batch_size, learning_rate, image_weight, seed, work.progress)
     encoder, decoder = encoder.cpu(), decoder.cpu()
     np.save(work.out/"encoder.npy", encoder_array(encoder))
     np.save(work.out/"decoder.npy", encoder_array(decoder))

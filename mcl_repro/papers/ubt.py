@@ -394,9 +394,7 @@ def ubt_nodes(lab,            # a `Lab`
         ubt_overfit, clip=victim, poisoned=poisoned, split=split,
         recipe=dict(settings["overfit"], seed=seed), normal_weight=settings["normal_weight"],
     )
-    select = lab.node(
-        ubt_select, overfitted=overfit, poisoned=poisoned, split=split, **selection_settings(settings)
-    )
+    select = lab.node(ubt_select, overfitted=overfit, poisoned=poisoned, split=split, **selection_settings(settings))
     return dict(split=split, overfit=overfit, select=select)
 
 def unlearned(lab,           # a `Lab`
