@@ -193,6 +193,7 @@ def _parse(source:str) -> tuple[str, str, int|None, int]:
         raise DataError(f"unknown data source {source}; write name:split, name:split:count or a path to a CSV")
     return name, rest[0], _count(rest[1], source) if len(rest) > 1 else None, _seed(rest, source)
 
+# %% ../../nbs/data/registry.ipynb #eaea8f4a
 def resolve(
     source: str|DataRef # `name:split[:count]`, or a path
 ) -> DataRef:

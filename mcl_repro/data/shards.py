@@ -196,6 +196,7 @@ def link_reason(
         return f"HTTP {code[1]}"
     return next((kind for kind, words in _REASONS.items() if re.search(words, message, re.I)), "other")
 
+# %% ../../nbs/data/shards.ipynb #a95d0527
 def _shard_rows(tar:Path) -> list|None:
     "Row numbers that one shard has; None for a shard that is not there, is being written or is damaged."
     try:
