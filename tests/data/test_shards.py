@@ -224,7 +224,7 @@ def test_the_command_fetches_goes_on_and_counts(tmp_path, capsys):
     assert "--number_sample_per_shard=10000 " in out
     assert "is not installed here" in err
     assert cli.main(words + ["--print"]) == 0
-    assert capsys.readouterr().out.startswith(str(program))
+    assert capsys.readouterr().out.startswith(shlex.quote(str(program)))
     assert (tmp_path / "cc 3m/calls.txt").read_text().count("\n") == 2
     assert cli.main(["data", "links", str(tmp_path)]) == 2
     assert "make it with: mcl_repro data cc3m TSV" in capsys.readouterr().err
