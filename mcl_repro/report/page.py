@@ -15,7 +15,7 @@ import pandas as pd
 from ..core.errors import SettingsError
 from ..core.files import package_yaml, read_json, write_atomically
 from .printed import LAYOUTS, printed_entries, table_spec
-from .tables import own_table_spec, page_templates, read_table, table_grid
+from .tables import own_table_spec, page_templates, printed_name, read_table, table_grid
 
 # %% ../../nbs/report/page.ipynb #e3823af3
 VERDICTS = ("reproduced", "contradicted", "undecided", "not_testable")
@@ -70,7 +70,7 @@ def _read_figure(path, about):
     for kind in ("png", "svg", "csv"):
         path.with_suffix(f".{kind}").stat()
     printed = printed_entries("figures").get(about["id"], {})
-    name = about["id"].partition(".")[2].replace("_", " ").capitalize()
+    name = printed_name("figures", about["id"].partition(".")[2])
     heading = f"Figure {printed['number']}" if printed else f"{name} (ours)"
     links = _links("figures", about["id"], ("svg", "png", "csv"))
     return {"id": about["id"], "heading": heading, "alt": about["alt"], "note": about["note"],

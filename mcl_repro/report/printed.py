@@ -36,7 +36,7 @@ NUMBER_COLUMNS = ["value", "ci_low", "ci_high", "n_seeds", "paper_value", "unit"
 @dataclass(frozen=True)
 class TableSpec:
     "What a table is: its name in the paper and the factors that tell its cells apart, down and across the page."
-    id: str                 # as in papers/tables.yaml, 'ubt.table1', or a name of our own
+    id: str                 # as in report/papers/tables.yaml, 'ubt.table1', or a name of ours
     title: str              # what it shows, one line
     factors: tuple          # names whose labels identify a cell, `metric` among them or constant
     rows: tuple             # factors and labels that run down the page

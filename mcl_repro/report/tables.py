@@ -228,12 +228,12 @@ def tidy(
 
 # %% ../../nbs/report/tables.ipynb #65df345a
 def printed_name(
-    kind: str,  # "factors" or "labels"
+    kind: str,  # "factors", "labels" or "figures"
     text: str,
 ) -> str:
-    "How a factor or a label is written for a reader."
+    "How a factor, a label or a figure of ours is written for a reader."
     known = package_yaml(LAYOUTS)["names"][kind]
-    return known.get(text) or (text.replace("_", " ").capitalize() if kind == "factors" else text)
+    return known.get(text) or (text if kind == "labels" else text.replace("_", " ").capitalize())
 
 # %% ../../nbs/report/tables.ipynb #a6aa3e53
 def _decimals(spec) -> dict[str, int]:
