@@ -6,7 +6,7 @@ from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT_FILES = ("data_manifest.yaml", "CITATION.cff")     # stand at the top of the source tree
-DATA = ("yaml", "json", "csv", "txt", "j2", "css", "js", "svg", "rst")     # kinds of data files that lie beside the code
+DATA = ("yaml", "json", "csv", "txt", "j2", "css", "js", "svg", "rst")  # data files that lie beside the code
 
 
 class BuildWithManifest(build_py):
