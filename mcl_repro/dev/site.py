@@ -25,6 +25,7 @@ from ..core.errors import SettingsError, StoreError, UserError
 from ..core.files import read_yaml
 from . import site_pages
 from .site_pages import collect_pages, only_library, prepare
+from ..run.notebooks import notebooks_folder
 from ..report.rules import read_claims
 
 TEMPLATES = Path(str(resources.files("mcl_repro.dev")))/"templates"
@@ -177,22 +178,47 @@ def _copy_claims(run, to):
         path.write_text(re.sub(r'"\.\./index\.html[^"]*"', '"../claims.html"', text), encoding="utf-8", newline="\n")
 
 # %% ../../nbs/dev/site.ipynb #d7359107
-def _contents(names, claims):
-    "The navigation, as tables of contents that do not show on the home page."
+def _contents(names, claims, about=()):
+    "The navigation, as tables of contents that do not show on the home page; `about`: pages on the project."
     groups = {}
     for name in names[1:]:
         folder = name.rpartition("/")[0] or "notebooks"
         groups.setdefault(folder.replace("/", ", ").capitalize(), []).append(name)
     groups["Reference"] = [*["claims"]*claims, "api/index", "genindex"]
+    groups |= {"Project": list(about)} if about else {}
     tree = "```{{toctree}}\n:hidden:\n:caption: {}\n:maxdepth: 1\n\n{}\n```"
     return "\n\n".join(tree.format(title, "\n".join(pages)) for title, pages in groups.items())
 
+# %% ../../nbs/dev/site.ipynb #4f0371a2
+def _linked_files(page, notebooks):
+    "File of the checkout -> its place in the site, for what a page shows or links to and what is no notebook."
+    at_top = page.name == "index"
+    folder = notebooks.parent if at_top else (notebooks/page.name).parent
+    text = "\n".join(cell.source for cell in page.notebook.cells if cell.cell_type == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)#:\s]+)\)", text) if not link.endswith(".ipynb")]
+    found = {folder/link: link.removeprefix("nbs/") if at_top else os.path.relpath(folder/link, notebooks)
+             for link in links}
+    return {path: place for path, place in found.items() if path.is_file() and not place.startswith("..")}
+
+
+def _copy_linked(pages, notebooks, to):
+    "Copy these files into the folder that Sphinx reads; returns the names of those that are pages themselves."
+    files = {path: place for page in pages for path, place in _linked_files(page, notebooks).items()}
+    for path, place in files.items():
+        (to/place).parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".md":
+            text = path.read_text(encoding="utf-8").replace("](nbs/", "](")
+            (to/place).write_text(text, encoding="utf-8", newline="\n")
+        else:
+            shutil.copyfile(path, to/place)
+    return [place.removesuffix(".md") for place in files.values() if place.endswith(".md")]
+
 # %% ../../nbs/dev/site.ipynb #f591ba83
-def _write_sources(pages, run, to):
+def _write_sources(pages, run, notebooks, to):
     "Write what Sphinx reads into an empty folder."
-    rows = claim_rows(run)
+    rows, about = claim_rows(run), _copy_linked(pages, notebooks, to)
     for page in pages:
-        below = [_contents([p.name for p in pages], bool(rows))] if page.name == "index" else ()
+        below = [_contents([p.name for p in pages], bool(rows), about)] if page.name == "index" else ()
         for folder, notebook in ((to, prepare(page, run, below)), (to/"originals", page.notebook)):
             path = folder/f"{page.name}.ipynb"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +306,7 @@ def build_site(
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".site-", dir=out.parent) as work:
             source, built = Path(work, "source"), Path(work, "site")
-            _write_sources(pages, run, source)
+            _write_sources(pages, run, notebooks_folder(notebooks), source)
             _run_sphinx(source, built, _settings(pages, source))
             _put_in_place(built, out)
     except OSError as e:
