@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREPARATIONS', 'load_clip', 'data_for', 'save_trained', 'train_and_save', 'weights_checksum', 'clean_clip',
-           'attack_of', 'poisoned_pairs', 'open_poisoned', 'defender_pairs', 'steganography_encoder', 'trojan_trigger',
-           'badclip_trigger', 'Preparation', 'attack_settings', 'finetuned_clip', 'given_clip', 'pair_similarities',
+           'attack_of', 'poisoned_pairs', 'open_poisoned', 'defender_pairs', 'Preparation', 'steganography_encoder',
+           'trojan_trigger', 'badclip_trigger', 'attack_settings', 'finetuned_clip', 'given_clip', 'pair_similarities',
            'arrays', 'classification', 'retrieval', 'divergence', 'noise_size', 'outcomes', 'cell', 'percent']
 
 # %% ../../nbs/papers/stages.ipynb #732ddbc4
@@ -175,6 +175,19 @@ def defender_pairs(
     done = open_poisoned(artefact)
     return _source(artefact) if done is None else done.pairs
 
+# %% ../../nbs/papers/stages.ipynb #bcc54497
+@dataclass(frozen=True)
+class Preparation:
+    "How a part of an attack is made before anything is poisoned."
+    stage: Callable   # makes it
+    under: str        # where the stage's settings stand in a profile's entry of the attack
+    fields: tuple     # the attack's settings whose arrays the stage leaves, as `<setting>.npy`
+    shared: tuple     # settings that stage and attack must have in common; the attack takes the stage's
+    data: str         # the input of the stage that gets the pairs of role `pretrain`
+    needs: tuple = () # further inputs: `clip`, the clean CLIP, and `target`, the class name
+
+PREPARATIONS = {}     # name of an attack -> its `Preparation`
+
 # %% ../../nbs/papers/stages.ipynb #16aaaf67
 @stage
 def steganography_encoder(work, *,
@@ -219,6 +232,12 @@ def _steganography_encoder_cost(s):
     seen = s.image_count + s.held_out
     work = StageWork(kept=10**6, host=3 * seen * s.canvas**2).add(s.reading("images"), seen)
     return work.add("gflop", 6 * forward * s.steps * s.batch_size + 2 * forward * s.held_out)
+
+# %% ../../nbs/papers/stages.ipynb #a2b148d9
+PREPARATIONS["ssba"] = Preparation(
+    steganography_encoder, under="encoder", fields=("encoder",), shared=("bits", "canvas", "width", "strength"),
+    data="images",
+)
 
 # %% ../../nbs/papers/stages.ipynb #abd0848c
 @stage
@@ -267,6 +286,13 @@ def _trojan_trigger_cost(s):
     seen = s.image_count + s.held_out
     work = StageWork(kept=10**5, host=3 * seen * s.facts.image_size**2).load(s).add(s.reading("pairs"), seen)
     return work.add("image_gradient", s.steps * s.batch_size, s.architecture).embed(s, 5 * seen)
+
+# %% ../../nbs/papers/stages.ipynb #12efe5a7
+_PASTED = ("patch_share", "placement")     # the patch is pasted where it was optimised
+
+PREPARATIONS["trojan"] = Preparation(
+    trojan_trigger, under="optimise", fields=("pattern",), shared=_PASTED, data="pairs", needs=("clip",)
+)
 
 # %% ../../nbs/papers/stages.ipynb #e3ba4f38
 @stage
@@ -322,31 +348,10 @@ def _badclip_trigger_cost(s):
     work.add("image_gradient", s.steps * s.batch_size, s.architecture)
     return work.embed(s, 4 * seen + 3 * named + 500, named + s.text_count)
 
-# %% ../../nbs/papers/stages.ipynb #bcc54497
-@dataclass(frozen=True)
-class Preparation:
-    "How a part of an attack is made before anything is poisoned."
-    stage: Callable   # makes it
-    under: str        # where the stage's settings stand in a profile's entry of the attack
-    fields: tuple     # the attack's settings whose arrays the stage leaves, as `<setting>.npy`
-    shared: tuple     # settings that stage and attack must have in common; the attack takes the stage's
-    data: str         # the input of the stage that gets the pairs of role `pretrain`
-    needs: tuple = () # further inputs: `clip`, the clean CLIP, and `target`, the class name
-
-_PASTED = ("patch_share", "placement")     # the patch is pasted where it was optimised
-
-PREPARATIONS = dict(   # name of an attack -> how a part of it is made
-    ssba=Preparation(
-        steganography_encoder, under="encoder", fields=("encoder",), shared=("bits", "canvas", "width", "strength"),
-        data="images",
-    ),
-    trojan=Preparation(
-        trojan_trigger, under="optimise", fields=("pattern",), shared=_PASTED, data="pairs", needs=("clip",)
-    ),
-    badclip=Preparation(
-        badclip_trigger, under="optimise", fields=("pattern", "texts"), shared=_PASTED, data="pairs",
-        needs=("clip", "target"),
-    ),
+# %% ../../nbs/papers/stages.ipynb #7432f45c
+PREPARATIONS["badclip"] = Preparation(
+    badclip_trigger, under="optimise", fields=("pattern", "texts"), shared=_PASTED, data="pairs",
+    needs=("clip", "target"),
 )
 
 # %% ../../nbs/papers/stages.ipynb #d828276e

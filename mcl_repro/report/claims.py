@@ -43,7 +43,7 @@ class Comparison:
 
 AUDITS = ("holds", "partly", "fails", "not_checkable")
 
-# %% ../../nbs/report/claims.ipynb #c556ebe6
+# %% ../../nbs/report/claims.ipynb #c7476285
 def _over_items(value, drawn, level):
     "Intervals from draws of the test items: per comparison, and for all at once."
     own = np.quantile(drawn, [(1 - level)/2, (1 + level)/2], axis=1).T
@@ -191,7 +191,7 @@ def _interval_text(comparison):
         return ""
     return f"[{short_number(comparison.ci_low)}, {short_number(comparison.ci_high)}]"
 
-# %% ../../nbs/report/claims.ipynb #efdd80b6
+# %% ../../nbs/report/claims.ipynb #d2c58cce
 @dataclass(frozen=True)
 class Judgement:
     "What became of one claim on one source."
@@ -289,7 +289,7 @@ def _record(claim, printed, ours) -> dict:
         numbers |= dict(unit=unit_word(decisive.unit).strip(), comparisons=len(ours.comparisons))
     return row | numbers | dict(evidence=ours.evidence, printed_evidence=printed.evidence)
 
-# %% ../../nbs/report/claims.ipynb #925337d8
+# %% ../../nbs/report/claims.ipynb #f7e4d672
 def _by_text(judgement):
     "Comparisons by their rule's place and what they are about."
     return {(place, comparison.text): comparison for place, (_, comparisons, _) in enumerate(judgement.rules)
@@ -411,7 +411,7 @@ class ClaimsView:
 
     __str__ = __repr__ = _repr_markdown_
 
-# %% ../../nbs/report/claims.ipynb #4159ed26
+# %% ../../nbs/report/claims.ipynb #03b87e18
 def show_claims(
     paper: str,             # "ubt", "mem", "cleanclip" or "cfbd"
     folder: str | Path,     # the run's folder
