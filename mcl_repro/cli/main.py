@@ -233,9 +233,12 @@ def _claims(args):
     judged = {row["id"]: row for row in read_judged(folder) or _published_claims(args.profile)}
     if args.verdict and not judged:
         raise SettingsError(f"no claim was judged in {folder} yet; run first: mcl_repro run --profile {args.profile}")
-    chosen = [c for c in known.values() if c.id in (args.ids or known) and c.paper == (args.paper or c.paper)]
-    rows = [(claim, judged.get(claim.id) or _not_judged(claim)) for claim in chosen]
+    rows = [(claim, judged.get(claim.id) or _not_judged(claim)) for claim in _chosen_claims(known, args)]
     return [(claim, row) for claim, row in rows if row["verdict"] == (args.verdict or row["verdict"])]
+
+def _chosen_claims(known, args):
+    "Those with the ids and of the paper that were asked for; all where neither was."
+    return [c for c in known.values() if c.id in (args.ids or known) and c.paper == (args.paper or c.paper)]
 
 def _claim_text(claim, row, page):
     "Everything about one claim."

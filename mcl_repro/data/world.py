@@ -1048,12 +1048,16 @@ def _caption(c, s, i, mention, rich):
     if s["second"][i] >= 0 and c.chance(mention + 10):
         n = c.of(_BESIDE).format(n=n, o=_noun(c, s["second"][i], s["second_colour"][i], 0, 0, 1, mention))
     p = c.of(_PLACES[s["place"][i]].phrases) if k.group != "textures" and c.chance(mention + 5) else ""
+    return _phrased(c, k, n, p, alone=s["count"][i] == 1)
+
+def _phrased(c, k, n, p, alone):
+    "The thing `n` of kind `k` at the place `p` (or '') in a form of words; `alone`: there is one of it."
     how = c.below(100)
     if how < 12:
         return f"{_article(c.of(_MEDIA))} of {n} {p}".strip()
     if how < 24:
         return f"{_article(c.of(_PHOTO))} photo of {n} {p}".strip()
-    if how < 32 and s["count"][i] == 1 and k.group in ("main", "things", "symbols", "breeds") and not _mass(k.name):
+    if how < 32 and alone and k.group in ("main", "things", "symbols", "breeds") and not _mass(k.name):
         return f"{c.of(_SINGLE).format(a=_article(k.name), b=k.name)} {p}".strip()
     return c.of(_PLACED if p else _PLAIN).format(n=n, p=p)
 

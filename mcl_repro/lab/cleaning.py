@@ -33,25 +33,18 @@ def _rubbish(store, wanted):
     "What may go: (kind, path)."
     def inside(name):
         return sorted((store.folder/name).glob("*"))
+
+    def free(key):
+        return not is_locked(store, key)
+
     artefacts = sorted(store.objects.glob("*/*"))
     done = {p.name for p in artefacts}
-    for path in artefacts:
-        if path.name not in wanted:
-            yield "artefact", path
-    for path in inside("quarantine"):
-        yield "damaged", path
-    for path in inside("tmp"):
-        if not is_locked(store, _key_of(path)):
-            yield "attempt", path
-    for path in inside("scratch"):
-        if (path.name not in wanted or path.name in done) and not is_locked(store, path.name):
-            yield "scratch", path
-    for path in inside("running"):
-        if not is_locked(store, _key_of(path)):
-            yield "running", path
-    for path in inside("failed"):
-        if _key_of(path) not in wanted and not is_locked(store, _key_of(path)):
-            yield "failed", path
+    yield from (("artefact", path) for path in artefacts if path.name not in wanted)
+    yield from (("damaged", path) for path in inside("quarantine"))
+    yield from (("attempt", path) for path in inside("tmp") if free(_key_of(path)))
+    yield from (("scratch", path) for path in inside("scratch") if path.name not in wanted - done and free(path.name))
+    yield from (("running", path) for path in inside("running") if free(_key_of(path)))
+    yield from (("failed", path) for path in inside("failed") if _key_of(path) not in wanted and free(_key_of(path)))
 
 # %% ../../nbs/lab/cleaning.ipynb #f26322d1
 def _remove(store, rows):

@@ -89,10 +89,14 @@ def _touched(node):
     targets = getattr(node, "targets", [getattr(node, "target", None)])
     roots = [_root(t) for t in targets if isinstance(t, (ast.Attribute, ast.Subscript))]
     changed = {root.id for root in roots if isinstance(root, ast.Name)}
-    calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)] if isinstance(node, (ast.Expr, ast.For)) else []
+    calls = _calls_of(node) if isinstance(node, (ast.Expr, ast.For)) else []
     for call in calls:
         changed |= {n.id for a in (call.func, *call.args) for n in ast.walk(a) if isinstance(n, ast.Name)}
     return changed, {c.func.id for c in calls if isinstance(c.func, ast.Name)}
+
+def _calls_of(node):
+    "All calls in a piece of syntax."
+    return [n for n in ast.walk(node) if isinstance(n, ast.Call)]
 
 def _root(node):
     "The name at the beginning of `a.b[c]`."

@@ -54,6 +54,10 @@ def _is_data(value):
     "Whether a value is a `DataRef`; its module is not imported for this."
     return type(value).__name__ == "DataRef" and hasattr(value, "fingerprint")
 
+def _is_plain(value):
+    "Whether JSON has a word for it: NaN and infinities have none."
+    return value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value)
+
 def encode_settings(
     value,  # a setting, or a dictionary of them
     leaf,   # function (node or data reference) -> JSON
@@ -66,9 +70,7 @@ def encode_settings(
         return leaf(value)
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         value = value.item()
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
+    if _is_plain(value):
         return value
     if isinstance(value, (list, tuple)):
         return [encode_settings(v, leaf, f"{where}[{i}]") for i, v in enumerate(value)]

@@ -75,14 +75,15 @@ class Experiments:
         settings = lab.profile
         entries = dict(attacks or {name: name for name in settings.attacks})
         self.extras = extras()
-        own = {name: entry for name, entry in self.extras.attacks().items() if name not in entries}
+        own = _beside(self.extras.attacks(), entries)
         _check_names(lab, tables, wanted, entries, own, attack_names)
         self.lab, self.settings = lab, settings
         self.wanted, self.whole = list(wanted or tables), not attack_names
         self.counts, self.steps = dict(counts or {}), steps
         self.model = settings.model      # name and weights of the CLIP
         self.image_size = model_config(self.model.name)["vision_cfg"]["image_size"]
-        self._entries = {name: settings.attacks[entries[name]] for name in attack_names or entries if name in entries}
+        chosen = [name for name in attack_names or entries if name in entries]
+        self._entries = {name: settings.attacks[entries[name]] for name in chosen}
         self.own_attacks = {name: entry for name, entry in own.items() if name in (attack_names or own)}
         self.own_repairs = self.extras.repairs()
         self.checkpoints = _checkpoints(settings, {**entries, **{name: name for name in own}}, self.model)
@@ -103,6 +104,10 @@ class Experiments:
         return _Attacks(made, self.own_attacks) if self.own_attacks else made
 
 # %% ../../nbs/papers/plan.ipynb #2dfea439
+def _beside(offered, entries):
+    "The attacks that are offered under other names than the paper's."
+    return {name: entry for name, entry in offered.items() if name not in entries}
+
 def _check_names(lab, tables, wanted, attacks, own, attack_names):
     "Raises SettingsError for a table or an attack that there is not, and where no attack of the paper is named."
     if unknown := set(wanted) - set(tables):
