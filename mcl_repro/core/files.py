@@ -70,7 +70,8 @@ def write_atomically(
     "Replace a file as a whole or leave it as it was; raises `error`, which names it, where that cannot be done."
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")     # whose part it is, clean must know
+    whose = path.name.encode()[:200].decode(errors="ignore")     # clean must know it; a name has at most 255 bytes
+    part = path.with_name(f".{whose}.{uuid.uuid4().hex[:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
