@@ -82,9 +82,10 @@ class Lab:
         runs:str|Path="runs",       # where results go
         store:str|Path|None=None,   # artefact store, shared by profiles; default `runs/store`
         roles:dict|None=None,       # role -> data source, e.g. {'train': 'flickr8k:train'}
-        seeds:int=1,                # how many seeds experiments repeat over: `lab.seeds` is [0, ..., seeds-1]
+        seeds:int=1,                # how many seeds headline tables repeat over: `lab.seeds` is [0, ..., seeds-1]
         engine:str|None=None,       # 'serial', 'dask', 'torchrun', an address; default: MCL_REPRO_ENGINE, else 'serial'
         *, settings:dict|None=None, # dotted profile setting -> value
+        seed_all:bool=False,        # whether every table and figure repeats over the seeds
         jobs:int|None=None,         # processes: default one per core or GPU; more than one of 'serial' means 'dask'
         threads:int=1,              # of a stage on a CPU; other counts round differently and are other artefacts
         progress:bool|None=None,    # default: in terminals and notebooks, unless MCL_REPRO_PROGRESS is 0
@@ -94,7 +95,7 @@ class Lab:
         self.profile = load_profile(profile, settings, roles, paper=(module or "").rpartition(".")[2])
         what = [k for k in settings or {} if k.rpartition(".")[2] not in HOW_NOT_WHAT]
         self.stands_in = profile != "paper" or bool(roles) or bool(what)   # for the papers' data, models and settings
-        self.seeds = list(range(_count("seeds", seeds)))
+        self.seeds, self.seed_all = list(range(_count("seeds", seeds))), seed_all
         self.jobs, self.engine = jobs, _engine(engine, jobs)
         self.runs, self.folder = Path(runs), Path(runs)/profile
         self.store = Store(store or self.runs/"store")
