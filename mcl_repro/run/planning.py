@@ -9,19 +9,17 @@ __all__ = ['PlanningLab', 'plan_function', 'PaperPlan', 'plan_paper', 'Planned',
 # %% ../../nbs/run/planning.ipynb #67940e7d
 import importlib
 import inspect
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import DataError, SettingsError
-from ..core.files import read_json
 from ..lab.costs import absent_ref, counts_of, data_of, is_absent, is_listed, model_facts, StageWork, work_of
-from ..lab.lab import Lab
+from ..lab.lab import is_done, Lab
 from ..lab.nodes import Node
-from ..lab.status import is_there, with_inputs
+from ..lab.status import with_inputs
 from .calibration import calibrate, device_name, machine_room, stage_seconds, step_memory
 from mcl_repro.run.notebooks import (
-    check_parameters, choose_notebooks, exported_module, find_notebooks, notebook_modules, notebook_parameters,
+    asked_of, check_parameters, choose_notebooks, exported_module, find_notebooks, notebook_modules, notebook_parameters,
 )
 
 # %% ../../nbs/run/planning.ipynb #8f21b6d4
@@ -57,7 +55,7 @@ class PlanningLab(Lab):
                             f"scaled; plan with a count, such as {ref.source}:100000")
 
     def run(self, nodes):
-        raise RuntimeError("a plan computes nothing: give nodes to `Experiments.extra` instead of running them")
+        raise RuntimeError("a plan computes nothing: give nodes to `Experiments.ask` instead of running them")
 
 # %% ../../nbs/run/planning.ipynb #422344dd
 def plan_function(
@@ -76,27 +74,34 @@ def plan_function(
 class PaperPlan:
     "What a paper computes."
     paper: str
-    lab: PlanningLab
-    asked: list       # nodes that are asked for
+    lab: Lab
+    readers: dict     # table or figure -> nodes that it reads
     nodes: list       # these and everything they need, inputs first, each once
     known: bool       # whether there is a function that says so
+
+    @property
+    def asked(self)->list:
+        "The nodes that are asked for, each once."
+        return list(dict.fromkeys(node for nodes in self.readers.values() for node in nodes))
 
 def plan_paper(
     paper:str,          # its name
     notebook:str|Path,  # for its parameters
     parameters:dict,    # values of these, all that differ from the defaults
+    kind=PlanningLab,   # of lab; with `Lab` data must be there
 )->PaperPlan:
     "What a paper computes, without computing it. Raises the errors of a run for settings that it refuses."
     defaults = notebook_parameters(notebook)
     values = {**defaults, **check_parameters(paper, defaults, parameters)}
-    lab = PlanningLab(values["profile"], values["device"], values["runs"], roles=values["roles"], seeds=values["seeds"],
-                      settings=values["overrides"], module=exported_module(notebook))
+    lab = kind(values["profile"], values["device"], values["runs"], roles=values["roles"], seeds=values["seeds"],
+               settings=values["overrides"], module=exported_module(notebook), seed_all=values.get("seed_all", False))
     function = plan_function(paper, notebook)
     if function is None:
-        return PaperPlan(paper, lab, [], [], False)
+        return PaperPlan(paper, lab, {}, [], False)
     taken = {k: v for k, v in values.items() if k in inspect.signature(function).parameters}
-    asked = function(lab, lab.profile, **taken).nodes
-    return PaperPlan(paper, lab, asked, with_inputs(asked), True)
+    made = function(lab, lab.profile, **taken)
+    readers = getattr(made, "readers", None) or {paper: made.nodes}
+    return PaperPlan(paper, lab, readers, with_inputs(made.nodes), True)
 
 # %% ../../nbs/run/planning.ipynb #bc7bc708
 @dataclass
@@ -108,14 +113,6 @@ class Planned:
     needed: bool               # computed by a run: not done, and something not done asks for it
     seconds: float|None = None # estimated; None: not known
 
-def _is_done(store, node):
-    "Whether a node's artefact is in the store and looks whole."
-    place = store.path(node.stage.name, node.key)
-    record = read_json(place/"record.json", default=None)
-    with suppress(OSError, KeyError):
-        return bool(record) and is_there(place, record)
-    return False
-
 def plan_steps(
     plan:PaperPlan,
     known:dict,     # key -> `Planned`, filled: what was seen in another paper is the same object
@@ -123,7 +120,7 @@ def plan_steps(
     "The steps of a paper with their work, and which of them a run would compute."
     for n in plan.nodes:
         if n.key not in known:
-            known[n.key] = Planned(n, work_of(n), _is_done(plan.lab.store, n), False)
+            known[n.key] = Planned(n, work_of(n), is_done(plan.lab.store, n), False)
     waiting = list(plan.asked)
     while waiting:
         step = known[waiting.pop().key]
@@ -266,20 +263,15 @@ def _rates(todo, where, runs, calibration):
     return calibrate(models, where, runs, size, calibration == "measure")
 
 # %% ../../nbs/run/planning.ipynb #7de9dcbf
-def _plan_papers(papers, notebooks, table, parameters):
-    "A `PaperPlan` for each paper. Raises `SettingsError` where a table is asked of a paper that has none."
-    if table and not papers:
-        papers = [table.partition(".")[0]]
-    chosen = choose_notebooks(papers, find_notebooks(notebooks))
-    for paper, path in chosen.items():
-        if table and "tables" not in notebook_parameters(path):
-            raise SettingsError(f"paper {paper!r} has no tables to choose from; leave --table out")
-    values = {**parameters, **({"tables": [table]} if table else {})}
-    return [plan_paper(paper, path, values) for paper, path in chosen.items()]
+def _plan_papers(papers, notebooks, outputs, parameters):
+    "A `PaperPlan` for each paper, of everything or of some tables and figures."
+    chosen = choose_notebooks(papers or outputs, find_notebooks(notebooks))
+    asked = asked_of(chosen, outputs)
+    return [plan_paper(paper, path, {**parameters, **asked[paper]}) for paper, path in chosen.items()]
 
 # %% ../../nbs/run/planning.ipynb #dd07779b
 def make_plan(
-    papers=(),                     # 'ubt', 'mem', ...; none means all, or that of `table`
+    papers=(),                     # 'ubt', 'mem', ...; none means all, or those of `outputs`
     profile:str="paper",           # how big
     device:str="auto",             # 'auto', 'cpu' or 'cuda'
     jobs:int=1,                    # processes that compute at the same time
@@ -290,13 +282,13 @@ def make_plan(
     *,
     overrides:dict|None=None,      # dotted profile setting -> value
     notebooks:str|Path|None=None,  # folder of notebooks
-    table:str|None=None,           # only what this table needs, such as 'ubt.table7'
+    outputs:dict|None=None,        # only what these tables and figures need, see `chosen_outputs`
     calibration:str="measure",     # 'measure' what is not known yet, take what is 'known', or 'none'
 )->Plan:
     "Plan a run. Nothing is computed but a short measurement; raises what a run raises for a wrong request."
     standard = dict(profile=profile, device=device, jobs=jobs, seeds=seeds, roles=dict(roles or {}),
                     overrides=dict(overrides or {}), runs=str(runs))
-    plans = _plan_papers(papers, notebooks, table, {**standard, **(parameters or {})})
+    plans = _plan_papers(papers, notebooks, outputs or {}, {**standard, **(parameters or {})})
     known, where = {}, plans[0].lab.where
     kind = where["type"]
     planned = {p.paper: plan_steps(p, known) for p in plans}
