@@ -16,7 +16,7 @@ from rocrate.rocrate import ROCrate
 
 from mcl_repro.report import archive
 from mcl_repro.report.croissant import croissant
-from mcl_repro.run import batch
+from mcl_repro.run import batch, headless
 from mcl_repro.cli import main as cli
 from mcl_repro.core.errors import DataError, SettingsError
 from mcl_repro.core.files import package_yaml
@@ -466,8 +466,8 @@ def test_batch_and_report_command_write_it(tmp_path, monkeypatch, capsys):
         folder = rest[3]
         notebook(folder, name, "2026-01-02T03:00:00+00:00", "2026-01-02T03:00:12+00:00")
         if name == "b":
-            return batch.NotebookRun(name, "failed", 1.0, folder, SettingsError("b is bad"))
-        return batch.NotebookRun(name, "complete", 1.0, folder)
+            return headless.NotebookRun(name, "failed", 1.0, folder, SettingsError("b is bad"))
+        return headless.NotebookRun(name, "complete", 1.0, folder)
 
     nbs = tmp_path / "nbs"
     nbs.mkdir()
