@@ -236,15 +236,15 @@ def run_stage(
     attempt.mkdir(parents=True)
     work = Work(attempt, store.scratch(spec["key"]), running, spec)
     device, versions = spec["device"], spec["versions"]
-    started, clock = utc_now(), time.perf_counter()
+    started, began, clock = utc_now(), round(time.time(), 3), time.perf_counter()
     reset_peak_memory(device)
     with limit_threads(device, versions), _repeatable(device), _seeded(spec["key"], versions):
         result = function(work, **decode_settings(spec["settings"], inputs))
     seconds = round(time.perf_counter() - clock, 3)
     return dict(
         format=STORE_FORMAT, **{k: spec[k] for k in _KEPT}, result=_plain_result(spec, result), started=started,
-        finished=utc_now(), seconds=seconds, **peak_memory(device), hardware=hardware_facts(device["type"]),
-        git=git_state(),
+        finished=utc_now(), seconds=seconds, began=began, process=os.getpid(), **peak_memory(device),
+        hardware=hardware_facts(device["type"]), git=git_state(),
     )
 
 # %% ../../nbs/lab/attempt.ipynb #c0ca105d
