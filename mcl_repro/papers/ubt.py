@@ -20,7 +20,7 @@ from ..core.errors import SettingsError
 from ..lab.costs import cost_of, StageWork
 from ..lab.nodes import stage
 from ..measures.attribution import image_relevance, mask_patches, mask_tokens, token_relevance
-from ..model.clip import Clip, embed_images, embed_tokens, info_nce, save_clip
+from ..model.clip import Clip, embed_images, embed_tokens, info_nce
 from mcl_repro.model.training import (
     Batch, embed_batch, read_batch, Recipe, rows_of, step_rows, StopWhen, train, training_set, TrainingSet,
 )
@@ -29,7 +29,8 @@ from .cfbd import cfbd_nodes, mapping_node
 from .cleanclip import cleaned_clip
 from .plan import Experiments
 from mcl_repro.papers.stages import (
-    arrays, classification, defender_pairs, divergence, load_clip, noise_size, pair_similarities, train_and_save,
+    arrays, classification, defender_pairs, divergence, keep_clip, load_clip, noise_size, pair_similarities,
+    train_and_save,
 )
 
 # %% ../../nbs/papers/ubt.ipynb #02be15da
@@ -312,7 +313,7 @@ def train_product(work,                 # of a stage
         model, product, Recipe(**recipe), loss=loss, callbacks=callbacks,
         checkpoint=work.scratch / "checkpoint.safetensors", progress=work.progress,
     )
-    save_clip(model, work.out / "clip.safetensors")
+    keep_clip(work, model)
     return dict(model=model.name, steps=history[-1]["step"], loss=[round(h["loss"], 6) for h in history])
 
 # %% ../../nbs/papers/ubt.ipynb #5bd41920
