@@ -108,13 +108,14 @@ class Lab:
             self.device     # refuse at once what is not there
 
     @functools.cached_property
-    def _where(self):
+    def where(self)->dict:
+        "The device as keys state it: its type, and the threads of a CPU."
         kind = _far_device(self, self._asked) if is_address(self.engine) else find_device(self._asked)
         return {"type": "cpu", "threads": self._threads} if kind == "cpu" else gpu_facts()
     @property
     def device(self)->str:
         "'cpu' or 'cuda'."
-        return self._where["type"]
+        return self.where["type"]
     def __repr__(self):
         return f"Lab({self.name!r}, store={self.store.folder})"
 
@@ -166,7 +167,7 @@ def node(self:Lab,
     **settings,  # values, data references, other nodes, or lists and dictionaries of them
 )->Node:
     "A node of `stage`; unknown or missing settings are refused here, before anything runs."
-    node = make_node(_exported(stage, self.module), settings, self._where)
+    node = make_node(_exported(stage, self.module), settings, self.where)
     node.key    # which refuses what cannot be a setting
     return node
 
