@@ -6,7 +6,7 @@
 __all__ = ['TIMES', 'readers_of', 'read_times', 'seconds_by_kind', 'compared_kinds', 'on_cores', 'span_of', 'idle_cores',
            'table_times', 'headline_seconds', 'draw_time_line']
 
-# %% ../../nbs/report/run_times.ipynb #8031d80c
+# %% ../../nbs/report/run_times.ipynb #52dc3361
 from datetime import datetime
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..lab.status import read_plan
 from ..lab.store import Store
 from .printed import headline_tables
 
-# %% ../../nbs/report/run_times.ipynb #55db19a8
+# %% ../../nbs/report/run_times.ipynb #a8bf4aea
 def readers_of(
     entries: list,  # of a plan, each with `key`, `inputs` and, in a plan of a batch, `readers`
 ) -> dict:          # key -> ids
@@ -36,7 +36,7 @@ def readers_of(
                     queue += inputs[key]
     return found
 
-# %% ../../nbs/report/run_times.ipynb #7007a995
+# %% ../../nbs/report/run_times.ipynb #a00582f8
 TIMES = ("key", "stage", "label", "began", "ended", "seconds", "process", "readers")
 
 def _seconds_since_1970(text) -> float:
@@ -61,7 +61,7 @@ def _frame(rows, waiting=()) -> pd.DataFrame:
     frame.attrs["waiting"] = sorted(waiting)
     return frame
 
-# %% ../../nbs/report/run_times.ipynb #a33709a5
+# %% ../../nbs/report/run_times.ipynb #fdb1c8e1
 def _from_plan(folder, plan, since) -> pd.DataFrame:
     "Times of the steps of the latest run in a plan that were computed in it."
     store = Store(folder/plan["store"])
@@ -102,7 +102,7 @@ def read_times(
         raise SettingsError(f"no step of a run was found in {folder}; make one with `mcl_repro run`")
     return found
 
-# %% ../../nbs/report/run_times.ipynb #0250856d
+# %% ../../nbs/report/run_times.ipynb #dcbea4f8
 def seconds_by_kind(
     times: pd.DataFrame,  # from `read_times`
 ) -> pd.DataFrame:        # `stage`, `stages` (how many), `seconds`, `share` of all seconds; the largest first
@@ -121,30 +121,33 @@ def compared_kinds(
     largest = both[["seconds_before", "seconds_after"]].max(axis=1)
     return both.iloc[largest.argsort(kind="stable")[::-1]].reset_index(drop=True)
 
-# %% ../../nbs/report/run_times.ipynb #aa315098
+# %% ../../nbs/report/run_times.ipynb #5ebce350
 _TOUCH = .01     # seconds by which rounded times of two steps of a process may overlap
 
 def on_cores(
     times: pd.DataFrame,  # from `read_times`
 ) -> pd.DataFrame:        # with a column `core`, from 1
     "On which core each step can have been computed."
-    free, homes, found = [], {}, []
+    last = times.groupby("process").began.max().to_dict()      # when each process began its last step
+    free, owners, homes, found = [], [], {}, []
     for row in times.itertuples():
+        process = None if pd.isna(row.process) else row.process
         able = [core for core, end in enumerate(free) if end <= row.began + _TOUCH]
-        home = None if pd.isna(row.process) else homes.get(row.process)
-        if home in able:
-            core = home
+        if homes.get(process) in able:
+            core = homes[process]
         elif able:
-            core = max(able, key=free.__getitem__)
+            core = max(able, key=lambda core: (last.get(owners[core], 0.) <= row.began, free[core]))
         else:
             core = len(free)
             free.append(0.)
-        free[core] = row.ended
-        homes[row.process] = core
+            owners.append(None)
+        free[core], owners[core] = row.ended, process
+        if process is not None:
+            homes[process] = core
         found.append(core + 1)
     return times.assign(core=found)
 
-# %% ../../nbs/report/run_times.ipynb #4c997524
+# %% ../../nbs/report/run_times.ipynb #a7b1f6aa
 def span_of(
     times: pd.DataFrame,  # from `read_times`
 ) -> float:               # seconds
@@ -159,7 +162,7 @@ def idle_cores(
     found["idle"] = (1 - found.seconds / max(span_of(times), 1e-9)).clip(0, 1)
     return found
 
-# %% ../../nbs/report/run_times.ipynb #99d2a176
+# %% ../../nbs/report/run_times.ipynb #c10987d9
 def table_times(
     times: pd.DataFrame,  # from `read_times`
 ) -> dict:                # id -> seconds after the first step began; those with steps still to come are left out
@@ -181,7 +184,7 @@ def headline_seconds(
         return None
     return max(there[id] for id in headline)
 
-# %% ../../nbs/report/run_times.ipynb #072d3795
+# %% ../../nbs/report/run_times.ipynb #3810ed2a
 _COLOURS = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#56b4e9", "#ece133", "#fbafe4")
 _REST, _INK = "#b5bac1", "#1b2430"
 
@@ -201,7 +204,7 @@ def _title(times) -> str:
     headline = headline_seconds(times)
     return text if headline is None else f"{text}; headline tables after {duration(headline)}"
 
-# %% ../../nbs/report/run_times.ipynb #5377a1b3
+# %% ../../nbs/report/run_times.ipynb #430e11fc
 def _draw_core(ax, core, part, colours, start, unit):
     "The steps of one core as bars, and a line under those of headline tables."
     bars = [((row.began - start)/unit, max(row.ended - row.began, 0)/unit) for row in part.itertuples()]
@@ -221,7 +224,7 @@ def _keys(times, colours):
         found.append(Patch(color=_INK, label="for a headline table"))
     return found
 
-# %% ../../nbs/report/run_times.ipynb #c2a1f634
+# %% ../../nbs/report/run_times.ipynb #7dede035
 def draw_time_line(
     times: pd.DataFrame,  # from `read_times`
     title: str = "",      # before what is said of the run
@@ -242,6 +245,6 @@ def draw_time_line(
     ax.set_xlabel(f"{name} since the first step began", fontsize=9)
     ax.tick_params(labelsize=9)
     ax.grid(axis="y", visible=False)
-    ax.set_title(f"{title}: {_title(times)}" if title else _title(times), fontsize=10.5)
+    ax.set_title(f"{title}: {_title(times)}" if title else _title(times), fontsize=10.5, loc="left")
     fig.legend(handles=_keys(times, colours), loc="outside lower center", ncols=5, fontsize=8.5)
     return fig
