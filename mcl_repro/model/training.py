@@ -355,20 +355,27 @@ def update(self: LazyRows,
     ) -> torch.Tensor: # the gradient, every row once
     "AdamW's step for rows that have or had a gradient; the others owe the decay."
     memory, weight = self.memory, self.table.weight.detach()
-    gradient = gradient if gradient.is_sparse else gradient.to_sparse(1)
-    gradient = gradient.coalesce()
-    rows = gradient.indices()[0]
+    rows, summed = _every_row_once(gradient)
     new = rows[self.place[rows] < 0]
     if len(new):
         self.include(new)
     used, slopes = weight[memory["rows"]], torch.zeros_like(memory["exp_avg"])
-    slopes[self.place[rows]] = gradient.values()
+    slopes[self.place[rows]] = summed
     (beta1, beta2), moments = group["betas"], ([memory["exp_avg"]], [memory["exp_avg_sq"]])
     adamw([used], [slopes], *moments, [], [memory["step"]], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
           lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
     weight[memory["rows"]] = used
     memory["decay"] *= 1 - group["lr"] * group["weight_decay"]
-    return gradient
+    return torch.sparse_coo_tensor(rows[None], summed, weight.shape, is_coalesced=True, check_invariants=False)
+
+def _every_row_once(gradient):
+    "Numbers of the rows of a gradient, and their sums, added in the order in which a dense gradient adds them."
+    if not gradient.is_sparse:
+        rows = gradient.any(1).nonzero().flatten()
+        return rows, gradient[rows]
+    found, values = gradient._indices()[0], gradient._values()   # noqa: SLF001 coalesce() adds in another order
+    rows, place = found.unique(return_inverse=True)
+    return rows, torch.ops.aten.embedding_dense_backward(values, place, len(rows), -1, False)
 
 # %% ../../nbs/model/training.ipynb #b51e7a05
 class RowAdamW(torch.optim.AdamW):
