@@ -107,7 +107,7 @@ def read_once(
         known = _READ[path] = state, read(path)
     return known[1]
 
-_KEPT = ("stage", "settings", "inputs", "device", "hardware", "seconds", "began", "process")
+_KEPT = ("stage", "key", "settings", "inputs", "device", "hardware", "seconds", "began", "process")
 
 def _record_facts(path):
     "What is kept of a record: how it was made, sizes of its files, and whether it is `sealed`; None for what is none."
@@ -120,7 +120,7 @@ def _record_facts(path):
 
 def record_facts(
     place,       # folder of an artefact
-)->dict|None:    # stage, settings, inputs, device, hardware, seconds, began, process, sizes and whether it is `sealed`
+)->dict|None:    # the parts named above, `sizes` of its files, and whether it is `sealed`
     "What is known of how an artefact was made; None where there is none."
     return read_once(f"{place}/record.json", _record_facts)
 
