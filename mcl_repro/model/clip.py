@@ -289,7 +289,7 @@ def _origin(note, path):
             raise ValueError
     except (ValueError, TypeError, KeyError):
         raise DataError(f"{path}: its note on the first token table is damaged; save the model again") from None
-    places = (folder/"bases"/name for folder in list(Path(path).absolute().parents)[:4])
+    places = (folder/"bases"/name for folder in list(Path(path).absolute().parents)[:6])
     base = next((place for place in places if place.is_file() and not place.is_symlink()), None)
     if base is None:
         raise DataError(
