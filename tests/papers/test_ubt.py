@@ -241,7 +241,9 @@ def test_a_selection_that_does_not_look_poisoned_leaves_the_weights_as_they_are(
             tmp_path / name, ubt_unlearn, clip=made.victim, poisoned=made.poisoned, split=made.split,
             selection=selection, recipe=UNLEARN, **options,
         )
-        assert left.result == dict(model="smoke-RN", steps=0, refused=True) and weights(left) == weights(made.victim)
+        assert left.result == dict(model="smoke-RN", steps=0, refused=True)
+        both = [load_clip(clip).model.state_dict() for clip in (left, made.victim)]
+        assert all(torch.equal(value, both[1][key]) for key, value in both[0].items())
         assert [f.name for f in left.path.iterdir()] == ["clip.safetensors"] and load_clip(left).name == "smoke-RN"
 
 
