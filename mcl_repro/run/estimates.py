@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recorded_node', 'traits', 'work_ratio', 'Before', 'steps_before', 'seconds_like_before', 'expected_seconds']
 
-# %% ../../nbs/run/estimates.ipynb #93d7eb73
+# %% ../../nbs/run/estimates.ipynb #4af378d0
 import math
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ..lab.nodes import decode_settings, Node
 from ..lab.status import past_records, record_facts
 from .calibration import stage_seconds
 
-# %% ../../nbs/run/estimates.ipynb #19af7a16
+# %% ../../nbs/run/estimates.ipynb #7180d143
 def recorded_node(
     store,
     stage:str,    # its name
@@ -37,7 +37,7 @@ def recorded_node(
                 made[key] = Node(known, settings, facts["device"])
     return made[key]
 
-# %% ../../nbs/run/estimates.ipynb #4181fa92
+# %% ../../nbs/run/estimates.ipynb #6c0c77bf
 def traits(
     node:Node,
     seen:dict=None,  # id of a node -> its traits, filled: what many steps have in common is looked at once
@@ -53,7 +53,7 @@ def _traits(value, path, seen):
     if isinstance(value, Node):
         yield f"{path}={value.stage.name}"
         for trait in traits(value, seen):
-            yield f"{path}.{trait}"
+            yield f"{path}{trait}"
     elif isinstance(value, dict):
         for name, part in value.items():
             yield from _traits(part, f"{path}.{name}", seen)
@@ -63,7 +63,7 @@ def _traits(value, path, seen):
     else:
         yield f"{path}={getattr(value, 'source', value)}"
 
-# %% ../../nbs/run/estimates.ipynb #ace2b536
+# %% ../../nbs/run/estimates.ipynb #ae716b01
 def work_ratio(
     work:StageWork|None,   # of a step
     before:StageWork|None, # of a step of the same kind
@@ -83,7 +83,7 @@ def work_ratio(
     both = totals[0].keys() & totals[1].keys()
     return median(totals[0][kind] / totals[1][kind] for kind in both) if both else 1.
 
-# %% ../../nbs/run/estimates.ipynb #ae995a5a
+# %% ../../nbs/run/estimates.ipynb #6e7e3729
 @dataclass
 class Before:
     "A step that was computed before."
@@ -114,7 +114,7 @@ def steps_before(
                 found.setdefault(name, []).append(Before(facts["seconds"], traits(node, seen), _work(node)))
     return found
 
-# %% ../../nbs/run/estimates.ipynb #4b3a2c78
+# %% ../../nbs/run/estimates.ipynb #50d40001
 def seconds_like_before(
     step,         # with `node` and `work`, such as `Planned`
     before:list,  # of `Before`, of the same stage
@@ -131,7 +131,7 @@ def seconds_like_before(
     least = min(distance for distance, _ in near)
     return median(seconds for distance, seconds in near if distance <= least + .01)
 
-# %% ../../nbs/run/estimates.ipynb #11d2c19e
+# %% ../../nbs/run/estimates.ipynb #a5524d72
 def _correction(before, rates, cores):
     "How many times longer steps took than what was counted for them; 1 where that cannot be told."
     counted = [(b.seconds, stage_seconds(b.work, rates, cores)) for steps in before.values() for b in steps if b.work]
