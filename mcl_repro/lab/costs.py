@@ -324,4 +324,9 @@ def work_of(
 )->StageWork|None: # None: nobody said what its stage costs
     "What a node's stage does and needs."
     function = COSTS.get(node.stage.name)
-    return function(Setting(node)) if function else None
+    if function is None:
+        return None
+    work = function(Setting(node))
+    if drawn := work.amounts.pop(("draw", ""), 0):
+        work.add("draw", drawn, _architecture(node) or "")
+    return work

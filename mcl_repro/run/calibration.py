@@ -22,7 +22,7 @@ from ..lab.costs import KINDS, model_facts, StageWork
 
 # %% ../../nbs/run/calibration.ipynb #404c5cb8
 _MACHINE_KINDS = {"decode", "draw", "mixture", "gflop"}
-_MODEL_KINDS = set(KINDS) - _MACHINE_KINDS | {"memory_fixed", "memory_pair"}
+_MODEL_KINDS = set(KINDS) - _MACHINE_KINDS | {"draw", "memory_fixed", "memory_pair"}
 
 def seconds_per_unit(
     function,          # without arguments
@@ -116,13 +116,14 @@ def _measure_training(clip, batch, precision, seconds, wait):
 def _measure_towers(clip, seconds, wait):
     "Seconds of what is done with images and captions without training."
     import torch
+    from mcl_repro.data.registry import open_data
     from mcl_repro.model.augmentation import augment_images
     from mcl_repro.model.clip import embed_images, embed_tokens
     from mcl_repro.papers.mem import noise_step, Search, text_features, trigger_gradient
     slow = clip.device.type == "cpu" and clip.image_size > 100
     n, m = (2, 8) if slow else (64, 128) if clip.device.type == "cpu" else (256, 512)
     data = _some_pairs(clip, m)
-    images, tokens = data.images[:n], data.tokens.to(clip.device)
+    images, tokens, world = data.images[:n], data.tokens.to(clip.device), open_data(f"world:train:{n}").images
     goal = torch.nn.functional.normalize(torch.randn(m, model_facts(clip.name).width, device=clip.device), dim=-1)
     noise = torch.zeros(images.shape, device=clip.device)
     def timed(units, function):
@@ -132,6 +133,7 @@ def _measure_towers(clip, seconds, wait):
                 image_gradient=timed(n, lambda: noise_step(clip, images, noise, goal[:n], Search())),
                 text_gradient=timed(m, lambda: trigger_gradient(clip, tokens, goal, 3)),
                 variant=timed(m, lambda: text_features(clip.model, tokens)),
+                draw=timed(n, lambda: world.array(None, clip.image_size)),
                 augment=timed(n, lambda: augment_images(images, "autoaugment", 0)))
 
 # %% ../../nbs/run/calibration.ipynb #54f0776b
