@@ -153,6 +153,7 @@ class StageWork:
     host: int = 0                                # further bytes of memory of the machine: tokens, embeddings
     steps: set = field(default_factory=set)      # (architecture, pairs at a time, precision) of its training steps
     may_stop: bool = False                       # it has a rule to stop earlier
+    usually: float = 1.                          # share of the amounts that is done before it usually stops
 
     def add(
         self,

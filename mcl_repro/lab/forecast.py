@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRIOR', 'learned_ratios', 'stages_to_come', 'stage_gap', 'Forecast', 'forecast', 'read_forecast']
 
-# %% ../../nbs/lab/forecast.ipynb #22ac9885
+# %% ../../nbs/lab/forecast.ipynb #c4e46216
 import heapq
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from statistics import median
 from ..core.files import read_json
 from .status import read_status
 
-# %% ../../nbs/lab/forecast.ipynb #853b0f44
-PRIOR = 2   # c: how many stages the expectation counts for
+# %% ../../nbs/lab/forecast.ipynb #466b8cbd
+PRIOR = 2   # c: how many stages of a kind count as much as all that is known of other kinds
 
 def _observed(rows):
     "Kind -> (weight, expected seconds, true seconds), summed over what is done or far enough to tell."
@@ -37,11 +37,11 @@ def learned_ratios(
 )->tuple:   # over all kinds, and kind -> ratio
     "How many times longer stages take than was expected."
     sums = _observed(rows)
-    count, expected, took = (sum(s[i] for s in sums.values()) for i in range(3))
-    overall = (count * took / expected + PRIOR) / (count + PRIOR) if expected else 1.
-    return overall, {kind: (n * t / e + PRIOR * overall) / (n + PRIOR) for kind, (n, e, t) in sums.items()}
+    weighed = {kind: (n / (n + PRIOR), took / expected) for kind, (n, expected, took) in sums.items()}
+    overall = (1 + sum(w * r for w, r in weighed.values())) / (1 + sum(w for w, _ in weighed.values()))
+    return overall, {kind: w * r + (1 - w) * overall for kind, (w, r) in weighed.items()}
 
-# %% ../../nbs/lab/forecast.ipynb #3787e422
+# %% ../../nbs/lab/forecast.ipynb #1f90fb87
 def _guesses(rows):
     "Key -> seconds in all that each stage should take; None where nothing is known of any."
     overall, kinds = learned_ratios(rows)
@@ -68,7 +68,7 @@ def _left(r, guess):
         return max(weight * total + (1 - weight) * (total if guess is None else guess) - spent, 0.)
     return own if guess is None else max(guess - spent, .1 * spent)
 
-# %% ../../nbs/lab/forecast.ipynb #fbd3c04f
+# %% ../../nbs/lab/forecast.ipynb #6cf66dc8
 def _lost(rows):
     "Keys of what failed, and of all that waits for it."
     lost = {r["key"] for r in rows if r["state"] == "failed"}
@@ -95,7 +95,7 @@ def stages_to_come(
         visit += r["inputs"]
     return found, lost
 
-# %% ../../nbs/lab/forecast.ipynb #251babbc
+# %% ../../nbs/lab/forecast.ipynb #68067fce
 def stage_gap(
     rows,         # of `read_status`
 )->float:         # seconds
@@ -109,7 +109,7 @@ def stage_gap(
         gaps += [max(after[0] - before[1], 0.) for before, after in zip(found, found[1:])]
     return median(gaps) if gaps else 0.
 
-# %% ../../nbs/lab/forecast.ipynb #5177cbfc
+# %% ../../nbs/lab/forecast.ipynb #0f0aee01
 def _play(todo, left, gap, jobs):
     "Key -> seconds until each stage is done; what waits for something that never comes is left out."
     waits = {key: {k for k in r["inputs"] if k in todo} for key, r in todo.items() if r["state"] == "waiting"}
@@ -137,7 +137,7 @@ def _play(todo, left, gap, jobs):
                 heapq.heappush(ready, turn(k))
     return ends
 
-# %% ../../nbs/lab/forecast.ipynb #93cdab27
+# %% ../../nbs/lab/forecast.ipynb #ebffc0d0
 @dataclass(frozen=True)
 class Forecast:
     "How long a run still takes."
@@ -162,7 +162,7 @@ def forecast(
             readers[id] = None if end is None or sooner is None else max(sooner, end)
     return Forecast(None if unknown else max(ends.values(), default=0.), readers)
 
-# %% ../../nbs/lab/forecast.ipynb #69bcb594
+# %% ../../nbs/lab/forecast.ipynb #f76f8101
 def read_forecast(
     runs:str|Path="runs",      # folder of runs
     profile:str="mini",        # whose plan to read

@@ -6,7 +6,7 @@
 __all__ = ['recorded_node', 'traits', 'work_ratio', 'Before', 'steps_before', 'seconds_like_before', 'counted_seconds',
            'expected_seconds']
 
-# %% ../../nbs/run/estimates.ipynb #bb4d0c02
+# %% ../../nbs/run/estimates.ipynb #c91cb8a2
 import math
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..lab.nodes import decode_settings, Node
 from ..lab.status import past_records, record_facts
 from .calibration import stage_seconds
 
-# %% ../../nbs/run/estimates.ipynb #77c745bf
+# %% ../../nbs/run/estimates.ipynb #a4190542
 def recorded_node(
     store,
     stage:str,    # its name
@@ -38,7 +38,7 @@ def recorded_node(
                 made[key] = Node(known, settings, facts["device"])
     return made[key]
 
-# %% ../../nbs/run/estimates.ipynb #984012a7
+# %% ../../nbs/run/estimates.ipynb #ced990d1
 def traits(
     node:Node,
     seen:dict=None,  # id of a node -> its traits, filled: what many steps have in common is looked at once
@@ -64,7 +64,7 @@ def _traits(value, path, seen):
     else:
         yield f"{path}={getattr(value, 'source', value)}"
 
-# %% ../../nbs/run/estimates.ipynb #829140dd
+# %% ../../nbs/run/estimates.ipynb #e3ee09e4
 def work_ratio(
     work:StageWork|None,   # of a step
     before:StageWork|None, # of a step of the same kind
@@ -84,7 +84,7 @@ def work_ratio(
     both = totals[0].keys() & totals[1].keys()
     return median(totals[0][kind] / totals[1][kind] for kind in both) if both else 1.
 
-# %% ../../nbs/run/estimates.ipynb #9ff3cbec
+# %% ../../nbs/run/estimates.ipynb #c5402145
 @dataclass
 class Before:
     "A step that was computed before."
@@ -115,7 +115,7 @@ def steps_before(
                 found.setdefault(name, []).append(Before(facts["seconds"], traits(node, seen), _work(node)))
     return found
 
-# %% ../../nbs/run/estimates.ipynb #7d9dc9c2
+# %% ../../nbs/run/estimates.ipynb #274e2038
 def seconds_like_before(
     step,         # with `node` and `work`, such as `Planned`
     before:list,  # of `Before`, of the same stage
@@ -132,7 +132,7 @@ def seconds_like_before(
     least = min(distance for distance, _ in near)
     return median(seconds for distance, seconds in near if distance <= least + .01)
 
-# %% ../../nbs/run/estimates.ipynb #e9f9063e
+# %% ../../nbs/run/estimates.ipynb #5ae85f6e
 def _correction(before, rates, cores):
     "How many times longer steps took than what was counted for them; 1 where that cannot be told."
     counted = [(b.seconds, counted_seconds(b.work, rates, cores)) for steps in before.values() for b in steps]
@@ -146,7 +146,7 @@ def counted_seconds(
 )->float|None:           # None: not counted, or not measured
     "What a step should take by its own count."
     counted = stage_seconds(work, rates, cores) if work else None
-    return counted / 2 if counted and work.may_stop else counted
+    return counted and counted * work.usually
 
 def expected_seconds(
     steps:list,   # with `node` and `work`, such as `Planned`
