@@ -27,7 +27,7 @@ _MODEL_KINDS = set(KINDS) - _MACHINE_KINDS | {"draw", "memory_fixed", "memory_pa
 def seconds_per_unit(
     function,          # without arguments
     units:float=1,     # of work in one call
-    seconds:float=.1,  # to measure for, at least; 0: one call, which is long enough to need no other before it
+    seconds:float=.05, # to measure for, at least; 0: one call, which is long enough to need no other before it
     synchronise=None,  # waits for the device
 )->float:
     "What one unit takes, after one call that does not count."
@@ -142,7 +142,7 @@ def measure_model(
     batch:int,            # largest number of pairs in a training step
     precision:str="fp32", # of training
     device:str="cpu",     # 'cpu' or 'cuda'
-    seconds:float=.1,     # for each measurement, at least
+    seconds:float=.05,    # for each measurement, at least
 )->dict:  # kind of work -> seconds per unit; `memory_fixed`, `memory_pair`: bytes of a training step
     "How fast this device does the work that belongs to a model."
     import torch
@@ -171,7 +171,7 @@ def jpeg_picture(
 def measure_machine(
     size:int=224,      # side to which pictures are brought, pixels
     device:str="cpu",  # for matrix products
-    seconds:float=.1,  # for each measurement, at least
+    seconds:float=.05, # for each measurement, at least
 )->dict:  # seconds per unit of `decode`, `draw`, `mixture` and `gflop`, on one core
     "How fast pictures are read, mixtures fitted, and numbers multiplied."
     import numpy as np
@@ -242,7 +242,7 @@ def calibrate(
     folder:str|Path,   # of runs: `calibration.json` is kept here
     size:int=224,      # side of pictures, pixels
     measure:bool=True, # False: only what was measured before
-    seconds:float=.1,  # for each measurement, at least
+    seconds:float=.05, # for each measurement, at least
 )->dict:  # architecture, or '' for the machine -> seconds per unit, and `key`: what was measured, in words
     """Seconds per unit of every kind of work, measured once for each device, model, batch size, precision and PyTorch.
 
