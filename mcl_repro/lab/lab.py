@@ -277,7 +277,7 @@ def compute(self:Lab,
 )->list:          # of errors; where a stage fails, the others still run
     "Compute what is not done, in the order of the ranks, without reading it back."
     self.store.open()
-    note_plan(self.folder, self.store, self._session, nodes, facts)
+    note_plan(self.folder, self.store, self._session, nodes, facts, self.jobs)
     todo = sorted(_missing(self.store, nodes, is_done), key=lambda node: facts[node.key]["rank"])
     return _compute(self, todo, watch) if todo else []
 

@@ -10,9 +10,7 @@ __all__ = ['VERSIONED', 'EXAMPLE', 'SESSION', 'checked_values', 'run_key', 'exec
 import json
 import os
 import platform
-import re
 import signal
-import sys
 import time
 import uuid
 from contextlib import contextmanager, suppress

@@ -17,9 +17,11 @@ from ..lab.costs import absent_ref, counts_of, data_of, is_absent, is_listed, mo
 from ..lab.lab import is_done, Lab
 from ..lab.nodes import Node
 from ..lab.status import with_inputs
-from .calibration import calibrate, device_name, machine_room, stage_seconds, step_memory
+from .calibration import calibrate, device_name, machine_room, step_memory
+from .estimates import expected_seconds
 from mcl_repro.run.notebooks import (
-    asked_of, check_parameters, choose_notebooks, exported_module, find_notebooks, notebook_modules, notebook_parameters,
+    asked_of, check_parameters, choose_notebooks, exported_module, find_notebooks, notebook_modules,
+    notebook_parameters,
 )
 
 # %% ../../nbs/run/planning.ipynb #8f21b6d4
@@ -258,11 +260,12 @@ def _rates(todo, where, runs, calibration):
     return calibrate(models, where, runs, size, calibration == "measure")
 
 # %% ../../nbs/run/planning.ipynb #f4fc50af
-def _time(todo, where, runs, cores, calibration):
+def _time(todo, store, where, runs, cores, calibration):
     "Set the expected seconds of steps; returns the rates of this machine."
     rates = _rates(todo, where, runs, calibration)
+    expected = expected_seconds(todo, store, rates, cores) if todo else {}
     for p in todo:
-        p.seconds = stage_seconds(p.work, rates, cores) if p.work and rates else None
+        p.seconds = expected[p.node.key]
     return rates
 
 def expect_seconds(
@@ -275,7 +278,7 @@ def expect_seconds(
         plan_steps(plan, known)
     todo = [p for p in known.values() if p.needed]
     calibration = "known" if lab.name == "smoke" else "measure"
-    _time(todo, lab.where, lab.runs, machine_room(lab.device, lab.runs)["cores"], calibration)
+    _time(todo, lab.store, lab.where, lab.runs, machine_room(lab.device, lab.runs)["cores"], calibration)
     return {p.node.key: p.seconds for p in todo}
 
 # %% ../../nbs/run/planning.ipynb #7de9dcbf
@@ -309,7 +312,7 @@ def make_plan(
     kind = where["type"]
     planned = {p.paper: plan_steps(p, known) for p in plans}
     todo, there = [p for p in known.values() if p.needed], machine_room(kind, runs)
-    rates = _time(todo, where, runs, there["cores"], calibration)
+    rates = _time(todo, plans[0].lab.store, where, runs, there["cores"], calibration)
     missing, needs = _missing_data(plans, todo), _needs(todo, rates, there, jobs)
     reasons = [*_data_reasons(missing), *_package_reasons(todo), *_size_reasons(needs, there, kind)]
     unplanned = [p.paper for p in plans if not p.known]
