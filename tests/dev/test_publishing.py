@@ -339,7 +339,7 @@ def test_a_run_that_somebody_edited_is_refused_before_anything_is_written(top, h
 
 @pytest.mark.parametrize("name, value", [("_library", lambda *given: "other"), ("VERSIONED", ("pip",))])
 def test_a_run_of_other_code_or_versions_is_refused(top, monkeypatch, name, value):
-    monkeypatch.setattr(batch, name, value)
+    monkeypatch.setattr(headless, name, value)
     with pytest.raises(SettingsError, match="run of notebook 'a' is older than the code"):
         go(top)
 
