@@ -134,8 +134,8 @@ def role(self:Lab, name:str): # -> DataRef
 @patch
 def size(self:Lab, name:str)->int:
     "How many items the data of a role have: pairs, or labelled images. A lab that only plans knows it without them."
-    from mcl_repro.data.registry import open_data
-    return len(open_data(self.role(name)))
+    from mcl_repro.lab.costs import counts_of
+    return counts_of(self.role(name)).items
 
 # %% ../../nbs/lab/lab.ipynb #bee9cbc7
 def _own_source(function):
