@@ -125,7 +125,7 @@ def _cluster(jobs, device):
     jobs = jobs or len(gpus) or os.cpu_count() or 1
     # for good: it is read again when a worker is replaced
     dask.config.set({"distributed.worker.daemon": False, "distributed.scheduler.worker-ttl": None})
-    options = dict(host="127.0.0.1", dashboard=False, dashboard_address=None)
+    options = dict(host="127.0.0.1", dashboard=False, dashboard_address="127.0.0.1:0")   # any free port
     scheduler = {"cls": distributed.Scheduler, "options": options}
     workers = {i: _worker(gpus[i % len(gpus)] if gpus else None) for i in range(jobs)}
     with dask.config.set({"distributed.nanny.pre-spawn-environ": _ONE_THREAD}):
