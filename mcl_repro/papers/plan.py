@@ -161,7 +161,7 @@ def _checkpoints(settings, attacks, model):
     known = {*settings.attacks, *attacks.values()}
     if unknown := set(given) - known:
         raise SettingsError(f"unknown attack {min(unknown)!r} in poison.checkpoints; known: {', '.join(sorted(known))}")
-    built_as = trained_name(model.name, model.pretrained)
+    built_as = trained_name(model.name, model.pretrained) if given else None     # imports open_clip
     files = {printed: str(given[entry]) for printed, entry in attacks.items() if entry in given}
     for printed, file in files.items():
         _check_file(printed, file, built_as)

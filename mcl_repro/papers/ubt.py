@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['STOPS', 'FORGETTING', 'BOUNDED', 'MASKS', 'UBT_TABLES', 'UBT_OUTPUTS', 'split_suspicious', 'ubt_split',
-           'overfitting_loss', 'ubt_overfit', 'most_similar', 'looks_poisoned', 'ubt_select', 'images_of',
+           'overfitting_loss', 'ubt_overfit', 'most_similar', 'looks_poisoned', 'ubt_select', 'images_of', 'words_of',
            'cartesian_pairs', 'stop_level', 'forgotten', 'forget_cosine', 'forget_info_nce', 'forget_preference',
            'forget_unrelated', 'unlearning_loss', 'most_fitting', 'masked_pairs', 'left_alone', 'train_product',
-           'ubt_unlearn', 'selection_settings', 'ubt_nodes', 'unlearned', 'suspicious_similarities', 'on_trigger',
-           'without_relevance', 'trigger_relevance', 'weights_apart', 'unlearned_chain', 'detected_chain',
+           'ubt_unlearn', 'selection_settings', 'ubt_nodes', 'unlearned', 'unlearned_chain', 'detected_chain',
            'ubt_variants', 'compared_defences', 'attack_lines', 'table1_defences', 'two_attacks', 'compared_attacks',
            'data_lines', 'over_seeds', 'ask_found', 'plan_selection', 'kl_to_retrained', 'plan_divergence',
            'plan_isolation', 'plan_overfitting', 'plan_ascent', 'plan_relevance', 'plan_bound', 'plan_sweep',
@@ -19,16 +18,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ..attacks.base import TriggeredImages
 from ..core.errors import SettingsError
-from ..data.registry import DataRef, open_data
-from ..lab.costs import cost_of, model_facts, Setting, StageWork
+from ..lab.costs import cost_of, StageWork
 from ..lab.nodes import stage
 from ..measures.attribution import image_relevance, mask_patches, mask_tokens, token_relevance
-from ..measures.pac_bayes import sigma_by_rule, weight_kl
-from ..model.clip import Clip, embed_images, embed_texts, embed_tokens, info_nce
+from ..model.clip import Clip, embed_images, embed_tokens, info_nce
 from mcl_repro.model.training import (
     Batch, embed_batch, read_batch, Recipe, rows_of, step_rows, StopWhen, train, training_set, TrainingSet,
 )
@@ -37,9 +32,9 @@ from .cfbd import cfbd_nodes, mapping_node
 from .cleanclip import cleaned_clip
 from .plan import Experiments
 from mcl_repro.papers.stages import (
-    arrays, attack_of, defender_pairs, divergence, keep_clip, load_clip, noise_size, pair_similarities,
-    train_and_save,
+    arrays, defender_pairs, divergence, keep_clip, load_clip, noise_size, pair_similarities, train_and_save,
 )
+from .ubt_measures import suspicious_similarities, trigger_relevance, weights_apart
 
 # %% ../../nbs/papers/ubt.ipynb #02be15da
 def split_suspicious(similarities: np.ndarray, # [n], under the clean model
@@ -168,6 +163,7 @@ def ubt_select(work, *,
         selected=len(selected), similarity=float(top.mean()), spread=float(top.std()),
         normal_similarity=float(normal.mean()), normal_below=float((normal < np.median(top)).mean()),
         poisoned=looks_poisoned(top, normal),
+        captions=[[words_of(model, caption) for caption in pair] for pair in zip(tokens[:8], masked[:8])],
     )
 
 # %% ../../nbs/papers/ubt.ipynb #c05710a2
@@ -185,6 +181,15 @@ def images_of(data: TrainingSet, # any pairs
     ) -> torch.Tensor: # uint8 [n, 3, s, s]
     "Images of some pairs."
     return read_batch(data, torch.as_tensor(np.asarray(rows)), "cpu").images
+
+def words_of(clip: Clip,          # whose tokenizer is used
+             tokens: torch.Tensor # int64 [context_length], a caption
+    ) -> str:
+    "A caption as words again, without start, end and padding."
+    tokenizer = clip.tokenizer
+    around = {0, getattr(tokenizer, "sot_token_id", 0), getattr(tokenizer, "eot_token_id", 0)}
+    inner = tokenizer if hasattr(tokenizer, "decode") else tokenizer.tokenizer     # of Hugging Face
+    return inner.decode([token for token in tokens.tolist() if token not in around]).strip()
 
 # %% ../../nbs/papers/ubt.ipynb #b858db2b
 def cartesian_pairs(images: torch.Tensor, # uint8 [k, 3, s, s]
@@ -422,105 +427,6 @@ def unlearned(lab,           # a `Lab`
         ubt_unlearn, clip=victim, poisoned=poisoned, split=nodes["split"], selection=nodes["select"],
         recipe=recipe, **options,
     )
-
-# %% ../../nbs/papers/ubt.ipynb #5e0a0011
-@stage
-def suspicious_similarities(work, *,
-                            clip,     # artefact with any CLIP
-                            poisoned, # artefact of `poisoned_pairs`
-                            split     # artefact of `ubt_split`
-    ):
-    "Similarities of the suspicious pairs under a model, in the order of the pairs."
-    model, rows = load_clip(clip, work.device), np.sort(arrays(split, "split")["suspicious"])
-    found = pair_similarities(model, training_set(model, defender_pairs(poisoned).select(rows)))
-    np.savez(work.out / "similarities.npz", similarities=found)
-    return dict(mean=float(found.mean()))
-
-# %% ../../nbs/papers/ubt.ipynb #5e0a0012
-@cost_of(suspicious_similarities)
-def _suspicious_similarities_cost(s):
-    "The suspicious pairs are embedded."
-    count = round(s.counts("poisoned").items * s.split.settings["share"])
-    return StageWork(kept=4 * count).load(s).read(s, "poisoned", images=count, pairs=count).embed(s, count, count)
-
-# %% ../../nbs/papers/ubt.ipynb #5e0a0014
-def on_trigger(images: np.ndarray,     # uint8 [n, s, s, 3], without the trigger
-               stamped: np.ndarray,    # the same with it
-               relevance: torch.Tensor # float [n, rows, columns], sums to 1
-    ) -> dict: # name -> float [n]
-    "How much of the relevance falls on the trigger, picture by picture, and by how much that exceeds chance."
-    change = torch.from_numpy(np.abs(stamped.astype(np.float32) - images).mean(-1))
-    def pooled(x):
-        return F.adaptive_avg_pool2d(x[:, None], relevance.shape[1:])[:, 0]
-    area, strength = pooled((change > 0).float()), pooled(change)
-    beyond = (relevance * strength).sum((1, 2)) / strength.mean((1, 2)) - 1
-    there = (relevance * area).sum((1, 2))
-    found = {"area of the trigger": area.mean((1, 2)), "relevance there": there, "relevance beyond chance": beyond}
-    return {name: values.numpy() for name, values in found.items()}
-
-def without_relevance(relevance: torch.Tensor # float [n, rows, columns], sums to 1
-    ) -> np.ndarray: # bool [n]
-    "Whether a map is even, which is how a map without any relevance is given."
-    return (relevance.amax((1, 2)) - relevance.amin((1, 2)) < 1e-6).numpy()
-
-# %% ../../nbs/papers/ubt.ipynb #5e0a0016
-@stage
-def trigger_relevance(work, *,
-                      clip,                        # artefact with the poisoned CLIP
-                      attack: dict,                # as in `poisoned_pairs`
-                      test: DataRef,               # labelled images
-                      target: str,                 # target class name; its pictures have no need of a trigger
-                      images: int = 200,           # how many pictures of other classes are looked at
-                      shown: int = 3,              # how many of them are kept to be drawn, every seventh
-                      image_layer: str = "layer4", # see `image_relevance`
-                      image_share: float = 0.25    # of the patches that the image mask keeps
-    ):
-    "How much each part of triggered test images speaks for the target, and how much of that lies on the trigger."
-    model, data = load_clip(clip, work.device), open_data(test)
-    others = np.flatnonzero(np.asarray(data.labels) != data.classnames.index(target))[:images]
-    plain = data.images.array(others, model.image_size)
-    stamped = TriggeredImages(data.images, attack_of(attack), model.image_size, rows=others).array()
-    text = embed_texts(model, [f"a photo of {target}"]).expand(len(stamped), -1)
-    relevance = image_relevance(model, torch.from_numpy(stamped).permute(0, 3, 1, 2), text, image_layer)
-    found, even = on_trigger(plain, stamped, relevance), without_relevance(relevance)
-    np.savez(work.out / "measured.npz", even=even, **found)
-    drawn = np.arange(len(others))[::7][:shown]
-    kept = mask_patches(stamped[drawn], relevance[drawn], image_share)
-    pictures = dict(stamped=stamped[drawn], relevance=relevance[drawn].numpy(), kept=kept, even=even[drawn])
-    np.savez(work.out / "pictures.npz", **pictures)
-    means = {name: float(values.mean()) for name, values in found.items()}
-    return dict(means, images=len(others), even=int(even.sum()))
-
-# %% ../../nbs/papers/ubt.ipynb #5e0a0017
-@cost_of(trigger_relevance)
-def _trigger_relevance_cost(s):
-    "Pictures are drawn or decoded twice, with the trigger and without, and take a pass back through the image tower."
-    seen = min(s.images, s.counts("test").images)
-    work = StageWork(kept=13 * seen + 6 * s.shown * s.facts.image_size**2, host=6 * seen * s.facts.image_size**2)
-    return work.load(s).add(s.reading("test"), 2 * seen).add("image_gradient", seen, s.architecture).embed(s, 0, 1)
-
-# %% ../../nbs/papers/ubt.ipynb #5e0a0019
-@stage
-def weights_apart(work, *,
-                  public,     # artefact with the public CLIP, whose weights set the scale of the noise
-                  poisoned,   # artefact with the poisoned CLIP
-                  retrained,  # artefact with the model retrained without the poison
-                  unlearned,  # artefact with the repaired model
-                  noise       # artefact of `noise_size`
-    ):
-    "KL between the blurred weights of pairs of models, in nats: of the one after given the one before."
-    given = dict(public=public, poisoned=poisoned, retrained=retrained, unlearned=unlearned)
-    weights = {name: load_clip(artefact).model.state_dict() for name, artefact in given.items()}
-    sigma = sigma_by_rule(weights["public"], noise.result["relative"])
-    pairs = (("poisoned", "retrained"), ("public", "retrained"), ("poisoned", "unlearned"))
-    return {f"{before} → {after}": weight_kl(weights[after], weights[before], sigma) for before, after in pairs}
-
-# %% ../../nbs/papers/ubt.ipynb #5e0a001a
-@cost_of(weights_apart)
-def _weights_apart_cost(s):
-    "Four models are read; what is done with their weights takes as long as to read some more."
-    return StageWork(host=12 * 4 * model_facts(Setting(s.public).architecture).parameters).add(
-        "load", 8, Setting(s.public).architecture)
 
 # %% ../../nbs/papers/ubt.ipynb #11e2731f
 def unlearned_chain(plan,                        # an `Experiments`

@@ -79,7 +79,9 @@ def save_figure(
     if not len(numbers):
         raise SettingsError(f"figure {figure_id!r}: no numbers to write beside it")
     contents = {"csv": numbers.to_csv(index=False, lineterminator="\n", float_format="%.10g")}
-    contents |= {kind: _drawn(fig, kind) for kind in ("png", "svg")}
+    contents["png"] = _drawn(fig, "png")
+    fig.set_layout_engine("none")     # arranged once: the SVG and a notebook keep the PNG's places
+    contents["svg"] = _drawn(fig, "svg")
     figures = Path(folder)/"figures"
     files = [write_atomically(figures/f"{figure_id}.{kind}", content) for kind, content in contents.items()]
     about = {"alt": alt, "note": note, "extra": figure_id not in printed_entries("figures")}
@@ -115,6 +117,7 @@ def _forest_panel(ax, places, rows, metric, unit):
         ax.set_xlim(-3, 103)
     elif ends.min() > 0 and ends.max() > 50*ends.min():
         ax.set_xscale("log")
+        ax.minorticks_off()
     ax.set_title(printed_name("labels", metric) + (f" ({unit})" if unit else ""), fontsize=9)
     ax.tick_params(labelsize=7.5)
     ax.grid(axis="y", visible=False)
