@@ -29,8 +29,8 @@ from mcl_repro.papers.ubt import ubt_overfit, ubt_select, ubt_split, ubt_unlearn
 
 SETTINGS = load_profile("smoke")
 DEFENDERS = (ubt, baselines, cleanclip, cfbd)
-# of CleanCLIP's experiments: an attacker's training, and who measures
-JUDGES = {"scratch_clip", "head_classification", "watched_training"}
+# of CleanCLIP's experiments: an attacker's training, and who measures; of the baselines: noise that protects pictures
+JUDGES = {"scratch_clip", "head_classification", "watched_training", "noise_losses"}
 
 
 class Sealed:
