@@ -15,7 +15,6 @@ import torch
 from defenders import FORBIDDEN, Peeked, public_images
 from mcl_repro.measures import metrics
 from mcl_repro.papers import baselines, cfbd, cleanclip, stages, ubt
-from mcl_repro.papers.cleanclip_study import poisoning_checkpoint
 from mcl_repro.model.clip import build_clip, Clip
 from mcl_repro.core.errors import SettingsError
 from mcl_repro.lab.lab import Lab
@@ -81,7 +80,10 @@ def made(tmp_path_factory):
         count=SETTINGS.poison.count, image_size=32, seed=0,
     )
     victim = lab.node(finetuned_clip, clip=clean, poisoned=poisoned, recipe=dict(SETTINGS.finetune))
-    moments = lab.node(poisoning_checkpoint, clip=clean, poisoned=poisoned, recipe=dict(SETTINGS.finetune))
+    moments = lab.node(
+        cleanclip.watched_training, clip=clean, pairs=poisoned, recipe=dict(SETTINGS.finetune), images=5, every=100,
+        test=lab.role("zeroshot"), attack=dict(SETTINGS.attacks.BadNet), target=SETTINGS.target, keep_moments=True,
+    )
     found = dict(zip(("clean", "poisoned", "victim", "moments"), lab.run([clean, poisoned, victim, moments])))
     return SimpleNamespace(
         **found, known=open_poisoned(found["poisoned"]), clean_pairs=lab.role("clean_pairs"),
