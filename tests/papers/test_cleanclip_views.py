@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 
 from mcl_repro.papers import cleanclip
@@ -25,6 +26,7 @@ def view(runs, **parameters):
         exec(compile(source, cell["id"], "exec"), space)
         if "experiments.run()" in source:
             space["lab"].run = lambda *nodes: pytest.fail(f"a cell computes {nodes}")
+    plt.close("all")
     return space
 
 

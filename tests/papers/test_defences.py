@@ -200,6 +200,7 @@ STEPS = {
     ),
     "cleaned_clip": (cleanclip.cleaned_clip, lambda made, done: cleaning(made)),
     "cleaned_clip, moments": (cleanclip.cleaned_clip, lambda made, done: cleaning(made, moments=made.moments)),
+    "second_views": (cleanclip.second_views, lambda made, done: dict(pairs=made.clean_pairs, image_size=32)),
     "supervised_clip": (cleanclip.supervised_clip, lambda made, done: labelled(made, S.cleaning.supervised)),
     "supervised_clip, head only": (cleanclip.supervised_clip, lambda made, done: labelled(made, S.cleaning.probe)),
 }
