@@ -17,9 +17,9 @@ from mcl_repro.papers import cleanclip
 from mcl_repro.attacks.base import make_attack
 from mcl_repro.model.augmentation import augment_captions, augment_images
 from mcl_repro.papers.cleanclip import (
-    attach_head, balanced_pairs, caption_views, carry_moments, class_scores, cleanclip_loss, cleanclip_plan,
-    CLEANCLIP_FIGURES, CLEANCLIP_OUTPUTS, CLEANCLIP_TABLES, cleaned_clip, columns_of, load_head, save_head, scratch_clip, self_supervised_loss,
-    supervised_clip, supervised_loss,
+    attach_head, balanced_pairs, caption_views, carry_moments, class_scores, CLEANCLIP_FIGURES, cleanclip_loss,
+    CLEANCLIP_OUTPUTS, cleanclip_plan, CLEANCLIP_TABLES, cleaned_clip, columns_of, load_head, save_head, scratch_clip,
+    self_supervised_loss, supervised_clip, supervised_loss,
 )
 from mcl_repro.papers.cleanclip_study import structured_picture
 from mcl_repro.model.clip import build_clip, load_weights, read_tensors, save_clip, to_pixels
@@ -708,8 +708,11 @@ def test_each_output_is_read_by_itself_and_all_of_them_are_the_whole_plan(lab):
     for output in CLEANCLIP_OUTPUTS:
         alone = cleanclip_plan(lab, lab.profile, **asked(output)).readers
         assert set(alone) == {output} & set(whole)
-        # a trigger is described by the poisoned set of the first line that has it, which is another one in a whole run
-        measured = [{n for n in found.get(output, ()) if "poisoned_pairs" not in n.stage.name} for found in (alone, whole)]
+        # but for poisoned sets: a trigger is described by that of the first line that has it
+        measured = [
+            {node for node in found.get(output, ()) if "poisoned_pairs" not in node.stage.name}
+            for found in (alone, whole)
+        ]
         assert keys(measured[0]) == keys(measured[1]), output
 
 

@@ -1,4 +1,4 @@
-"CleanCLIP's notebook as a view: with any tables or figures it runs to its end, writes these, and computes what they need."
+"CleanCLIP's notebook as a view: any tables or figures can be had, and no cell computes anything."
 import json
 from pathlib import Path
 

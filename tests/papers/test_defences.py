@@ -28,8 +28,9 @@ from mcl_repro.papers.ubt import ubt_overfit, ubt_select, ubt_split, ubt_unlearn
 
 SETTINGS = load_profile("smoke")
 DEFENDERS = (ubt, baselines, cleanclip, cfbd)
-# of CleanCLIP's experiments: an attacker's training, and who measures; of the baselines: noise that protects pictures
-JUDGES = {"scratch_clip", "head_classification", "watched_training", "noise_losses"}
+# of CleanCLIP's experiments: an attacker's training, who measures, and pictures to look at; of the baselines: noise that
+# protects pictures
+JUDGES = {"scratch_clip", "head_classification", "watched_training", "second_views", "noise_losses"}
 
 
 class Sealed:
@@ -200,7 +201,6 @@ STEPS = {
     ),
     "cleaned_clip": (cleanclip.cleaned_clip, lambda made, done: cleaning(made)),
     "cleaned_clip, moments": (cleanclip.cleaned_clip, lambda made, done: cleaning(made, moments=made.moments)),
-    "second_views": (cleanclip.second_views, lambda made, done: dict(pairs=made.clean_pairs, image_size=32)),
     "supervised_clip": (cleanclip.supervised_clip, lambda made, done: labelled(made, S.cleaning.supervised)),
     "supervised_clip, head only": (cleanclip.supervised_clip, lambda made, done: labelled(made, S.cleaning.probe)),
 }
