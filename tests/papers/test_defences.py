@@ -28,7 +28,7 @@ from mcl_repro.papers.ubt import ubt_overfit, ubt_select, ubt_split, ubt_unlearn
 
 SETTINGS = load_profile("smoke")
 DEFENDERS = (ubt, baselines, cleanclip, cfbd)
-# of CleanCLIP's experiments: an attacker's training, who measures, and pictures to look at; of the baselines: noise that
+# of CleanCLIP's experiments: an attacker's training, who measures, pictures to look at; of the baselines: noise that
 # protects pictures
 JUDGES = {"scratch_clip", "head_classification", "watched_training", "second_views", "noise_losses"}
 
