@@ -353,7 +353,8 @@ def baselines_plan(
     parts.noise = measured_noise(plan)
     parts.defences = {**abl_nodes(plan, chain), "RoCLIP": robust}
     parts.models = {"clean CLIP": plan.clean, "No defense": chain.victim, **parts.defences}
-    parts.measured = {name: plan.measure(model, chain, "zeroshot_validation") for name, model in parts.models.items()}
+    shown = parts.models if plan.wants("baselines.defences") else {}     # only then test images are needed
+    parts.measured = {name: plan.measure(model, chain, "zeroshot_validation") for name, model in shown.items()}
     plan.ask("baselines.abl_isolation", chain.poisoned, parts.defences["ABL"], parts.early)
     plan.ask("baselines.roclip_training", chain.poisoned, robust)
     plan.ask("baselines.protective_noise", parts.noise)

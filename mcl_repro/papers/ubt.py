@@ -655,10 +655,12 @@ def plan_relevance(plan # an `Experiments`
     ):
     "`parts.relevance`: attack -> maps of the trigger, one per seed, for Figure 8 and its numbers."
     figure, table, settings = "ubt.fig8", "ubt.trigger_relevance", plan.settings.ubt
+    plan.parts.relevance = {}
+    if not plan.wants(figure, table):
+        return
     given = dict(test=plan.lab.role("zeroshot_validation"), target=plan.settings.target,
                  image_layer=settings.image_layer, image_share=settings.image_share)
-    plan.parts.relevance = {}
-    for attack in plan.attacks if plan.wants(figure, table) else ():
+    for attack in plan.attacks:
         chains = over_seeds(plan, table, attack)
         maps = [plan.lab.node(trigger_relevance, clip=c.victim, attack=plan.attacks[attack], **given) for c in chains]
         plan.parts.relevance[attack] = maps

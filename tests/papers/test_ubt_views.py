@@ -58,6 +58,13 @@ def test_one_table_or_figure_needs_no_more_than_it_reads(tmp_path, output, neede
     assert not spared & found
 
 
+def test_a_table_does_not_ask_for_data_of_another(tmp_path):
+    for output, roles in (("ubt.table2", {"finetune", "zeroshot", "pretrain"}), ("ubt.fig2", {"pretrain"})):
+        lab = Lab("smoke", device="cpu", runs=tmp_path, progress=False)
+        ubt_plan(lab, lab.profile, [output])
+        assert set(lab._roles) <= roles
+
+
 def test_only_headline_tables_repeat_over_seeds_unless_all_are_asked_to(tmp_path):
     for seed_all, repeated in ((False, {"ubt.table1"}), (True, {line.table for line in planned(tmp_path).lines})):
         plan = planned(tmp_path, seeds=3, seed_all=seed_all)
