@@ -20,7 +20,7 @@ from mcl_repro.papers.mem import (
 )
 from mcl_repro.attacks.protection import load_protection, protected_training_set, Protection, with_triggers
 from mcl_repro.attacks.semantic import split_words
-from mcl_repro.model.training import contrastive_loss, Recipe, RowAdamW, train, training_set
+from mcl_repro.model.training import contrastive_loss, parameter_groups, Recipe, train, training_set
 from mcl_repro.model import training
 from mcl_repro.model.training import Batch
 
@@ -300,18 +300,15 @@ def test_gradients_add_up_as_without_zero_grad(pairs):
     from mcl_repro.core.seeds import seeded
     from mcl_repro.model.training import epoch_batches, iterate
     by_hand.model.to(memory_format=torch.channels_last).train()
-    optimizer = RowAdamW(by_hand.model, recipe)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(by_hand.model, recipe.weight_decay), lr=1e-3, betas=recipe.betas, eps=1e-8, fused=True
+    )
     torch.manual_seed(seeded(0, 2, 0))
     for batch in iterate(data, epoch_batches(len(data), recipe, 0), "cpu"):
         contrastive_loss(by_hand, batch).backward()
         optimizer.step()
-    by_zeroed = build_clip("smoke-RN")
-    train(by_zeroed, data, recipe)
-    loop, hand, zeroed = (
-        torch.cat([p.detach().flatten() for p in clip.model.parameters()]) for clip in (by_loop, by_hand, by_zeroed)
-    )
-    # sums in another order: where a gradient is nothing but rounding, Adam's division makes a step of it
-    assert (loop - hand).norm() < 0.05 * (loop - zeroed).norm()
+    for (name, a), b in zip(by_loop.model.named_parameters(), by_hand.model.parameters()):
+        assert torch.allclose(a, b, atol=2e-5), name
 
 def test_the_search_ends_when_the_surrogate_has_nothing_left_to_learn(lab):
     made = protect(lab, stop_below=1e9)
