@@ -22,20 +22,18 @@ def run_serial(
     lab,                    # whose store the results go to
     todo:list,              # nodes, inputs first
     compute=attempt_stage,  # function (spec, stage) -> (state, error)
-    watch=None,             # function (node, state, error), called after each
 )->list:
     "Compute in this process, one after the other; returns the errors."
     errors, out = [], set()
     for node in todo:
-        state, error = "skipped", None
-        if not out & set(node.inputs):
-            state, error = compute(node_spec(node, lab.store), node.stage.function)
+        if out & set(node.inputs):
+            out.add(node.key)
+            continue
+        state, error = compute(node_spec(node, lab.store), node.stage.function)
         if state != "done":
             out.add(node.key)
         if error:
             errors.append(error)
-        if watch:
-            watch(node, state, error)
         if isinstance(error, StoreError):
             break
     return errors
@@ -125,7 +123,7 @@ def _cluster(jobs, device):
     jobs = jobs or len(gpus) or os.cpu_count() or 1
     # for good: it is read again when a worker is replaced
     dask.config.set({"distributed.worker.daemon": False, "distributed.scheduler.worker-ttl": None})
-    options = dict(host="127.0.0.1", dashboard=False, dashboard_address="127.0.0.1:0")   # any free port
+    options = dict(host="127.0.0.1", dashboard=False, dashboard_address=None)
     scheduler = {"cls": distributed.Scheduler, "options": options}
     workers = {i: _worker(gpus[i % len(gpus)] if gpus else None) for i in range(jobs)}
     with dask.config.set({"distributed.nanny.pre-spawn-environ": _ONE_THREAD}):
@@ -271,11 +269,11 @@ def importable_error(
         )
 
 def _outcome(lab, node, future):
-    "The state of a finished task, and the error that it tells of, None without one."
+    "The error that a finished task tells of, None without one."
     try:
         state, told = future.result()
     except ImportError as e:
-        return "failed", SettingsError(
+        return SettingsError(
             f"a worker cannot import what stage {node.stage.name} needs ({e}); start the workers in an "
             "environment with this package"
         )
@@ -288,33 +286,29 @@ def _outcome(lab, node, future):
         if type(e).__name__ != "KilledWorker":
             raise
         if e.task != future.key:
-            return "skipped", None  # an input's worker, which is told of there
-        return "failed", StageError(
+            return None  # an input's worker, which is told of there
+        return StageError(
             f"stage {node.stage.name} ({node.label}): its worker process died four times; too little memory "
             f"for {lab.jobs or 'this many'} jobs?"
         )
-    return state, error_from_words(told) if told else None
+    return error_from_words(told) if told else None
 
 # %% ../../nbs/lab/engine.ipynb #1ecaa6f9
 def _submit(client, store, todo, mark):
-    """One task for each node, after those of its inputs; on a GPU only where a worker declares one.
-
-    Of those that can begin, the first in `todo` comes first."""
+    "One task for each node, after those of its inputs; on a GPU only where a worker declares one."
     futures, run = {}, uuid.uuid4().hex[:8]   # the run in the name: what failed a moment ago is not in memory
-    for place, n in enumerate(todo):
+    for n in todo:
         before = [futures[k] for k in n.inputs if k in futures]
         resources = {"GPU": 1} if n.device["type"] == "cuda" else None
         name = f"{n.stage.name}-{n.key}-{run}"
         spec = node_spec(n, store)
-        futures[n.key] = client.submit(
-            _remote, spec, mark, *before, key=name, pure=False, resources=resources, priority=-place
-        )
+        futures[n.key] = client.submit(_remote, spec, mark, *before, key=name, pure=False, resources=resources)
     return futures
 
 def _wants_gpu(nodes):
     return any(n.device["type"] == "cuda" for n in nodes)
 
-def _outcomes(lab, client, todo, futures, watch):
+def _outcomes(lab, client, todo, futures):
     "Key -> error or None, as the tasks end; stops at a store that cannot be used."
     from distributed import as_completed
     errors, looked, far = {}, time.monotonic(), is_address(lab.engine)
@@ -329,18 +323,15 @@ def _outcomes(lab, client, todo, futures, watch):
             continue
         future = next(finished)
         node = nodes[future.key]
-        state, errors[node.key] = _outcome(lab, node, future)
-        if watch:
-            watch(node, state, errors[node.key])
+        errors[node.key] = _outcome(lab, node, future)
         if isinstance(errors[node.key], StoreError):
             break
     return errors
 
 # %% ../../nbs/lab/engine.ipynb #6e67f8c5
 def run_dask(
-    lab,         # whose store the results go to
-    todo:list,   # nodes, inputs first; of those that can begin, the first comes first
-    watch=None,  # function (node, state, error), called after each
+    lab,        # whose store the results go to
+    todo:list,  # nodes, inputs first
 )->list:
     "Compute on the workers of a Dask cluster; returns the errors, in the order of the nodes."
     importable_error([n.stage for n in todo])
@@ -348,7 +339,7 @@ def run_dask(
         if is_address(lab.engine):
             await_workers(client, _wants_gpu(todo))
             check_workers(client, lab.store, mark)
-        errors = _outcomes(lab, client, todo, _submit(client, lab.store, todo, mark), watch)
+        errors = _outcomes(lab, client, todo, _submit(client, lab.store, todo, mark))
     found = [errors[n.key] for n in todo if errors.get(n.key)]
     if any(isinstance(e, StoreError) for e in found):
         lab.close()
