@@ -69,6 +69,7 @@ with S.Watch() as watch:
 print(-1 if before is None else watch.peak - before)
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(S.__file__).parent)
+    assert told.returncode == 0, told.stderr
     grown = float(told.stdout)
     assert grown == -1 or 250 < grown < 400
 
