@@ -10,12 +10,18 @@
 #
 # Variables: PAPER=ubt      which papers (default: all)     PROFILE=mini   smoke, mini or paper
 #            DEVICE=auto    auto, cpu or cuda                JOBS=2         processes (default: one per core, at most 4)
-#            SEEDS=1        seeds of the stochastic stages   FORCE=1        run again although nothing changed
+#            SEEDS=1        seeds of the headline tables     SEED_ALL=1     seeds of every table
+#            TABLE=ubt.table1, FIGURE=ubt.fig8, CLAIM=ubt.c05   only what that needs
+#            FORCE=1        run again although nothing changed
 PAPER ?=
 PROFILE ?= mini
 DEVICE ?= auto
 JOBS ?= auto
 SEEDS ?= 1
+SEED_ALL ?=
+TABLE ?=
+FIGURE ?=
+CLAIM ?=
 FORCE ?=
 PYTHON ?= python3
 RUN ?=
@@ -37,7 +43,7 @@ $(READY): constraints.txt settings.ini setup.py pyproject.toml
 	@touch $@
 
 reproduce: $(READY)
-	@$(PY) -m mcl_repro run $(PAPER) --profile $(PROFILE) --device $(DEVICE) --jobs $(JOBS) --seeds $(SEEDS) $(if $(FORCE),--force) $(RUN)
+	@$(PY) -m mcl_repro run $(PAPER) --profile $(PROFILE) --device $(DEVICE) --jobs $(JOBS) --seeds $(SEEDS) $(if $(SEED_ALL),--seed-all) $(if $(TABLE),--table $(TABLE)) $(if $(FIGURE),--figure $(FIGURE)) $(if $(CLAIM),--claim $(CLAIM)) $(if $(FORCE),--force) $(RUN)
 
 publish: $(READY)
 	@$(PY) -m mcl_repro.dev.publishing --profile $(PROFILE) $(RUN)

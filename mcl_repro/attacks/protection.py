@@ -31,7 +31,7 @@ __all__ = ['CANDIDATES', 'PAIR_FORMATS', 'HACKER_CHANGES', 'create_noise', 'open
            'candidate_tokens', 'trigger_text', 'survives_as_text', 'protected_mask', 'protected_images',
            'protected_training_set', 'published_pairs', 'png_bytes', 'write_published', 'read_published', 'Likeness',
            'check_published_pairs', 'change_images', 'ChangedImages', 'noise_left', 'crop_and_flip', 'drop_first_words',
-           'drop_triggers', 'drawable_text', 'protection_gallery']
+           'drop_triggers', 'drawable_text', 'draw_published', 'protection_gallery']
 
 # %% ../../nbs/attacks/protection.ipynb #b843a8e2
 def create_noise(path: Path | str, # of the `.npy` file; its folder is made if it is not there
@@ -865,31 +865,39 @@ def _show_caption(ax, trigger: str, caption: str, note: str, width: int=30):
         say(0, note, va="bottom", fontsize=7, color="#666666")
 
 # %% ../../nbs/attacks/protection.ipynb #56789e37
+def draw_published(clean: np.ndarray, # uint8 [n, s, s, 3]
+                   noise: np.ndarray, # int8 [n, s, s, 3] in 1/255
+                   triggers: list, # n texts
+                   captions: list, # n texts
+                   lost: list, # bool [n], which triggers are read as other tokens
+                   bound: int=8 # largest |noise|, 1/255
+                  ): # matplotlib Figure
+    "For some pairs: clean picture, protected picture, ten times the noise around grey, caption with its trigger"
+    import matplotlib.pyplot as plt
+    tenfold = np.clip(128 + 10*noise.astype(int), 0, 255).astype(np.uint8)
+    fig, axes = plt.subplots(len(clean), 4, figsize=(8.6, 2.1*len(clean) + .3), squeeze=False, layout="constrained",
+                             width_ratios=(1, 1, 1, 1.35))
+    titles = "clean", f"protected, within {bound}/255", "noise x 10", "caption with its trigger"
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title, fontsize=9)
+    for k, (line, after) in enumerate(zip(axes, add_noise(clean, noise))):
+        for ax, picture in zip(line, (clean[k], after, tenfold[k])):
+            ax.imshow(picture, interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+        note = "as text, this trigger is read as other tokens" if lost[k] else ""
+        _show_caption(line[3], triggers[k], captions[k], note)
+    return fig
+
 def protection_gallery(pairs: Pairs, # clean
                        protection: Protection, # that knows their ids
                        tokenizer, # that the triggers were made with
                        rows=(0, 1, 2) # which pairs
                       ): # matplotlib Figure
-    "For some pairs: clean picture, protected picture, ten times the noise around grey, caption with its trigger"
-    import matplotlib.pyplot as plt
+    "Some pairs of a set as `draw_published` shows them"
     some = pairs.select(rows)
-    images = protected_images(some, protection)
-    clean = some.image_array(None, protection.side)
-    after = images.array()
-    noise = protection.noise[images.noise_rows].astype(int)
-    tenfold = np.clip(128 + 10*noise, 0, 255).astype(np.uint8)
-    fig, axes = plt.subplots(len(some), 4, figsize=(8.6, 2.1*len(some) + .3), squeeze=False, layout="constrained",
-                             width_ratios=(1, 1, 1, 1.35))
-    titles = "clean", f"protected, within {protection.bound}/255", "noise x 10", "caption with its trigger"
-    for ax, title in zip(axes[0], titles):
-        ax.set_title(title, fontsize=9)
-    for k, line in enumerate(axes):
-        for ax, picture in zip(line, (clean[k], after[k], tenfold[k])):
-            ax.imshow(picture, interpolation="nearest")
-            ax.set_xticks([])
-            ax.set_yticks([])
-        ids = protection.triggers[images.noise_rows[k]]
-        lost = len(ids) and not survives_as_text(tokenizer, [ids])[0]
-        note = "as text, this trigger is read as other tokens" if lost else ""
-        _show_caption(line[3], trigger_text(tokenizer, ids), some.captions[k], note)
-    return fig
+    where = protection.rows_of(some.ids)
+    triggers = protection.triggers[where]
+    lost = ~survives_as_text(tokenizer, triggers) if protection.length else np.zeros(len(some), bool)
+    return draw_published(some.image_array(None, protection.side), protection.noise[where],
+                          [trigger_text(tokenizer, ids) for ids in triggers], some.captions, lost, protection.bound)

@@ -30,7 +30,12 @@ WHAT_TO_RUN = (
     option("papers", nargs="*", metavar="PAPER", suggested=lambda: [*PAPERS, "baselines"],
            help="ubt, mem, cleanclip, cfbd, baselines (default: all there are)"),
     PROFILE, RUNS, add_device,
-    option("--seeds", type=int, default=1, metavar="N", help="seeds that experiments repeat over (default: 1)"),
+    repeatable("--table", "only this table and what it needs, such as ubt.table7", "ID"),
+    repeatable("--figure", "only this figure, such as ubt.fig8", "ID"),
+    repeatable("--claim", "only the tables that this claim is judged on, such as ubt.c05", "ID"),
+    option("--seeds", type=int, default=1, metavar="N",
+           help="seeds that the headline tables repeat over (default: 1)"),
+    flag("--seed-all", "repeat every table and figure over the seeds, not only the headline tables"),
     repeatable("--role", "other data in a role, such as train=flickr8k:train or train=pairs.csv", "NAME=SOURCE"),
     repeatable("--set", "another value of a setting of the profile, such as train.epochs=3"),
     repeatable("--param", "another value of a parameter of the notebooks"),
@@ -40,8 +45,13 @@ WHAT_TO_RUN = (
 def _changed(args):
     "What a call changes of the profile and of the notebooks' parameters, as `run_notebooks` and `make_plan` take it."
     roles = parse_pairs(args.role, "--role", raw=True)
-    parameters = parse_pairs(args.param, "--param")
+    parameters = parse_pairs(args.param, "--param") | ({"seed_all": True} if args.seed_all else {})
     return roles, parameters, parse_pairs(args.set, "--set")
+
+def _outputs(args):
+    "The tables and figures that a call is for, by paper; {} for all."
+    from mcl_repro.run.notebooks import chosen_outputs
+    return chosen_outputs(args.table or (), args.figure or (), args.claim or ())
 
 def _whole_number(text):
     "A number of processes, for `add_argument`; argparse names the option in the error."
@@ -73,15 +83,23 @@ def run(args):
     roles, parameters, settings = _changed(args)
     try:
         run_notebooks(args.papers, args.profile, args.device, args.jobs, args.seeds, roles, parameters, args.runs,
-                      overrides=settings, notebooks=args.notebooks, force=args.force, engine=args.engine)
+                      overrides=settings, notebooks=args.notebooks, outputs=_outputs(args), force=args.force,
+                      engine=args.engine)
+        for claim in args.claim or ():
+            print(_verdict_line(page.parent, claim))
     finally:
         if page.exists() and page.stat().st_mtime_ns != before:
             print(f"report: {page}", flush=True)
 
+def _verdict_line(folder, claim):
+    "What became of one claim."
+    from mcl_repro.report.claims import read_judged
+    row = next(row for row in read_judged(folder) if row["id"] == claim)
+    return f"{claim}: {row['verdict'].replace('_', ' ')}. {row['evidence']}"
+
 # %% ../../nbs/cli/main.ipynb #40350196
 @command("plan", "what a run will compute, what it costs on this device, and what is missing", *WHAT_TO_RUN,
          repeatable("--paper", "the same as PAPER, as an option", "PAPER"),
-         option("--table", metavar="ID", help="only what one table needs, such as ubt.table7"),
          option("--jobs", type=int, default=1, metavar="N",
                 help="processes that compute at the same time (default: 1)"),
          flag("--no-calibration", "measure nothing; say amounts of work instead of times"),
@@ -96,7 +114,7 @@ def plan(args):
     calibration = "none" if args.no_calibration else "measure"
     papers = [*args.papers, *(args.paper or ())]
     made = make_plan(papers, args.profile, args.device, args.jobs, args.seeds, roles, parameters, args.runs,
-                     overrides=settings, notebooks=args.notebooks, table=args.table, calibration=calibration)
+                     overrides=settings, notebooks=args.notebooks, outputs=_outputs(args), calibration=calibration)
     print(json.dumps(plan_json(made), ensure_ascii=False, allow_nan=False) if args.json else plan_text(made))
     return 1 if made.reasons else 0
 
@@ -128,16 +146,16 @@ def status(args):
     "What is done, running, failed and waiting, and how long the rest will take."
     from pathlib import Path
 
-    from mcl_repro.lab.status import read_status
+    from mcl_repro.lab.forecast import read_forecast
     from mcl_repro.report.page import read_notebooks
     folder = Path(args.runs)/args.profile
-    rows, notebooks = read_status(args.runs, args.profile), read_notebooks(folder, [])
+    (rows, expected), notebooks = read_forecast(args.runs, args.profile), read_notebooks(folder, [])
     if not rows and not notebooks:
         return print(f"nothing has been run in {folder} yet; start with: mcl_repro run --profile {args.profile}")
     for notebook in notebooks.values():
         print(_notebook_line(notebook))
     if rows:
-        print(*_stage_lines(rows), sep="\n")
+        print(*_stage_lines(rows, expected), sep="\n")
     if shown := [row for row in rows if args.all or row["state"] != "done"]:
         print(_stage_table(shown))
 
@@ -149,15 +167,17 @@ def _notebook_line(notebook):
     return f"notebook {notebook['name']}: {last['status']}{started}{error}"
 
 # %% ../../nbs/cli/main.ipynb #d42c65bb
-def _stage_lines(rows):
-    "How many stages are in which state, and what is left."
+def _stage_lines(rows, expected):
+    "How many stages are in which state, what is left, and the next tables."
     count = {s: sum(row["state"] == s for row in rows) for s in ("done", "running", "failed", "waiting")}
     yield f"{len(rows)} stages: " + ", ".join(f"{n} {state}" for state, n in count.items() if n)
-    waiting = [row["eta"] for row in rows if row["state"] != "done"]
-    left, unknown = sum(seconds or 0 for seconds in waiting), sum(seconds is None for seconds in waiting)
-    if left or unknown:
-        untimed = f", {unknown} stages were never timed" if unknown else ""
-        yield f"{'at least' if unknown else 'about'} {duration(left)} of computing left{untimed}"
+    if expected.left is None:
+        yield "nobody knows yet how long the rest takes"
+    elif expected.left:
+        yield f"about {duration(expected.left)} left"
+    to_come = sorted((seconds, id) for id, seconds in expected.readers.items() if seconds)
+    if to_come:
+        yield "next: " + ", ".join(f"{id} in {duration(seconds)}" for seconds, id in to_come[:5])
 
 def _stage_table(rows):
     "Stages as text."

@@ -29,7 +29,7 @@ from ..report.page import VERDICTS
 from ..report.printed import printed_entries
 from ..report.provenance import package_versions
 from ..report.tables import read_table, show_table
-from ..run.batch import executed_metadata, run_key, short_path, VERSIONED
+from ..run.headless import executed_metadata, run_key, short_path, VERSIONED
 from ..run.notebooks import find_notebooks, hash_of, notebook_parameters, notebooks_folder, STANDARD
 
 RECORDS_LIMIT = 1_000_000     # bytes of all records

@@ -29,7 +29,7 @@ class Work:
     ):
         self.out = Path(out)
         self.key, self.label, self.device = spec["key"], spec["label"], spec["device"]["type"]
-        self._scratch, self._running, self._last = scratch, running, 0.
+        self._store, self._scratch, self._running, self._last = spec.get("store"), scratch, running, 0.
         known = {k: spec[k] for k in ("stage", "label", "key")}
         self._state = dict(known, started=time.time(), done=0, total=None, unit="", note="")
         self._tell()
@@ -39,6 +39,10 @@ class Work:
         "A folder that survives a kill; removed once the artefact is committed."
         self._scratch.mkdir(parents=True, exist_ok=True)
         return self._scratch
+
+    def share(self, write, name:str|None=None)->str:
+        "Keep a file that many artefacts refer to once in the store, see `Store.share`; its name there."
+        return Store(self._store).share(write, self.out/"base.safetensors", name)
 
     def progress(self, done:float, total:float|None=None, unit:str="", note:str=""):
         "Say how far the stage is, as often as you like; it is written at most twice a second."
@@ -236,15 +240,15 @@ def run_stage(
     attempt.mkdir(parents=True)
     work = Work(attempt, store.scratch(spec["key"]), running, spec)
     device, versions = spec["device"], spec["versions"]
-    started, clock = utc_now(), time.perf_counter()
+    started, began, clock = utc_now(), round(time.time(), 3), time.perf_counter()
     reset_peak_memory(device)
     with limit_threads(device, versions), _repeatable(device), _seeded(spec["key"], versions):
         result = function(work, **decode_settings(spec["settings"], inputs))
     seconds = round(time.perf_counter() - clock, 3)
     return dict(
         format=STORE_FORMAT, **{k: spec[k] for k in _KEPT}, result=_plain_result(spec, result), started=started,
-        finished=utc_now(), seconds=seconds, **peak_memory(device), hardware=hardware_facts(device["type"]),
-        git=git_state(),
+        finished=utc_now(), seconds=seconds, began=began, process=os.getpid(), **peak_memory(device),
+        hardware=hardware_facts(device["type"]), git=git_state(),
     )
 
 # %% ../../nbs/lab/attempt.ipynb #c0ca105d

@@ -13,6 +13,7 @@ from filelock import Timeout
 from pathlib import Path
 
 from ..core.errors import StoreError
+from ..core.files import read_json
 from .status import is_locked, read_plan
 from .store import Store, store_error
 
@@ -29,6 +30,15 @@ def _key_of(path):
     "The key that a file or folder belongs to."
     return re.split(r"[-.]", path.name.lstrip("."))[0]
 
+def _bases(artefacts):
+    "Names of the bases that artefacts refer to."
+    records = (read_json(path/"record.json", default=None) for path in artefacts)
+    return {name for record in records if isinstance(record, dict) for name in record.get("bases", ())}
+
+def _running(store):
+    "Whether any attempt is at work."
+    return any(is_locked(store, _key_of(path)) for path in (store.folder/"tmp").glob("*"))
+
 def _rubbish(store, wanted):
     "What may go: (kind, path)."
     def inside(name):
@@ -39,7 +49,10 @@ def _rubbish(store, wanted):
 
     artefacts = sorted(store.objects.glob("*/*"))
     done = {p.name for p in artefacts}
+    kept = _bases(p for p in artefacts if p.name in wanted)
     yield from (("artefact", path) for path in artefacts if path.name not in wanted)
+    if not _running(store):   # what runs may be about to refer to any of them
+        yield from (("base", path) for path in inside("bases") if path.name not in kept)
     yield from (("damaged", path) for path in inside("quarantine"))
     yield from (("attempt", path) for path in inside("tmp") if free(_key_of(path)))
     yield from (("scratch", path) for path in inside("scratch") if path.name not in wanted - done and free(path.name))
@@ -51,6 +64,9 @@ def _remove(store, rows):
     "Remove what `rows` say, but for artefacts that somebody is at just now."
     for row in rows:
         path = store.folder/row["name"]
+        if row["kind"] == "base":
+            _remove_base(store, path)
+            continue
         if row["kind"] == "artefact":
             lock = store.lock(path.name)
             try:
@@ -65,6 +81,12 @@ def _remove(store, rows):
         if path.is_dir():
             shutil.rmtree(path)
         else:
+            path.unlink(missing_ok=True)
+
+def _remove_base(store, path):
+    "Remove a base unless somebody has come to refer to it; an attempt that begins now finds it, or that it is gone."
+    with store.lock("bases"):
+        if not _running(store) and path.name not in _bases(store.objects.glob("*/*")):
             path.unlink(missing_ok=True)
 
 # %% ../../nbs/lab/cleaning.ipynb #96a833f5

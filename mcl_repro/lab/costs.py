@@ -153,6 +153,7 @@ class StageWork:
     host: int = 0                                # further bytes of memory of the machine: tokens, embeddings
     steps: set = field(default_factory=set)      # (architecture, pairs at a time, precision) of its training steps
     may_stop: bool = False                       # it has a rule to stop earlier
+    usually: float = 1.                          # share of the amounts that is done before it usually stops
 
     def add(
         self,
@@ -324,4 +325,9 @@ def work_of(
 )->StageWork|None: # None: nobody said what its stage costs
     "What a node's stage does and needs."
     function = COSTS.get(node.stage.name)
-    return function(Setting(node)) if function else None
+    if function is None:
+        return None
+    work = function(Setting(node))
+    if drawn := work.amounts.pop(("draw", ""), 0):
+        work.add("draw", drawn, _architecture(node) or "")
+    return work

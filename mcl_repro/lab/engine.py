@@ -22,18 +22,20 @@ def run_serial(
     lab,                    # whose store the results go to
     todo:list,              # nodes, inputs first
     compute=attempt_stage,  # function (spec, stage) -> (state, error)
+    watch=None,             # function (node, state, error), called after each
 )->list:
     "Compute in this process, one after the other; returns the errors."
     errors, out = [], set()
     for node in todo:
-        if out & set(node.inputs):
-            out.add(node.key)
-            continue
-        state, error = compute(node_spec(node, lab.store), node.stage.function)
+        state, error = "skipped", None
+        if not out & set(node.inputs):
+            state, error = compute(node_spec(node, lab.store), node.stage.function)
         if state != "done":
             out.add(node.key)
         if error:
             errors.append(error)
+        if watch:
+            watch(node, state, error)
         if isinstance(error, StoreError):
             break
     return errors
@@ -123,7 +125,7 @@ def _cluster(jobs, device):
     jobs = jobs or len(gpus) or os.cpu_count() or 1
     # for good: it is read again when a worker is replaced
     dask.config.set({"distributed.worker.daemon": False, "distributed.scheduler.worker-ttl": None})
-    options = dict(host="127.0.0.1", dashboard=False, dashboard_address=None)
+    options = dict(host="127.0.0.1", dashboard=False, dashboard_address="127.0.0.1:0")   # any free port
     scheduler = {"cls": distributed.Scheduler, "options": options}
     workers = {i: _worker(gpus[i % len(gpus)] if gpus else None) for i in range(jobs)}
     with dask.config.set({"distributed.nanny.pre-spawn-environ": _ONE_THREAD}):
@@ -269,11 +271,11 @@ def importable_error(
         )
 
 def _outcome(lab, node, future):
-    "The error that a finished task tells of, None without one."
+    "The state of a finished task, and the error that it tells of, None without one."
     try:
         state, told = future.result()
     except ImportError as e:
-        return SettingsError(
+        return "failed", SettingsError(
             f"a worker cannot import what stage {node.stage.name} needs ({e}); start the workers in an "
             "environment with this package"
         )
@@ -286,29 +288,33 @@ def _outcome(lab, node, future):
         if type(e).__name__ != "KilledWorker":
             raise
         if e.task != future.key:
-            return None  # an input's worker, which is told of there
-        return StageError(
+            return "skipped", None  # an input's worker, which is told of there
+        return "failed", StageError(
             f"stage {node.stage.name} ({node.label}): its worker process died four times; too little memory "
             f"for {lab.jobs or 'this many'} jobs?"
         )
-    return error_from_words(told) if told else None
+    return state, error_from_words(told) if told else None
 
 # %% ../../nbs/lab/engine.ipynb #1ecaa6f9
 def _submit(client, store, todo, mark):
-    "One task for each node, after those of its inputs; on a GPU only where a worker declares one."
+    """One task for each node, after those of its inputs; on a GPU only where a worker declares one.
+
+    Of those that can begin, the first in `todo` comes first."""
     futures, run = {}, uuid.uuid4().hex[:8]   # the run in the name: what failed a moment ago is not in memory
-    for n in todo:
+    for place, n in enumerate(todo):
         before = [futures[k] for k in n.inputs if k in futures]
         resources = {"GPU": 1} if n.device["type"] == "cuda" else None
         name = f"{n.stage.name}-{n.key}-{run}"
         spec = node_spec(n, store)
-        futures[n.key] = client.submit(_remote, spec, mark, *before, key=name, pure=False, resources=resources)
+        futures[n.key] = client.submit(
+            _remote, spec, mark, *before, key=name, pure=False, resources=resources, priority=-place
+        )
     return futures
 
 def _wants_gpu(nodes):
     return any(n.device["type"] == "cuda" for n in nodes)
 
-def _outcomes(lab, client, todo, futures):
+def _outcomes(lab, client, todo, futures, watch):
     "Key -> error or None, as the tasks end; stops at a store that cannot be used."
     from distributed import as_completed
     errors, looked, far = {}, time.monotonic(), is_address(lab.engine)
@@ -323,15 +329,18 @@ def _outcomes(lab, client, todo, futures):
             continue
         future = next(finished)
         node = nodes[future.key]
-        errors[node.key] = _outcome(lab, node, future)
+        state, errors[node.key] = _outcome(lab, node, future)
+        if watch:
+            watch(node, state, errors[node.key])
         if isinstance(errors[node.key], StoreError):
             break
     return errors
 
 # %% ../../nbs/lab/engine.ipynb #6e67f8c5
 def run_dask(
-    lab,        # whose store the results go to
-    todo:list,  # nodes, inputs first
+    lab,         # whose store the results go to
+    todo:list,   # nodes, inputs first; of those that can begin, the first comes first
+    watch=None,  # function (node, state, error), called after each
 )->list:
     "Compute on the workers of a Dask cluster; returns the errors, in the order of the nodes."
     importable_error([n.stage for n in todo])
@@ -339,7 +348,7 @@ def run_dask(
         if is_address(lab.engine):
             await_workers(client, _wants_gpu(todo))
             check_workers(client, lab.store, mark)
-        errors = _outcomes(lab, client, todo, _submit(client, lab.store, todo, mark))
+        errors = _outcomes(lab, client, todo, _submit(client, lab.store, todo, mark), watch)
     found = [errors[n.key] for n in todo if errors.get(n.key)]
     if any(isinstance(e, StoreError) for e in found):
         lab.close()

@@ -411,6 +411,8 @@ def sample_size_figure(kls: dict, # what each KL is between -> KL in nats, finit
     fig, (top, low) = plt.subplots(2, 1, figsize=(7.5, 5.4), sharex=True, height_ratios=(3, 2))
     _draw_gaps(top, numbers, kls, epsilon)
     _draw_sweep(low, numbers[numbers.panel == "ASR"], level)
+    for ax in (top, low):
+        ax.minorticks_off()     # a dozen decades
     if total:
         low.axvline(total, color="grey", lw=1)
         _note(low, f"all {total:,} pairs", (total, .5), (4, 0), ("data", "axes fraction"), color="grey")

@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'Recipe', 'TrainingSet', 'training_set', 'free_memory', 'epoch_batches', 'Batch', 'read_batch', 'rows_of',
            'step_rows', 'iterate', 'stream', 'embed_batch', 'contrastive_loss', 'parameter_groups', 'learning_rate_at',
-           'TrainingState', 'save_checkpoint', 'load_checkpoint', 'Callback', 'StopWhen', 'Record', 'train']
+           'LazyRows', 'RowAdamW', 'TrainingState', 'save_checkpoint', 'load_checkpoint', 'Callback', 'StopWhen',
+           'Record', 'train']
 
 # %% ../../nbs/model/training.ipynb #1392d6e2
 import json, math, os, time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
+from torch.optim.adamw import adamw
 
-from .clip import Clip, encode_text, info_nce, text_length, to_pixels, tokenize
+from .clip import Clip, encode_text, info_nce, Origin, text_length, to_pixels, token_table, tokenize
 from ..data.pairs import Images
 from mcl_repro.model.devices import (
     average_gradients, BATCHNORM, check_splittable, gather_rows, half_precision, in_parts, own_rank, own_share,
@@ -281,6 +284,121 @@ def learning_rate_at(step: int, # global step, from 0
     share = (step - recipe.warmup_steps) / max(total - recipe.warmup_steps, 1)
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
+# %% ../../nbs/model/training.ipynb #b51e7a02
+class LazyRows:
+    "A token table in training: rows that had no gradient yet only decay, and do so when they are read."
+    def __init__(self,
+                 table: torch.nn.Embedding, # trained in place
+                 memory: dict # gets the moments of used rows and all else that a restart needs, by name
+        ):
+        weight = table.weight.detach()
+        self.table, self.memory, self.first = table, memory, weight.clone()
+        none = weight.new_zeros(0, weight.shape[1])
+        memory.update(rows=none[:, 0].long(), exp_avg=none, exp_avg_sq=none.clone(), step=weight.new_zeros(()),
+                      decay=torch.ones((), dtype=torch.float64))
+        self.resume()
+        table.sparse, self.hook = True, table.register_forward_pre_hook(self.refresh)
+
+    def resume(self):
+        "Take up what a checkpoint has put into `memory` and the weights."
+        memory, weight = self.memory, self.table.weight.detach()
+        if len(memory["rows"]) != len(memory["exp_avg"]):   # moments of all rows, from torch's AdamW
+            memory["rows"] = torch.arange(len(weight), device=weight.device)
+        self.place = torch.full((len(weight),), -1, device=weight.device)   # of each row among the used ones
+        self.place[memory["rows"]] = torch.arange(len(memory["rows"]), device=weight.device)
+        unused = self.place < 0
+        if not torch.equal((self.first * memory["decay"].item())[unused], weight[unused]):
+            # moments of another training, or another start
+            self.first, memory["decay"] = weight.clone(), torch.ones_like(memory["decay"])
+
+    @torch.no_grad()
+    def refresh(self, module, inputs):
+        "Before rows are looked up: bring those up to date that only decay."
+        late = inputs[0][self.place[inputs[0]] < 0]
+        if len(late):
+            self._catch_up(late.unique())
+
+    def _catch_up(self, rows):
+        self.table.weight[rows] = self.first[rows] * self.memory["decay"].item()
+
+    @torch.no_grad()
+    def settle(self):
+        "Bring all rows up to date."
+        weight, rows = self.table.weight.detach(), self.memory["rows"]
+        used = weight[rows]
+        torch.mul(self.first, self.memory["decay"].item(), out=weight)
+        weight[rows] = used
+
+    def close(self):
+        "End of the training: an ordinary table again."
+        self.settle()
+        self.hook.remove()
+        self.table.sparse = False
+
+# %% ../../nbs/model/training.ipynb #b51e7a03
+@patch
+def include(self: LazyRows,
+            rows: torch.Tensor # int64, that have a gradient for the first time
+    ):
+    "Give rows their moments."
+    memory, self.place[rows] = self.memory, torch.arange(len(rows), device=rows.device) + len(self.memory["rows"])
+    self._catch_up(rows)   # of several processes not all have looked them up
+    memory["rows"] = torch.cat([memory["rows"], rows])
+    for name in ("exp_avg", "exp_avg_sq"):
+        memory[name] = torch.cat([memory[name], memory[name].new_zeros(len(rows), memory[name].shape[1])])
+
+@patch
+@torch.no_grad()
+def update(self: LazyRows,
+           gradient: torch.Tensor, # [vocabulary, width], sparse or not
+           group: dict # settings of AdamW: lr, betas, eps, weight_decay
+    ) -> torch.Tensor: # the gradient, every row once
+    "AdamW's step for rows that have or had a gradient; the others owe the decay."
+    memory, weight = self.memory, self.table.weight.detach()
+    rows, summed = _every_row_once(gradient)
+    new = rows[self.place[rows] < 0]
+    if len(new):
+        self.include(new)
+    used, slopes = weight[memory["rows"]], torch.zeros_like(memory["exp_avg"])
+    slopes[self.place[rows]] = summed
+    (beta1, beta2), moments = group["betas"], ([memory["exp_avg"]], [memory["exp_avg_sq"]])
+    adamw([used], [slopes], *moments, [], [memory["step"]], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+          lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+    weight[memory["rows"]] = used
+    memory["decay"] *= 1 - group["lr"] * group["weight_decay"]
+    return torch.sparse_coo_tensor(rows[None], summed, weight.shape, is_coalesced=True, check_invariants=False)
+
+def _every_row_once(gradient):
+    "Numbers of the rows of a gradient, and their sums, added in the order in which a dense gradient adds them."
+    if not gradient.is_sparse:
+        rows = gradient.any(1).nonzero().flatten()
+        return rows, gradient[rows]
+    found, values = gradient._indices()[0], gradient._values()   # noqa: SLF001 coalesce() adds in another order
+    rows, place = found.unique(return_inverse=True)
+    return rows, torch.ops.aten.embedding_dense_backward(values, place, len(rows), -1, False)
+
+# %% ../../nbs/model/training.ipynb #b51e7a05
+class RowAdamW(torch.optim.AdamW):
+    "AdamW on all weights of a model, of which the token table's rows are computed when they are used."
+    def __init__(self, model, recipe: Recipe):
+        groups = parameter_groups(model, recipe.weight_decay)
+        super().__init__(groups, lr=recipe.learning_rate, betas=tuple(recipe.betas), eps=1e-8, fused=True)
+        self._step_supports_amp_scaling = False   # the scaler of float16 then unscales before the step, all alike
+        table = token_table(model)
+        trained = table is not None and table.weight.requires_grad
+        self.lazy = LazyRows(table, self.state[table.weight]) if trained else None
+
+    def step(self, closure=None):
+        "One update; the gradient of the table stays where it is, every row once."
+        if self.lazy is None or self.lazy.table.weight.grad is None:
+            return super().step(closure)
+        weight = self.lazy.table.weight
+        gradient, weight.grad = weight.grad, None
+        value = super().step(closure)
+        group = next(g for g in self.param_groups if any(p is weight for p in g["params"]))
+        weight.grad = self.lazy.update(gradient, group)
+        return value
+
 # %% ../../nbs/model/training.ipynb #10e9ba8c
 @dataclass
 class TrainingState:
@@ -295,6 +413,11 @@ class TrainingState:
     scale: float = 65536.       # loss scale of fp16 mixed precision
     stop: bool = False          # a callback sets it to end the training after the step
 
+    def settle(self):
+        "Bring the token table up to date, for who reads its weights themselves."
+        if lazy := getattr(self.optimizer, "lazy", None):
+            lazy.settle()
+
 # %% ../../nbs/model/training.ipynb #57ddbd9b
 def save_checkpoint(state: TrainingState, path: Path):
     "Write model, optimiser moments and history as one safetensors file, atomically."
@@ -304,6 +427,7 @@ def save_checkpoint(state: TrainingState, path: Path):
 
 def _write_checkpoint(state, path):
     from safetensors.torch import save_file
+    state.settle()
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in state.clip.model.state_dict().items()}
     for i, p in enumerate(_parameters(state.optimizer)):
         for k, v in state.optimizer.state.get(p, {}).items():
@@ -348,6 +472,8 @@ def load_checkpoint(state: TrainingState, path: Path) -> bool:
         # the fused update walks memory in order, so moments need the strides of their parameter
         like_p = v.shape == p.shape and v.ndim
         state.optimizer.state[p][name] = torch.empty_like(p).copy_(v) if like_p else v.to(p.device)
+    if lazy := getattr(state.optimizer, "lazy", None):
+        lazy.resume()
     for name, value in facts.items():
         setattr(state, name, value)
     return True
@@ -395,16 +521,19 @@ def train(
     the device does not have and for a split batch where BatchNorm would notice.
     """
     state = _start(clip, data, recipe)
-    if checkpoint:
-        load_checkpoint(state, checkpoint)
-    for c in callbacks:
-        c.before_training(state)
-    while state.epoch < recipe.epochs and not state.stop:
-        _train_epoch(state, data, loss, callbacks, progress)
-        for c in callbacks:
-            c.after_epoch(state)
+    try:
         if checkpoint:
-            save_checkpoint(state, checkpoint)
+            load_checkpoint(state, checkpoint)
+        for c in callbacks:
+            c.before_training(state)
+        while state.epoch < recipe.epochs and not state.stop:
+            _train_epoch(state, data, loss, callbacks, progress)
+            for c in callbacks:
+                c.after_epoch(state)
+            if checkpoint:
+                save_checkpoint(state, checkpoint)
+    finally:
+        _end(state)
     clip.model.eval()
     if recipe.compiled:
         _compile(clip.model, False)
@@ -421,9 +550,18 @@ def _start(clip, data, recipe):
     if recipe.compiled:
         _check_compiler(clip.device)
         _compile(clip.model)
-    groups = parameter_groups(clip.model, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=tuple(recipe.betas), eps=1e-8, fused=True)
-    return TrainingState(clip, optimizer, recipe, len(epoch_batches(len(data), recipe, 0)))
+    return TrainingState(clip, RowAdamW(clip.model, recipe), recipe, len(epoch_batches(len(data), recipe, 0)))
+
+def _end(state):
+    "An ordinary token table again; the model notes how its unused rows have decayed, for `save_clip`."
+    clip, lazy = state.clip, state.optimizer.lazy
+    if lazy is None:
+        return
+    lazy.close()
+    origin = clip.origin or Origin(lazy.first.cpu())
+    if (factor := lazy.memory["decay"].item()) != 1:
+        origin = replace(origin, factors=(*origin.factors, factor))
+    clip.origin = origin
 
 def _compile(model, on=True):
     "Let torch compile the towers when they are next called, or not any more. Weights and their names stay."
@@ -476,6 +614,7 @@ def _train_epoch(state, data, loss, callbacks, progress):
             progress(state.step, total, "steps", f"epoch {state.epoch + 1}/{recipe.epochs}")
         if state.stop:
             break
+    state.settle()
     _check_finite(losses, state)
     # the last update has no loss after it
     _check_finite([p.detach().abs().max().float() for p in state.clip.model.parameters()], state, "a weight")
@@ -504,11 +643,18 @@ def _step(state, batch, loss, learning_rate):
             value = loss(state.clip, batch)
         state.optimizer.zero_grad(set_to_none=True)
         (scaler.scale(value) if scaler else value).backward()
-    average_gradients(_parameters(state.optimizer))
+    _average(state.optimizer)
     _update(state, scaler)
     with torch.no_grad():
         state.clip.model.logit_scale.clamp_(0, math.log(100))
     return value.detach().float()
+
+def _average(optimizer):
+    "The mean of gradients over processes; that of a token table, whose rows differ between them, as a whole."
+    weight = optimizer.lazy and optimizer.lazy.table.weight
+    if world_size() > 1 and weight is not None and weight.grad is not None:
+        weight.grad = weight.grad.to_dense()
+    average_gradients(_parameters(optimizer))
 
 def _update(state, scaler):
     "One update; with the dynamic loss scale of float16, which is part of the state."

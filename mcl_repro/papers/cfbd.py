@@ -6,14 +6,15 @@
 __all__ = ['RULES', 'LEVELS', 'REFERENCES', 'KEEP', 'read_rows', 'one_thread', 'MappingNetwork', 'save_mapping', 'load_mapping',
            'mapping_loss', 'train_mapping', 'mapping_distance', 'mapping_network', 'image_embeddings',
            'generated_embeddings', 'coca_captioner', 'captioned_texts', 'Consistency', 'cross_modality_consistency',
-           'mismatch_auroc', 'Mixture', 'fit_mixture', 'benign_region', 'CoarseSplit', 'coarse_split', 'mean_direction',
-           'direction_cosines', 'textual_correlation', 'leave_one_out', 'caption_core', 'benign_level',
-           'fine_threshold', 'chance_likeness', 'guard_level', 'Detection', 'fine_stage', 'detect', 'embed_pairs',
-           'GatheredRows', 'write_embeddings', 'cfbd_detect', 'detection_cost', 'save_detection', 'load_detection',
-           'kept_rows', 'cfbd_filtered_clip', 'cfbd_select', 'mapping_node', 'cfbd_nodes', 'as_printed',
-           'with_q_chosen']
+           'mismatch_auroc', 'Mixture', 'gaussian', 'fit_mixture', 'benign_region', 'CoarseSplit', 'coarse_split',
+           'mean_direction', 'direction_cosines', 'textual_correlation', 'leave_one_out', 'caption_core',
+           'benign_level', 'fine_threshold', 'chance_likeness', 'guard_level', 'Detection', 'fine_stage', 'detect',
+           'embed_pairs', 'GatheredRows', 'write_embeddings', 'cfbd_detect', 'detection_cost', 'cfbd_choose_q',
+           'save_detection', 'load_detection', 'kept_rows', 'cfbd_filtered_clip', 'cfbd_select', 'mapping_node',
+           'detection_node', 'cfbd_nodes', 'as_printed', 'with_q_chosen']
 
 # %% ../../nbs/papers/cfbd.ipynb #7089b61b
+import math
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -436,6 +437,16 @@ def _sample(values, sample, seed):
         values = values[np.sort(rng.choice(len(values), sample, replace=False))]
     return values[values > 0].astype(np.float64)
 
+# %% ../../nbs/papers/cfbd.ipynb #f1d0001f
+def gaussian(
+    x,                # where
+    weight: float,    # these three: of one component of a `Mixture`
+    mean: float,
+    deviation: float,
+): # of the shape of x
+    "Density of one component of a mixture."
+    return weight * np.exp(-((x - mean) / deviation)**2 / 2) / (deviation * math.sqrt(2 * math.pi))
+
 # %% ../../nbs/papers/cfbd.ipynb #7c9ce38a
 def fit_mixture(
     values: np.ndarray,           # [n] consistencies
@@ -734,6 +745,15 @@ def _above(z, split, threshold, screen):
         chosen[:len(split.poisoned)] = True
     return np.sort(candidates[chosen])
 
+# %% ../../nbs/papers/cfbd.ipynb #f1d0001d
+def _clearest(texts, consistency, mixture, sizes, coverage, rule, fine):
+    "The detection whose core stands out most, of those with the sizes; `fine`: settings of `fine_stage`."
+    tried = []
+    for size in sizes:
+        split = coarse_split(consistency.value, mixture, size, coverage, rule)
+        tried.append(Detection(consistency, mixture, split, **fine_stage(texts, split, **fine)))
+    return min(tried, key=lambda d: (1 - d.likeness) / max(1 - d.level, 1e-6))
+
 # %% ../../nbs/papers/cfbd.ipynb #e61541e5
 def detect(
     images,                   # [n, d] image embeddings; anything that slices
@@ -764,11 +784,8 @@ def detect(
     fine = dict(reference=reference, core=core, alpha=alpha, guard_alpha=guard_alpha, margin=margin, level=level,
                 screen=screen, guard=guard, seed=seed, chunk=chunk, progress=progress)
     consistency = cross_modality_consistency(images, texts, mapping, chunk, progress, precision)
-    mixture, tried = fit_mixture(consistency.value, components, seed, sample), []
-    for size in sizes:
-        split = coarse_split(consistency.value, mixture, size, coverage, rule)
-        tried.append(Detection(consistency, mixture, split, **fine_stage(texts, split, **fine)))
-    return min(tried, key=lambda d: (1 - d.likeness) / max(1 - d.level, 1e-6))
+    mixture = fit_mixture(consistency.value, components, seed, sample)
+    return _clearest(texts, consistency, mixture, sizes, coverage, rule, fine)
 
 # %% ../../nbs/papers/cfbd.ipynb #f1d00005
 def _check_settings(n, sizes, coverage, rule, components, reference, core, alpha, guard_alpha, margin, level):
@@ -904,6 +921,42 @@ def _cfbd_detect_cost(s):
     work.read(s, "poisoned").embed(s, counts.images, counts.items)
     return detection_cost(work, s.mapping, counts.items, dict(q=s.q))
 
+# %% ../../nbs/papers/cfbd.ipynb #f1d0001b
+@stage
+def cfbd_choose_q(
+    work, *,
+    detection,                # artefact of `cfbd_detect`, whatever its q
+    q: list,                  # sizes of D_p to choose from; this and what follows: see `detect`
+    coverage: float = .9,
+    rule: str = "one_sided",
+    reference: str = "all",
+    core: float = .2,
+    alpha: float = .05,
+    guard_alpha: float = .01,
+    margin: float = .5,
+    level: str = "bulk",
+    screen: bool = False,
+    guard: bool = True,
+    seed: int = 0,
+):
+    "The detection with q chosen from several, from the scores of another: what `cfbd_detect` finds with these."
+    found, sizes = load_detection(detection), sorted(set(q))
+    fine = dict(reference=reference, core=core, alpha=alpha, guard_alpha=guard_alpha, margin=margin, level=level)
+    components = detection.result["components"]
+    _check_settings(len(found.correlation), sizes, coverage, rule, components, **fine)
+    texts = np.load(detection.path/"texts.npy", mmap_mode="r", allow_pickle=False)
+    fine |= dict(screen=screen, guard=guard, seed=seed, chunk=4096, progress=work.progress)
+    coarse = found.consistency, found.mixture
+    return save_detection(work, _clearest(texts, *coarse, sizes, coverage, rule, fine))
+
+# %% ../../nbs/papers/cfbd.ipynb #f1d0001c
+@cost_of(cfbd_choose_q)
+def _cfbd_choose_q_cost(s):
+    "A few directions for every size, on embeddings that are there."
+    pairs = Setting(s.detection).counts("poisoned").items
+    work = StageWork(kept=40 * pairs)
+    return work.add("gflop", 2e-2 * sum(s.q) + 8e-9 * pairs * len(s.q) * Setting(s.detection).facts.width)
+
 # %% ../../nbs/papers/cfbd.ipynb #e5628e3b
 def save_detection(
     work,             # of the running stage
@@ -1018,6 +1071,22 @@ def mapping_node(
     options = dict(settings["mapping"])
     return lab.node(mapping_network, clip=clean, pairs=lab.role(options.pop("pairs")), **options)
 
+def detection_node(
+    lab,            # a `Lab`
+    inputs: dict,   # nodes: clip, poisoned
+    mapping,        # node of `mapping_network` or `captioned_texts`
+    settings: dict, # of `cfbd_detect`; where q is a list, the clearest size is chosen
+    seed: int = 0,  # of the mixture
+): # node
+    "CFBD on a poisoned set. One embedding of the pairs serves all sizes q, the single one of the paper, too."
+    q = settings.get("q", 50)
+    if np.isscalar(q):
+        return lab.node(cfbd_detect, **inputs, mapping=mapping, seed=seed, **settings)
+    first = lab.node(cfbd_detect, **inputs, mapping=mapping, seed=seed, **dict(settings, q=min(q), guard=False))
+    fine = {name: value for name, value in settings.items() if name in cfbd_choose_q.stage.settings}
+    return lab.node(cfbd_choose_q, detection=first, seed=seed, **fine)
+
+# %% ../../nbs/papers/cfbd.ipynb #f1d0001e
 def cfbd_nodes(
     lab,                 # a `Lab`
     clean,               # node with the public clean CLIP
@@ -1031,7 +1100,7 @@ def cfbd_nodes(
     "Detection, training on what it keeps, and the pairs it hands to unlearning."
     recipe = dict(recipe or lab.profile["finetune"], seed=seed)
     inputs = dict(clip=clean, poisoned=poisoned)
-    found = lab.node(cfbd_detect, **inputs, mapping=mapping, seed=seed, **settings["detect"])
+    found = detection_node(lab, inputs, mapping, settings["detect"], seed)
     trained = {keep: lab.node(cfbd_filtered_clip, **inputs, detection=found, recipe=recipe, keep=keep) for keep in KEEP}
     nodes = dict(detect=found, **trained)
     if victim is not None:

@@ -19,6 +19,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.errors import SettingsError
+from ..core.words import near
 from ..lab.lab import Lab
 from ..model.clip import build_clip, check_clip, model_config, trained_name
 from mcl_repro.papers.stages import (
@@ -26,7 +27,7 @@ from mcl_repro.papers.stages import (
     retrieval, weights_checksum,
 )
 from ..report.figures import forest, save_figure
-from ..report.printed import paper_table
+from ..report.printed import headline_tables, paper_table, printed_entries
 from ..report.tables import read_table, show_table, table_note, tidy, write_table
 
 # %% ../../nbs/papers/plan.ipynb #b2a70002
@@ -61,11 +62,11 @@ def extras() -> Extras:
 
 # %% ../../nbs/papers/plan.ipynb #9ed07297
 class Experiments:
-    "The plan of a paper notebook. Raises SettingsError for a table or an attack that it does not have."
+    "The plan of a paper notebook. Raises SettingsError for a table, a figure or an attack that it does not have."
     def __init__(
         self,
         lab: Lab,                    # gives settings, roles and seeds
-        tables: list,                # ids of the tables that the notebook can make
+        outputs: list,               # ids of the tables and figures that the notebook can make
         wanted: list = (),           # which of them; none means all
         attacks: dict | None = None, # printed name -> entry of the profile's `attacks`; None: all under their own names
         attack_names: list = (),     # which of the printed names; none means all
@@ -76,9 +77,10 @@ class Experiments:
         entries = dict(attacks or {name: name for name in settings.attacks})
         self.extras = extras()
         own = _beside(self.extras.attacks(), entries)
-        _check_names(lab, tables, wanted, entries, own, attack_names)
+        _check_names(lab, outputs, wanted, entries, own, attack_names)
         self.lab, self.settings = lab, settings
-        self.wanted, self.whole = list(wanted or tables), not attack_names
+        self.outputs, self.whole = list(outputs), not attack_names
+        self.wanted = [output for output in outputs if output in (wanted or outputs)]
         self.counts, self.steps = dict(counts or {}), steps
         self.model = settings.model      # name and weights of the CLIP
         self.image_size = model_config(self.model.name)["vision_cfg"]["image_size"]
@@ -88,7 +90,7 @@ class Experiments:
         self.own_repairs = self.extras.repairs()
         self.checkpoints = _checkpoints(settings, {**entries, **{name: name for name in own}}, self.model)
         self.lines, self.defences, self.done = [], {}, {}     # defences: name -> function of a chain that gives a node
-        self.extra, self.parts = [], SimpleNamespace()        # nodes besides those of lines; what is shown, by name
+        self.asked, self.parts = {}, SimpleNamespace()        # output -> nodes, see `ask`; what is shown, by name
         self._chains, self._added = {}, set()
         if own or self.own_repairs:
             self.extras.for_workers(lab.engine)
@@ -108,10 +110,10 @@ def _beside(offered, entries):
     "The attacks that are offered under other names than the paper's."
     return {name: entry for name, entry in offered.items() if name not in entries}
 
-def _check_names(lab, tables, wanted, attacks, own, attack_names):
-    "Raises SettingsError for a table or an attack that there is not, and where no attack of the paper is named."
-    if unknown := set(wanted) - set(tables):
-        raise SettingsError(f"unknown table {min(unknown)!r} in tables; this notebook makes {', '.join(tables)}")
+def _check_names(lab, outputs, wanted, attacks, own, attack_names):
+    "Raises SettingsError for an output or an attack that there is not, and where no attack of the paper is named."
+    if unknown := set(wanted) - set(outputs):
+        raise SettingsError(f"{near(min(unknown), outputs, 'table or figure')}")
     if unknown := set(attack_names) - {*attacks, *own}:
         raise SettingsError(
             f"unknown attack {min(unknown)!r} in attack_names; profile {lab.name} has {', '.join([*attacks, *own])}"
@@ -159,7 +161,7 @@ def _checkpoints(settings, attacks, model):
     known = {*settings.attacks, *attacks.values()}
     if unknown := set(given) - known:
         raise SettingsError(f"unknown attack {min(unknown)!r} in poison.checkpoints; known: {', '.join(sorted(known))}")
-    built_as = trained_name(model.name, model.pretrained)
+    built_as = trained_name(model.name, model.pretrained) if given else None     # imports open_clip
     files = {printed: str(given[entry]) for printed, entry in attacks.items() if entry in given}
     for printed, file in files.items():
         _check_file(printed, file, built_as)
@@ -232,6 +234,38 @@ def method(
     recipe = dict(settings.pop("recipe"), seed=chain.seed)
     return self.lab.node(stage, recipe=recipe, **settings, **inputs)
 
+# %% ../../nbs/papers/plan.ipynb #aa717969
+@patch
+def wants(
+    self: Experiments,
+    *outputs: str, # ids of tables and figures
+) -> bool:
+    "Whether one of these is wanted."
+    return any(output in self.wanted for output in outputs)
+
+@patch
+def seeds(
+    self: Experiments,
+    output: str, # id of a table or figure
+) -> list:
+    "The seeds that it repeats over: all of the lab's for a headline table, else the first, unless all were asked for."
+    every = self.lab.seed_all or output in headline_tables()
+    return self.lab.seeds if every else self.lab.seeds[:1]
+
+@patch
+def ask(
+    self: Experiments,
+    outputs: str | tuple, # the table or figure that reads the nodes, or several
+    *nodes,               # None among them is left out
+):
+    "Plan nodes for an output, if it is wanted. Raises ValueError for one that the notebook does not have."
+    for output in [outputs] if isinstance(outputs, str) else outputs:
+        if output not in self.outputs:
+            raise ValueError(f"{output} is none of this plan's outputs")
+        if self.wants(output):
+            self.asked.setdefault(output, []).extend(node for node in nodes if node is not None)
+
+
 # %% ../../nbs/papers/plan.ipynb #403c3805
 @patch
 def measure(
@@ -257,7 +291,7 @@ def line(
     **which,                # of `chain`
 ):
     "Plan lines of a table, if the table is wanted; with them those of plug-ins."
-    if table not in self.wanted:
+    if not self.wants(table):
         return
     self._plan(table, defences, labels, role, which)
     attack = labels.get("attack")
@@ -275,7 +309,7 @@ def line(
 @patch
 def _plan(self: Experiments, table, defences, labels, role, which, own=False):
     "Lines of one chain; `own`: of an attack that the paper does not have."
-    chains = [self.chain(seed=seed, **which) for seed in self.lab.seeds]
+    chains = [self.chain(seed=seed, **which) for seed in self.seeds(table)]
     added = self.own_repairs if len(defences) > 1 else ()
     for defence in [*defences, *added]:
         if defence in self.own_repairs:
@@ -297,18 +331,26 @@ def repaired(
 
 # %% ../../nbs/papers/plan.ipynb #5a94256f
 @patch(as_prop=True)
+def readers(self: Experiments) -> dict:
+    """Table or figure -> the nodes that it reads, each once: models and measurements of its lines, and what it asks for.
+
+    In the order of `outputs`."""
+    found = {output: [] for output in self.outputs}
+    for line in self.lines:
+        found[line.table] += [*line.found, *line.models]
+    for output, nodes in self.asked.items():
+        found[output] += nodes
+    return {output: list(dict.fromkeys(nodes)) for output, nodes in found.items() if nodes}
+
+@patch(as_prop=True)
 def nodes(self: Experiments) -> list:
-    "Everything to compute: models and measurements of all lines and what is asked for besides, each once."
-    planned = [node for line in self.lines for node in (*line.found, *line.models)]
-    return list(dict.fromkeys([*planned, *self.extra]))
+    "Everything to compute, each once."
+    return list(dict.fromkeys(node for nodes in self.readers.values() for node in nodes))
 
 @patch
-def run(
-    self: Experiments,
-    extra: list = (), # nodes besides those that are planned
-) -> int: # how many nodes were asked for
+def run(self: Experiments) -> int: # how many nodes were asked for
     "Compute everything that was planned, in one run of the lab."
-    nodes = list(dict.fromkeys([*self.nodes, *extra]))
+    nodes = self.nodes
     self.done.update(zip(nodes, self.lab.run(nodes)))
     return len(nodes)
 
@@ -441,7 +483,9 @@ def check_complete(self: Experiments) -> str:
 
     Raises AssertionError when some have none although all attacks and tables were run.
     """
-    files = [self.lab.folder/"tables"/f"{table}.csv" for table in self.wanted]
+    with_lines, in_paper = {line.table for line in self.lines}, printed_entries("tables")
+    tables = [output for output in self.wanted if output in with_lines or output in in_paper]
+    files = [self.lab.folder/"tables"/f"{table}.csv" for table in tables]
     written = [read_table(file) for file in files if file.exists()]
     measured = ["value", "ci_low", "ci_high"]
     printed = pd.concat(written).dropna(subset="paper_value") if written else pd.DataFrame(columns=measured)

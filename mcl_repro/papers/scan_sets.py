@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['pair_embeddings', 'planted_embeddings', 'Planted', 'planted', 'scan', 'robustness_pool', 'planted_poison',
            'planted_duplicates', 'planted_mistakes', 'scan_outcome', 'similar_part', 'robustness_points', 'scan_point',
-           'robustness']
+           'robustness', 'strained_points']
 
 # %% ../../nbs/papers/scan_sets.ipynb #2149094f
 import csv
 
 import numpy as np
+import pandas as pd
 import torch
 
-from ..attacks.base import mentions, TriggeredImages
+from ..attacks.base import mentions, read_stored_array, TriggeredImages
 from ..core.errors import SettingsError
+from ..core.files import read_json
 from ..data.pairs import ArrayImages
 from ..data.registry import DataRef, open_data
 from ..lab.costs import cost_of, Setting, StageWork
@@ -25,7 +27,7 @@ from ..model.training import training_set
 from mcl_repro.papers.cfbd import (
     detect, Detection, detection_cost, image_embeddings, load_mapping, save_detection, write_embeddings,
 )
-from .stages import arrays, attack_of, load_clip, open_poisoned
+from .stages import arrays, attack_of, load_clip
 
 # %% ../../nbs/papers/scan_sets.ipynb #954d7b67
 @stage
@@ -49,13 +51,18 @@ def planted_embeddings(
     clip,     # artefact with the CLIP
     poisoned, # artefact of `poisoned_pairs`
 ):
-    "Rows and embeddings of the poisoned pairs of a set: what an attack changes in `pair_embeddings`."
-    model, bad = load_clip(clip, work.device), open_poisoned(poisoned)
-    images, texts = embed_images(model, ArrayImages(bad.images)), embed_texts(model, list(bad.captions))
-    made = dict(rows=bad.rows, images=images.numpy().astype(np.float16), texts=texts.numpy().astype(np.float16))
+    """Rows and embeddings of the poisoned pairs of a set: what an attack changes in `pair_embeddings`.
+
+    They are taken from what was stored; the set of which they are a part is not opened.
+    """
+    model = load_clip(clip, work.device)
+    rows, pictures = (read_stored_array(poisoned.path/f"{name}.npy") for name in ("rows", "images"))
+    captions = read_json(poisoned.path/"captions.json", remedy="make the poisoned set again")
+    images, texts = embed_images(model, ArrayImages(pictures)), embed_texts(model, captions)
+    made = dict(rows=rows, images=images.numpy().astype(np.float16), texts=texts.numpy().astype(np.float16))
     for name, array in made.items():
         np.save(work.out/f"{name}.npy", array)
-    return dict(poisoned=len(bad.rows))
+    return dict(poisoned=len(rows))
 
 # %% ../../nbs/papers/scan_sets.ipynb #c0571ca0
 @cost_of(pair_embeddings)
@@ -302,6 +309,7 @@ def robustness(
     filtered: float = 0., # share of the clean pairs, least similar first, that are left out: see `similar_part`
     sample: int = 5000,   # values that the mixture sees
     draws: int = 3,       # of every point
+    first: int = 0,       # number of the first of them: several stages can share the draws
     seed: int = 0,        # of the draws
 ):
     "Scan sets that strain the method's assumptions: `points.csv`, one row per point and draw."
@@ -309,7 +317,7 @@ def robustness(
     clean, drawn = similar_part(clean, arrays(pool, "pool"), filtered)
     network, points, rows = load_mapping(mapping.path/"mapping.safetensors"), robustness_points(share, axes), []
     for i, point in enumerate(points):
-        for draw in range(draws):
+        for draw in range(first, first + draws):
             rng = np.random.default_rng([seed, i, draw])
             found = scan_point(clean, drawn, network, point, dict(options, sample=sample), rng)
             rows.append({**point, "draw": draw, **found})
@@ -328,3 +336,12 @@ def _robustness_cost(s):
     points = s.draws * len(robustness_points(s.share, s.axes))
     work = StageWork(kept=10**6, host=8 * Setting(s.mapping).facts.width * pairs)
     return detection_cost(work, s.mapping, pairs, dict(s.options, sample=s.sample), points)
+
+# %% ../../nbs/papers/scan_sets.ipynb #b13b0007
+def strained_points(
+    artefacts: list, # of `robustness`
+) -> pd.DataFrame: # one row per point and draw, point by point; `level` is text
+    "What was found under all strains, in all draws."
+    made = [pd.read_csv(artefact.path/"points.csv", dtype=dict(level=str)) for artefact in artefacts]
+    there = pd.concat([points.assign(point=points.groupby("draw").cumcount()) for points in made], ignore_index=True)
+    return there.sort_values(["point", "draw"], ignore_index=True).drop(columns="point")

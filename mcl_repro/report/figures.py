@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'use_style', 'save_figure', 'forest']
 
 # %% ../../nbs/report/figures.ipynb #037545b4
-import tempfile
+import io
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +58,23 @@ def _described(figure_id, alt, extra) -> str:
 _UNDATED = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
 def _drawn(fig, kind) -> bytes:
-    "A figure as a PNG (150 dpi) or an SVG, the same bytes for the same figure."
+    "A figure as a PNG (150 dpi) or an SVG, the same bytes for the same figure. Drawn once: `savefig` draws twice."
     import matplotlib as mpl
-    with mpl.rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)/f"figure.{kind}"
-        fig.savefig(path, format=kind, dpi=150, metadata=_UNDATED[kind], facecolor="white")
-        return path.read_bytes()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    shown, dpi, out = fig.canvas, fig.dpi, io.BytesIO()
+    fig.set_facecolor("white")
+    with mpl.rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}):
+        try:
+            if kind == "png":
+                fig.set_dpi(150)
+                FigureCanvasAgg(fig).print_png(out, metadata=_UNDATED[kind])
+            else:
+                FigureCanvasSVG(fig).print_svg(out, metadata=_UNDATED[kind])
+        finally:
+            fig.set_dpi(dpi)
+            fig.set_canvas(shown)
+    return out.getvalue()
 
 def save_figure(
     fig,                    # a matplotlib figure
@@ -79,7 +90,9 @@ def save_figure(
     if not len(numbers):
         raise SettingsError(f"figure {figure_id!r}: no numbers to write beside it")
     contents = {"csv": numbers.to_csv(index=False, lineterminator="\n", float_format="%.10g")}
-    contents |= {kind: _drawn(fig, kind) for kind in ("png", "svg")}
+    contents["png"] = _drawn(fig, "png")
+    fig.set_layout_engine("none")     # arranged once: the SVG and a notebook keep the PNG's places
+    contents["svg"] = _drawn(fig, "svg")
     figures = Path(folder)/"figures"
     files = [write_atomically(figures/f"{figure_id}.{kind}", content) for kind, content in contents.items()]
     about = {"alt": alt, "note": note, "extra": figure_id not in printed_entries("figures")}
@@ -115,6 +128,7 @@ def _forest_panel(ax, places, rows, metric, unit):
         ax.set_xlim(-3, 103)
     elif ends.min() > 0 and ends.max() > 50*ends.min():
         ax.set_xscale("log")
+        ax.minorticks_off()
     ax.set_title(printed_name("labels", metric) + (f" ({unit})" if unit else ""), fontsize=9)
     ax.tick_params(labelsize=7.5)
     ax.grid(axis="y", visible=False)

@@ -7,14 +7,14 @@ __all__ = ['VERDICTS', 'read_notebooks', 'read_claims_file', 'write_report']
 
 # %% ../../nbs/report/page.ipynb #4404115f
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from ..core.errors import SettingsError
 from ..core.files import package_yaml, read_json, write_atomically
-from .printed import LAYOUTS, printed_entries, table_spec
+from .printed import headline_tables, LAYOUTS, paper_names, printed_entries, table_spec
 from .tables import own_table_spec, page_templates, printed_name, read_table, table_grid
 
 # %% ../../nbs/report/page.ipynb #e3823af3
@@ -30,7 +30,21 @@ class _Paper:
     tables: list
     figures: list
     claims: list
-    to_do: list     # printed tables that no file was found for
+    to_do: list     # printed tables that no file was found for, and that no run is making
+    coming: list = field(default_factory=list)     # what a run is making, see below
+
+    @property
+    def headline(self) -> list:
+        "Its headline tables, there or being made."
+        return [entry for entry in (*self.tables, *self.coming) if entry["id"] in headline_tables()]
+
+    @property
+    def in_order(self) -> list:
+        "The other tables, and printed ones that are being made, in the paper's order."
+        printed = list(printed_entries("tables"))
+        found = [*self.tables, *(entry for entry in self.coming if entry["id"] in printed)]
+        found = [entry for entry in found if entry not in self.headline]
+        return sorted(found, key=lambda entry: printed.index(entry["id"]) if entry["id"] in printed else len(printed))
 
     @property
     def measured(self) -> int:
@@ -46,6 +60,11 @@ class _Paper:
     def printed(self) -> int:
         "How many cells the paper prints."
         return sum(len(table["rows"]) for table in printed_entries("tables").values() if table["paper"] == self.id)
+
+    @property
+    def printed_tables(self) -> int:
+        "How many tables the paper prints."
+        return sum(table["paper"] == self.id for table in printed_entries("tables").values())
 
     @property
     def verdicts(self) -> dict:
@@ -185,6 +204,59 @@ def _provenance_view(provenance) -> dict:
     roles = {role for section in sections.values() for role in section.get("data") or {}}
     return {"sections": sections, "stand_ins": sorted(stand_ins), "roles": sorted(roles)}
 
+# %% ../../nbs/report/page.ipynb #9d0ea04b
+def _about(seconds) -> str:
+    "An estimated time for a reader."
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute"
+    return f"about {minutes} min" if minutes < 90 else f"about {minutes // 60} h {minutes % 60 // 5 * 5:02d} min"
+
+def _when(state, left) -> str:
+    "When a table or figure will be there; `left` is in seconds, None where nobody knows."
+    if state == "failed":
+        return "failed"
+    if state == "done":
+        return "computed, shown here in a moment"
+    soon = "" if left is None else f"in {_about(left)}"
+    if state == "running":
+        return f"at work, {soon}" if soon else "at work"
+    return soon or "later"
+
+# %% ../../nbs/report/page.ipynb #fa275faa
+def _coming(output) -> dict:
+    "A table or figure that is still to come, as the page shows it."
+    id = output["id"]
+    paper, _, name = id.partition(".")
+    heading = f"{paper_names().get(paper, paper)} {printed_name('figures', name)} (ours)"
+    title, figure = "", printed_entries("figures").get(id)
+    if id in printed_entries("tables"):
+        heading, title = table_spec(id).heading, table_spec(id).title
+    elif figure:
+        heading = f"{paper_names()[paper]} Figure {figure['number']}"
+    state = output.get("state", "waiting")
+    return dict(id=id, heading=heading, title=title, state=state, when=_when(state, output.get("left")))
+
+def _still_to_come(progress, there) -> tuple[list, dict]:
+    "What a run is making that is not there yet, and of what is there what is made anew: id -> when."
+    coming = [_coming(output) for output in progress.get("outputs", ())]
+    again = {entry["id"]: entry["when"] for entry in coming if entry["id"] in there and entry["state"] != "done"}
+    return [entry for entry in coming if entry["id"] not in there], again
+
+# %% ../../nbs/report/page.ipynb #30bae822
+def _going(progress) -> dict:
+    "How far a run is, in words."
+    done, stages, left = progress.get("done", 0), progress.get("stages", 0), progress.get("left")
+    remaining = "" if left is None else f", {_about(left)} left"
+    soon = [output for output in progress.get("outputs", ())
+            if output.get("left") is not None and output.get("state") in ("waiting", "running")]
+    soon = [_coming(output) for output in sorted(soon, key=lambda output: output["left"])[:3]]
+    return {
+        "line": f"so far: {done} of {stages} stages{remaining}", "done": done, "stages": stages, "next": soon,
+        "running": list(progress.get("running", ())), "failed": list(progress.get("failed", ())),
+        "updated": str(progress.get("updated", ""))[:19].replace("T", " "),
+    }
+
 # %% ../../nbs/report/page.ipynb #8e822d7e
 def _with_forests(tables, figures):
     "Each table with the picture of it, and the figures that are no table's."
@@ -193,24 +265,30 @@ def _with_forests(tables, figures):
         table["forest"] = by_id.pop(f"{table['id']}_forest", None)
     return tables, list(by_id.values())
 
-def _papers(notebooks, tables, figures, claims) -> list[_Paper]:
+def _papers(notebooks, tables, figures, claims, coming) -> list[_Paper]:
     "Every paper, and whatever else tables and figures are named after."
     named = package_yaml(LAYOUTS)["papers"]
     def paper_of(entry):
         return entry["id"].partition(".")[0]
-    done = {table["id"] for table in tables}
+    done = {table["id"] for table in (*tables, *coming)}
     found = []
-    for paper in (*named, *sorted({paper_of(entry) for entry in (*tables, *figures)} - set(named))):
+    for paper in (*named, *sorted({paper_of(entry) for entry in (*tables, *figures, *coming)} - set(named))):
         about = named.get(paper, {})
         parts = ([entry for entry in entries if paper_of(entry) == paper] for entries in (tables, figures, claims))
         printed = [table for table in printed_entries("tables") if table.startswith(f"{paper}.")]
         to_do = [table_spec(table) for table in printed if table not in done]
         name, title = about.get("name", paper), about.get("title", "")
-        found.append(_Paper(paper, name, title, notebooks.get(paper), *parts, to_do))
+        waits = [entry for entry in coming if paper_of(entry) == paper]
+        found.append(_Paper(paper, name, title, notebooks.get(paper), *parts, to_do, waits))
     return found
 
 # %% ../../nbs/report/page.ipynb #2e586eb3
-def _read_run(folder) -> dict:
+def _without_place(coming) -> set:
+    "What is being made and has no place on the page yet: figures, and tables of ours that are no headline."
+    placed = {*printed_entries("tables"), *headline_tables()}
+    return {entry["id"] for entry in coming} - placed
+
+def _read_run(folder, progress=None) -> dict:
     "Everything that the page shows, read from a run's folder."
     problems = []
     notebooks = read_notebooks(folder, problems)
@@ -218,10 +296,17 @@ def _read_run(folder) -> dict:
     tables = _read_all(folder, "tables", _read_table, problems)
     figures = _read_all(folder, "figures", _read_figure, problems)
     tables, figures = _with_forests(tables, figures)
-    papers = _papers(notebooks, tables, figures, claims)
-    shown = [paper for paper in papers if paper.tables or paper.figures or paper.notebook or paper.claims]
+    coming, again = _still_to_come(progress or {}, {entry["id"] for entry in (*tables, *figures)})
+    papers = _papers(notebooks, tables, figures, claims, coming)
+    shown = [paper for paper in papers
+             if paper.tables or paper.figures or paper.notebook or paper.claims or paper.coming]
+    by_id = {entry["id"]: entry for entry in (*tables, *coming)}
     return {
         "profile": Path(folder).resolve().name,
+        "going": _going(progress) if progress else None,
+        "again": again,
+        "headline": [by_id[id] for id in headline_tables() if id in by_id],
+        "places": {*by_id, *(figure["id"] for figure in figures)} - _without_place(coming),
         "papers": shown,
         "waiting": [paper for paper in papers if paper not in shown and paper.printed],
         "notebooks": notebooks,
@@ -232,11 +317,17 @@ def _read_run(folder) -> dict:
 
 # %% ../../nbs/report/page.ipynb #d91a85b0
 def write_report(
-    folder: str | Path,  # a run's folder, runs/<profile>
-) -> Path:               # its `index.html`
-    "Write the page anew from what the folder holds; it loads nothing from a network and links only into the folder."
+    folder: str | Path,             # a run's folder, runs/<profile>
+    progress: dict | None = None,   # of a run that is going, see below; None: it is over
+) -> Path:                          # its `index.html`
+    """Write the page anew from what the folder holds; it loads nothing from a network and links only into the folder.
+
+    `progress` has `done` and `stages` (counts), `left` (seconds or None), `running` and `failed` (texts), `updated`
+    (ISO time) and `outputs`: dicts of `id`, `state` (done, waiting, running or failed) and `left`. With it the page
+    says what is still to come, and loads itself anew every half minute. Raises `SettingsError` without a folder.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise SettingsError(f"there is no run in {folder}; make one with `mcl_repro run`")
     template = page_templates().get_template("report.html.j2")
-    return write_atomically(folder/"index.html", template.render(_read_run(folder)))
+    return write_atomically(folder/"index.html", template.render(_read_run(folder, progress)))

@@ -348,6 +348,16 @@ def _constant(spec, frame, units):
                 found[printed_name("factors", name)] = _label_head(name, labels[0], units)
     return found
 
+# %% ../../nbs/report/tables.ipynb #f6276723
+def _over(measured) -> str:
+    "Over what the intervals of measured cells are; nothing where none has an interval."
+    counts = sorted({cell["seeds"] for cell in measured if cell["interval"]}, reverse=True)
+    one, several = "test items of one training", [str(count) for count in counts if count > 1]
+    if not several:
+        return one if counts else ""
+    text = f"trainings ({' or '.join(several)} seeds) and test items"
+    return f"{text}, where there was one training over its test items" if 1 in counts else text
+
 # %% ../../nbs/report/tables.ipynb #b4d6778c
 def _texts_by_place(spec, frame) -> dict:
     "Every cell's texts, by the keys of its row and its column."
@@ -367,7 +377,7 @@ def _counted(spec, cells) -> dict:
     measured = [cell for cell in cells.values() if cell["ours"]]
     beside = sum(bool(cell["paper"]) for cell in measured) if spec.number else 0   # counts printed tables only
     return dict(measured=beside, own=len(measured) - beside, printed=len(printed_value(spec)) if spec.number else 0,
-                seeds=max([cell["seeds"] for cell in measured], default=1))
+                seeds=max([cell["seeds"] for cell in measured], default=1), over=_over(measured))
 
 # %% ../../nbs/report/tables.ipynb #61188141
 def _key_heads(key, names, units) -> list[str]:
@@ -405,8 +415,9 @@ def table_grid(
 # %% ../../nbs/report/tables.ipynb #5f5ba41d
 def _legend(grid):
     "How to read a table."
-    seeds = f", mean of {grid['seeds']} seeds" if grid["seeds"] > 1 else ""
-    return f"Paper: as printed. Ours: as measured, with a 95% interval{seeds}. Empty: not run, or not in the paper."
+    ours = f"mean of {grid['seeds']} seeds" if grid["seeds"] > 1 else "as measured"
+    interval = f", with a 95% interval over {grid['over']}" if grid["over"] else ""
+    return f"Paper: as printed. Ours: {ours}{interval}. Empty: not run, or not in the paper."
 
 def _disagrees(entry):
     "An inconsistency as a sentence."

@@ -22,12 +22,12 @@ from ..lab.costs import KINDS, model_facts, StageWork
 
 # %% ../../nbs/run/calibration.ipynb #404c5cb8
 _MACHINE_KINDS = {"decode", "draw", "mixture", "gflop"}
-_MODEL_KINDS = set(KINDS) - _MACHINE_KINDS | {"memory_fixed", "memory_pair"}
+_MODEL_KINDS = set(KINDS) - _MACHINE_KINDS | {"draw", "memory_fixed", "memory_pair"}
 
 def seconds_per_unit(
     function,          # without arguments
     units:float=1,     # of work in one call
-    seconds:float=.4,  # to measure for, at least; 0: one call, which is long enough to need no other before it
+    seconds:float=.05, # to measure for, at least; 0: one call, which is long enough to need no other before it
     synchronise=None,  # waits for the device
 )->float:
     "What one unit takes, after one call that does not count."
@@ -66,8 +66,10 @@ def step_bytes(
 # %% ../../nbs/run/calibration.ipynb #3b8b4057
 def _sizes(device, facts, batch):
     "Pairs at a time in the two measurements."
-    if device == "cuda" or facts.image_size < 100:
+    if device == "cuda":
         return max(batch // 2, 2), max(batch, 3)
+    if facts.image_size < 100:      # a small model, whose steps take as long for each pair from some dozen pairs on
+        return max(min(batch, 128) // 4, 2), max(min(batch, 128), 3)
     return 2, 6
 
 def _some_pairs(clip, count):
@@ -86,7 +88,7 @@ def _step_seconds(clip, data, size, precision, seconds, wait):
     import numpy as np
     from mcl_repro.model.training import Recipe, rows_of, train
     fast = clip.device.type == "cuda" or clip.image_size < 100
-    steps = 8 if fast else 1       # in one epoch, as an epoch has a cost of its own
+    steps = 4 if fast else 1       # in one epoch, as an epoch has a cost of its own
     some = rows_of(data, np.arange(size * steps) % len(data))
     recipe = Recipe(epochs=1, batch_size=size, learning_rate=1e-9, precision=precision)
     return seconds_per_unit(lambda: train(clip, some, recipe), steps, seconds if fast else 0, wait)
@@ -114,13 +116,14 @@ def _measure_training(clip, batch, precision, seconds, wait):
 def _measure_towers(clip, seconds, wait):
     "Seconds of what is done with images and captions without training."
     import torch
+    from mcl_repro.data.registry import open_data
     from mcl_repro.model.augmentation import augment_images
     from mcl_repro.model.clip import embed_images, embed_tokens
     from mcl_repro.papers.mem import noise_step, Search, text_features, trigger_gradient
     slow = clip.device.type == "cpu" and clip.image_size > 100
-    n, m = (2, 8) if slow else (256, 512)
+    n, m = (2, 8) if slow else (64, 128) if clip.device.type == "cpu" else (256, 512)
     data = _some_pairs(clip, m)
-    images, tokens = data.images[:n], data.tokens.to(clip.device)
+    images, tokens, world = data.images[:n], data.tokens.to(clip.device), open_data(f"world:train:{n}").images
     goal = torch.nn.functional.normalize(torch.randn(m, model_facts(clip.name).width, device=clip.device), dim=-1)
     noise = torch.zeros(images.shape, device=clip.device)
     def timed(units, function):
@@ -130,6 +133,7 @@ def _measure_towers(clip, seconds, wait):
                 image_gradient=timed(n, lambda: noise_step(clip, images, noise, goal[:n], Search())),
                 text_gradient=timed(m, lambda: trigger_gradient(clip, tokens, goal, 3)),
                 variant=timed(m, lambda: text_features(clip.model, tokens)),
+                draw=timed(n, lambda: world.array(None, clip.image_size)),
                 augment=timed(n, lambda: augment_images(images, "autoaugment", 0)))
 
 # %% ../../nbs/run/calibration.ipynb #54f0776b
@@ -138,17 +142,17 @@ def measure_model(
     batch:int,            # largest number of pairs in a training step
     precision:str="fp32", # of training
     device:str="cpu",     # 'cpu' or 'cuda'
-    seconds:float=.4,     # for each measurement, at least
+    seconds:float=.05,    # for each measurement, at least
 )->dict:  # kind of work -> seconds per unit; `memory_fixed`, `memory_pair`: bytes of a training step
     "How fast this device does the work that belongs to a model."
     import torch
     from mcl_repro.model.clip import build_clip, save_clip
     wait = torch.cuda.synchronize if device == "cuda" else None
-    began = time.perf_counter()
-    with TemporaryDirectory() as folder:
-        clip = build_clip(name, device=device)
-        save_clip(clip, Path(folder)/"clip.safetensors")
-    load = time.perf_counter() - began
+    clip = build_clip(name, device=device)      # the first one imports libraries
+    def build_and_save():
+        with TemporaryDirectory() as folder:
+            save_clip(build_clip(name, device=device), Path(folder)/"clip.safetensors")
+    load = seconds_per_unit(build_and_save, 1, 0, wait)
     towers = _measure_towers(clip, seconds, wait)
     return dict(load=load, **towers, **_measure_training(clip, batch, precision, seconds, wait))
 
@@ -167,7 +171,7 @@ def jpeg_picture(
 def measure_machine(
     size:int=224,      # side to which pictures are brought, pixels
     device:str="cpu",  # for matrix products
-    seconds:float=.4,  # for each measurement, at least
+    seconds:float=.05, # for each measurement, at least
 )->dict:  # seconds per unit of `decode`, `draw`, `mixture` and `gflop`, on one core
     "How fast pictures are read, mixtures fitted, and numbers multiplied."
     import numpy as np
@@ -238,7 +242,7 @@ def calibrate(
     folder:str|Path,   # of runs: `calibration.json` is kept here
     size:int=224,      # side of pictures, pixels
     measure:bool=True, # False: only what was measured before
-    seconds:float=.4,  # for each measurement, at least
+    seconds:float=.05, # for each measurement, at least
 )->dict:  # architecture, or '' for the machine -> seconds per unit, and `key`: what was measured, in words
     """Seconds per unit of every kind of work, measured once for each device, model, batch size, precision and PyTorch.
 

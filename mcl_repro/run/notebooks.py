@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'STANDARD', 'notebooks_folder', 'find_notebooks', 'choose_notebooks', 'notebook_parameters',
-           'check_parameters', 'imported_modules', 'used_modules', 'used_files', 'exported_module', 'notebook_modules',
-           'hash_of', 'source_key', 'library_key']
+           'check_parameters', 'chosen_outputs', 'asked_of', 'imported_modules', 'used_modules', 'used_files',
+           'exported_module', 'notebook_modules', 'hash_of', 'source_key', 'library_key']
 
 # %% ../../nbs/run/notebooks.ipynb #5c713fbb
 import ast
@@ -18,6 +18,8 @@ from pathlib import Path
 
 import mcl_repro
 from ..core.errors import SettingsError
+from ..core.words import near
+from ..report.rules import read_claims
 
 # %% ../../nbs/run/notebooks.ipynb #70bab1e3
 ORDER = ("ubt", "mem", "cleanclip", "cfbd", "baselines")
@@ -140,6 +142,43 @@ def check_parameters(
             raise SettingsError(f"parameter {key!r} of notebook {name!r} is {wanted} (default {default!r}), "
                                 f"not {found} ({value!r})")
     return given
+
+# %% ../../nbs/run/notebooks.ipynb #14acd4d4
+def chosen_outputs(
+    tables=(),  # ids, such as `ubt.table1`
+    figures=(), # ids, such as `ubt.fig8`
+    claims=(),  # ids, such as `ubt.c05`: the tables that they are judged on
+)->dict:        # paper -> dict(tables, figures); empty: all there are
+    "Tables and figures by paper. Raises `SettingsError` for an unknown claim and for an id that names no paper."
+    known, found = read_claims() if claims else {}, {}
+    if odd := [claim for claim in claims if claim not in known]:
+        raise SettingsError(near(odd[0], known, "claim"))
+    if empty := [claim for claim in claims if not known[claim].tables]:
+        raise SettingsError(f"claim {empty[0]} is judged on no table: {known[empty[0]].untestable}")
+    of_claims = [table for claim in claims for table in known[claim].tables]
+    for kind, ids in (("tables", [*tables, *of_claims]), ("figures", figures)):
+        for id in dict.fromkeys(ids):
+            paper, dot, _ = id.partition(".")
+            if not dot:
+                raise SettingsError(f"{id!r} names no paper; write its whole id, such as ubt.{id}")
+            found.setdefault(paper, dict(tables=[], figures=[]))[kind].append(id)
+    return found
+
+def asked_of(
+    chosen:dict,  # paper -> notebook
+    outputs:dict, # of `chosen_outputs`
+)->dict:          # paper -> parameters
+    "What notebooks are asked for. Raises `SettingsError` where that does not fit together."
+    for paper in chosen if outputs else ():
+        if paper not in outputs:
+            raise SettingsError(f"paper {paper!r} was named, and none of its tables and figures; leave {paper} out")
+    if odd := [paper for paper in outputs if paper not in chosen]:
+        asked = [id for ids in outputs[odd[0]].values() for id in ids]
+        raise SettingsError(f"{asked[0]} is of paper {odd[0]!r}, which was not named; name it or leave the papers out")
+    for paper, path in chosen.items():
+        if lacks := [k for k, ids in outputs.get(paper, {}).items() if ids and k not in notebook_parameters(path)]:
+            raise SettingsError(f"paper {paper!r} has no {lacks[0]} to choose from; leave --{lacks[0][:-1]} out")
+    return {paper: {k: ids for k, ids in outputs.get(paper, {}).items() if ids} for paper in chosen}
 
 # %% ../../nbs/run/notebooks.ipynb #61f164c3
 _DATA = {".json", ".txt", ".yaml"}

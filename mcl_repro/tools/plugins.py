@@ -43,7 +43,7 @@ from ..lab.profiles import load_profile
 from ..model.clip import build_clip, Clip, load_weights, save_clip
 from ..model.training import Recipe, train, training_set
 from ..papers.plan import Extras, offer_extras
-from ..papers.stages import defender_pairs, load_clip
+from ..papers.stages import defender_pairs, keep_clip, load_clip
 from .inputs import as_clip, as_labelled, as_pairs, model_fingerprint
 from .measuring import attack, made_attack, measure
 from mcl_repro.tools.repairing import (
@@ -745,7 +745,7 @@ def repaired_clip(work, *,
         given |= dict(pairs=given["trusted"], trusted=None)
     victim = load_clip(clip, work.device)
     done = repair(victim, method=method, **given, folder=folder, seed=seed, device=work.device, progress=work.progress)
-    save_clip(done.clip, work.out/"clip.safetensors")
+    keep_clip(work, done.clip)
     refused, why = bool(done.facts.get("refused")), str(done.facts.get("why", ""))
     return dict(model=done.clip.name, method=method, refused=refused, why=why)
 

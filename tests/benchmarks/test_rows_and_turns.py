@@ -84,6 +84,7 @@ def test_all_benchmarks_are_registered():
     assert set(measuring.BENCHMARKS) == {
         "training_speed", "training_processes", "time_shares", "store_overhead", "import_times", "world_rendering",
         "detection_scale", "protection_speed", "paper_training", "paper_switches", "paper_images",
+        "run_times",
     }
 
 

@@ -31,7 +31,7 @@ from mcl_repro.report.page import VERDICTS
 from mcl_repro.report.printed import printed_entries
 from mcl_repro.report.provenance import write_provenance
 from mcl_repro.report.tables import read_table, show_table
-from mcl_repro.run import batch
+from mcl_repro.run import batch, headless
 from mcl_repro.run.batch import Progress, run_notebooks
 from mcl_repro.run.notebooks import find_notebooks, hash_of
 
@@ -224,7 +224,7 @@ def test_a_run_on_a_gpu_is_published_without_one(top):
     given = read_notebook(executed)["metadata"]["papermill"]["parameters"]
     lab = Lab("smoke", "cpu", top/"runs")
     on_gpu = SimpleNamespace(profile=lab.profile, role=lab.role, device="cuda")
-    key = batch.run_key(top/"nbs/a.ipynb", given, on_gpu)
+    key = headless.run_key(top/"nbs/a.ipynb", given, on_gpu)
     edit(executed, lambda n: n["metadata"]["mcl_repro"].update(key=key))
     with pytest.raises(SettingsError, match="older than the code"):
         go(top)
@@ -339,7 +339,7 @@ def test_a_run_that_somebody_edited_is_refused_before_anything_is_written(top, h
 
 @pytest.mark.parametrize("name, value", [("_library", lambda *given: "other"), ("VERSIONED", ("pip",))])
 def test_a_run_of_other_code_or_versions_is_refused(top, monkeypatch, name, value):
-    monkeypatch.setattr(batch, name, value)
+    monkeypatch.setattr(headless, name, value)
     with pytest.raises(SettingsError, match="run of notebook 'a' is older than the code"):
         go(top)
 
@@ -354,7 +354,7 @@ def test_other_versions_are_named(top):
 def test_different_seeds_are_refused(top):
     executed = read_notebook(top/"runs/smoke/notebooks/b.ipynb")
     seeds = {**executed["metadata"]["papermill"]["parameters"], "seeds": 3}
-    key = batch.run_key(top/"nbs/b.ipynb", seeds, Lab("smoke", "cpu", top/"runs"))
+    key = headless.run_key(top/"nbs/b.ipynb", seeds, Lab("smoke", "cpu", top/"runs"))
     metadata(top, "b", papermill={"parameters": seeds}, mcl_repro={"key": key})
     says = r"different numbers of seeds \(1, 3\); give all the same: make reproduce PROFILE=smoke SEEDS=3"
     with pytest.raises(SettingsError, match=says):

@@ -1,5 +1,5 @@
 """Profiles, keys, store, engines, status and cleaning of the lab; the killing is in test_crash.py."""
-import importlib, inspect, json, linecache, os, signal, subprocess, sys, tempfile, warnings
+import importlib, inspect, json, linecache, os, signal, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +341,7 @@ def test_a_record_tells_how_it_was_made(lab):
     data = {"$node": lab.node(lab_stages.make, seed=0).key}
     assert r["settings"] == {"data": data, "seed": 0, "steps": 5, "sleep": 0.02} and r["result"]["norm"] > 0
     assert r["seconds"] >= .1 and 10 < r["peak_memory_mb"] < 1e5     # five steps that sleep 0.02 s
+    assert r["process"] == os.getpid() and 0 <= time.time() - r["began"] - r["seconds"] < 120
     assert r["device"] == {"type": "cpu", "threads": 1} and set(r["git"]) == {"commit", "dirty"}
     assert os.uname().nodename not in json.dumps(r) and str(lab.runs) not in json.dumps(r)
     assert read_json(art.path/"record.json") == art.record

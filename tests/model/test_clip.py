@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_repro.model.clip import build_clip, embed_texts, load_weights, save_clip, tokenize
+from mcl_repro.core.files import sha256_of
+from mcl_repro.model.clip import (
+    build_clip, embed_texts, load_weights, Origin, read_tensors, save_clip, saved_facts, token_table, tokenize,
+)
 from mcl_repro.data.pairs import ArrayImages, Pairs
+from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import DataError, SettingsError
 from mcl_repro.model.training import Recipe, train, training_set
 
@@ -184,3 +188,156 @@ def test_a_model_without_weights_is_built_without_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         clip = build_clip("ViT-B-32")
     assert clip.image_size == 224 and not caplog.records and logging.root.manager.disable == logging.NOTSET
+
+
+# ---- in a store: no more of the token table than what is its own
+
+@pytest.fixture
+def store(tmp_path):
+    "A folder with bases, and an artefact's place in it."
+    (tmp_path/"bases").mkdir()
+    place = tmp_path/"objects"/"stage"/"key"
+    place.mkdir(parents=True)
+    return place
+
+
+def sharing(store, asked=None):
+    "`share` of a store, in small; `asked` gets the names that it was asked for."
+    bases, asked = store.parents[2]/"bases", [] if asked is None else asked
+    def share(write, name=None):
+        asked.append(name)
+        write(bases/"part")
+        return (bases/"part").replace(bases/f"{sha256_of(bases/'part')}.safetensors").name
+    return share
+
+
+def tensors(clip):
+    return {k: v.clone() for k, v in clip.model.state_dict().items()}
+
+
+def equal_bits(a, b):
+    bits = lambda t: t.contiguous().flatten().view(torch.uint8)
+    alike = lambda v, w: v.shape == w.shape and torch.equal(bits(v), bits(w))
+    return a.keys() == b.keys() and all(alike(v, b[k]) for k, v in a.items())
+
+
+def after_trainings(store, count):
+    "A model after so many trainings, each of which went through the store; the files on the way."
+    clip = build_clip("smoke-RN", seed=1)
+    for number in range(count):
+        rows = [3, 700 + number]
+        with torch.no_grad():
+            table = token_table(clip.model).weight
+            first, kept = (clip.origin or Origin(table.clone())), table[rows] + 1
+            table.mul_(.9 - .01 * number)
+            table[rows] = kept
+        clip.origin = Origin(first.first, (*first.factors, .9 - .01 * number), first.name)
+        save_clip(clip, store/f"{number}.safetensors", share=sharing(store))
+        expected = tensors(clip)
+        clip = build_clip("smoke-RN", pretrained=str(store/f"{number}.safetensors"))
+        assert equal_bits(tensors(clip), expected)
+    return clip
+
+
+def test_a_chain_of_trainings_is_read_back_to_the_bit_and_shares_its_first_table(store):
+    clip = after_trainings(store, 3)
+    assert len(clip.origin.factors) == 3 and len(list((store.parents[2]/"bases").iterdir())) == 1
+    sizes = [(store/f"{n}.safetensors").stat().st_size for n in range(3)]
+    save_clip(clip, store/"whole.safetensors")
+    assert max(sizes) - min(sizes) < 2000 and max(sizes) < (store/"whole.safetensors").stat().st_size / 4
+    assert equal_bits(read_tensors(store/"whole.safetensors"), read_tensors(store/"2.safetensors"))
+
+
+def test_a_real_training_leaves_the_rows_of_its_captions(store):
+    clip, data = build_clip("smoke-RN", seed=1), open_data("world:train:40")
+    found = training_set(clip, data)
+    for _ in range(2):
+        train(clip, found, Recipe(epochs=2, batch_size=20, learning_rate=1e-3))
+    save_clip(clip, store/"clip.safetensors", share=sharing(store))
+    from safetensors.torch import load_file
+    rows = load_file(store/"clip.safetensors")["token_embedding.weight.rows"]
+    assert set(rows.tolist()) <= set(found.tokens.unique().tolist()) and len(rows) > 20
+    assert equal_bits(read_tensors(store/"clip.safetensors"), tensors(clip)) and len(clip.origin.factors) == 2
+    first, = (store.parents[2]/"bases").iterdir()
+    assert torch.equal(load_file(first)["table"], token_table(build_clip("smoke-RN", seed=1).model).weight)
+
+
+@pytest.mark.parametrize("change", ["all rows", "odd numbers", "nothing known"])
+def test_whatever_the_rows_are_they_are_read_back_to_the_bit(store, change):
+    clip = build_clip("smoke-RN", seed=1)
+    table = token_table(clip.model).weight
+    clip.origin = Origin(table.detach().clone(), (.5,), "0"*64 + ".safetensors")
+    with torch.no_grad():
+        if change == "all rows":
+            table.add_(1)
+        elif change == "nothing known":
+            clip.origin = None
+        else:
+            table.mul_(.5)
+            table[:4] = torch.tensor([float("nan"), -0., float("inf"), 1e-45])[:, None]
+    expected = tensors(clip)
+    save_clip(clip, store/"clip.safetensors", share=sharing(store))
+    assert equal_bits(read_tensors(store/"clip.safetensors"), expected)
+    rows = expected["token_embedding.weight"].shape[0]
+    size = (store/"clip.safetensors").stat().st_size
+    assert size < rows * 32 * 4 / 2       # no file has all rows: they have become a base of their own
+
+
+def test_a_known_base_is_asked_for_by_name(store):
+    clip, asked = after_trainings(store, 1), []
+    save_clip(clip, store/"again.safetensors", share=sharing(store, asked))
+    assert asked == [clip.origin.name] and (store.parents[2]/"bases"/asked[0]).is_file()
+    before = (store/"again.safetensors").read_bytes()
+    save_clip(clip, store/"again.safetensors", share=sharing(store))
+    assert (store/"again.safetensors").read_bytes() == before
+
+
+def renoted(path, change):
+    "A file of a store with another note on its base."
+    from safetensors.torch import load_file, save_file
+    facts = saved_facts(path)
+    facts["base"] = change(facts["base"])
+    save_file(load_file(path), path, metadata=facts)
+
+
+DAMAGES = {
+    "no JSON": (lambda note: "{", "its note on the first token table is damaged"),
+    "no factors": (lambda note: note.replace("factors", "f"), "its note on the first token table is damaged"),
+    "a path": (lambda note: re.sub(r"[0-9a-f]{64}", "../../secret", note), "first token table is damaged"),
+    "another table": (lambda note: note.replace("token_embedding.weight", "x"), "do not fit; save the model again"),
+    "another base": (lambda note: re.sub(r"[0-9a-f]{64}", "0"*64, note), "its first token table, 00000000, lies in"),
+}
+
+
+@pytest.mark.parametrize("change,says", DAMAGES.values(), ids=DAMAGES)
+def test_a_note_that_cannot_be_used_is_refused_in_one_line(store, change, says):
+    after_trainings(store, 1)
+    renoted(store/"0.safetensors", change)
+    for read in (read_tensors, lambda path: build_clip("smoke-RN", pretrained=str(path))):
+        with pytest.raises(DataError, match=says) as error:
+            read(store/"0.safetensors")
+        assert "\n" not in str(error.value)
+
+
+def test_a_base_that_is_no_table_or_a_link_is_refused(store, tmp_path):
+    after_trainings(store, 1)
+    base, = (tmp_path/"bases").iterdir()
+    content = base.read_bytes()
+    for other, says in ((b"nonsense", "is no token table"), (content[:5000], "is no token table")):
+        base.write_bytes(other)
+        with pytest.raises(DataError, match=says):
+            read_tensors(store/"0.safetensors")
+    base.unlink()
+    (tmp_path/"elsewhere").write_bytes(content)
+    base.symlink_to(tmp_path/"elsewhere")
+    with pytest.raises(DataError, match="holds a part of a model"):
+        read_tensors(store/"0.safetensors")
+
+
+def test_a_base_of_another_width_does_not_fit(store, tmp_path):
+    from safetensors.torch import save_file
+    after_trainings(store, 1)
+    base, = (tmp_path/"bases").iterdir()
+    save_file({"table": torch.zeros(10, 32)}, base)
+    with pytest.raises(DataError, match="do not fit; save the model again"):
+        read_tensors(store/"0.safetensors")

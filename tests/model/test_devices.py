@@ -75,7 +75,7 @@ def after_a_step(name, **kw):
     loss = parallel_training.losses(clip, pairs)[name]
     recipe = Recipe(epochs=1, batch_size=40, learning_rate=1e-6, **kw)
     history = train(clip, training_set(clip, pairs), recipe, loss=loss)
-    return history[0]["loss"], {n: p.grad.clone() for n, p in clip.model.named_parameters() if p.grad is not None}
+    return history[0]["loss"], {n: p.grad.to_dense() for n, p in clip.model.named_parameters() if p.grad is not None}
 
 
 def names():

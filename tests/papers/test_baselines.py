@@ -11,13 +11,14 @@ import torch.nn.functional as F
 
 from mcl_repro.papers import baselines
 from mcl_repro.papers.baselines import (
-    abl, abl_loss, ASCENT, attach_pool, baselines_plan, detach_pool, isolate, matches, nearest_captions, push_captions,
-    roclip, roclip_loss,
+    abl, abl_loss, ASCENT, attach_pool, BASELINES_OUTPUTS, baselines_plan, detach_pool, isolate, matches,
+    nearest_captions, noise_losses, push_captions, roclip, roclip_loss,
 )
 from mcl_repro.model.clip import build_clip, embed_images, embed_tokens, read_tensors, save_clip
-from mcl_repro.data.registry import open_data
+from mcl_repro.data.registry import open_data, resolve
 from mcl_repro.core.errors import SettingsError, TrainingError
 from mcl_repro.lab.lab import Lab
+from mcl_repro.lab.status import with_inputs
 from mcl_repro.papers.stages import arrays, load_clip
 from mcl_repro.model.training import read_batch, rows_of, step_rows, training_set
 from mcl_repro.model import training
@@ -307,9 +308,35 @@ def test_the_plan_computes_nothing_and_holds_all_that_is_shown(lab, monkeypatch)
     parts = plan.parts
     assert list(parts.defences) == ["ABL", "ABL + Text Mask", "ABL, constraint", "RoCLIP"]
     assert list(parts.models) == list(parts.measured) == ["clean CLIP", "No defense", *parts.defences]
-    shown = [parts.chain.poisoned, parts.early, *parts.models.values(), *parts.measured.values()]
-    assert set(shown) == set(plan.nodes) and len(plan.nodes) == len(shown)
+    shown = [parts.chain.poisoned, parts.early, parts.noise, *parts.measured.values()]
+    assert set(shown) < set(plan.nodes) and {parts.defences["ABL"], parts.defences["RoCLIP"]} < set(plan.nodes)
+    assert set(plan.nodes) <= {*shown, *parts.models.values()} and list(plan.readers) == list(BASELINES_OUTPUTS)
     assert {node.settings["test"] for node in parts.measured.values()} == {lab.role("zeroshot_validation")}
+
+
+@pytest.mark.parametrize("output, spared", [
+    ("baselines.abl_isolation", "baselines.roclip stages.classification baselines.noise_losses"),
+    ("baselines.roclip_training", "baselines.abl stages.classification baselines.noise_losses"),
+    ("baselines.protective_noise", "stages.poisoned_pairs stages.finetuned_clip"),
+    ("baselines.defences", "baselines.abl_isolation baselines.noise_losses"),
+])
+def test_one_table_or_figure_needs_no_more_than_it_reads(lab, output, spared):
+    plan = baselines_plan(lab, lab.profile, figures=[output])
+    assert list(plan.readers) == [output]
+    assert not {node.stage.name for node in with_inputs(plan.nodes)} & set(spared.split())
+
+
+def test_the_losses_under_noise_are_those_of_one_step_at_a_time(tmp_path, clip):
+    pairs, settings = "world:validation:12", {"EM": {}, "UAP": dict(direction="maximise")}
+    searches = {name: dict(more, noise_steps=1, length=0, shuffle="none") for name, more in settings.items()}
+    work = SimpleNamespace(out=tmp_path, device="cpu")
+    losses = noise_losses(work, clip=clip, pairs=resolve(pairs), searches=searches, steps=3)["losses"]
+    model = load_clip(clip)
+    data = training_set(model, open_data(pairs))
+    plain = naive_info_nce(embed_images(model, data.images), embed_tokens(model, data.tokens),
+                           model.model.logit_scale.exp().detach())
+    assert losses["EM"][0] == losses["UAP"][0] == pytest.approx(plain, abs=1e-4)
+    assert losses["EM"][2] < losses["EM"][1] < plain < losses["UAP"][1] < losses["UAP"][2]
 
 
 def test_the_variants_of_abl_differ_in_what_their_names_say(lab):
@@ -320,7 +347,7 @@ def test_the_variants_of_abl_differ_in_what_their_names_say(lab):
 
 
 def test_another_attack_is_another_chain_and_an_unknown_one_is_refused(lab):
-    chains = [baselines_plan(lab, lab.profile, name).parts.chain for name in ("BadNet", "Blended")]
+    chains = [baselines_plan(lab, lab.profile, attack_name=name).parts.chain for name in ("BadNet", "Blended")]
     assert chains[0].poisoned.key != chains[1].poisoned.key
     with pytest.raises(SettingsError, match="unknown attack 'Dots' in attack_name; profile smoke has BadNet, Blended"):
-        baselines_plan(lab, lab.profile, "Dots")
+        baselines_plan(lab, lab.profile, attack_name="Dots")

@@ -487,6 +487,23 @@ def test_the_stored_detection_is_the_detection(staged):
     assert result["flagged"] == len(stored.flagged)
 
 
+def test_choosing_q_from_a_detection_is_detecting_with_several(staged):
+    lab, inputs = staged.lab, dict(clip=staged.clean, poisoned=staged.poisoned)
+    settings = dict(components=2, q=[20, 40, 80], guard=True)
+    chosen = cfbd.detection_node(lab, inputs, staged.mapping, settings)
+    assert chosen.stage.name == "cfbd.cfbd_choose_q"
+    alone = lab.node(cfbd.cfbd_detect, **inputs, mapping=staged.mapping, **settings)
+    short, long = (cfbd.load_detection(lab.run(node)) for node in (chosen, alone))
+    assert (short.correlation == long.correlation).all() and (short.flagged == long.flagged).all()
+    assert all((a == b).all() for a, b in zip(short.split, long.split))
+    assert (short.threshold, short.likeness, short.level, short.attacked) == (
+        long.threshold, long.likeness, long.level, long.attacked)
+    printed = cfbd.detection_node(lab, inputs, staged.mapping, dict(settings, q=20, guard=False))
+    assert list(chosen.inputs.values()) == [printed]     # the pairs are embedded once for both
+    with pytest.raises(SettingsError, match="400 pairs are too few"):
+        lab.run(cfbd.detection_node(lab, inputs, staged.mapping, dict(settings, q=[20, 200])))
+
+
 def test_what_is_kept_is_trained_on(staged):
     from mcl_repro.papers.stages import arrays
     found = cfbd.load_detection(staged.found)

@@ -17,9 +17,9 @@ from mcl_repro.papers import cleanclip
 from mcl_repro.attacks.base import make_attack
 from mcl_repro.model.augmentation import augment_captions, augment_images
 from mcl_repro.papers.cleanclip import (
-    attach_head, balanced_pairs, caption_views, carry_moments, class_scores, cleanclip_loss, cleanclip_plan,
-    CLEANCLIP_TABLES, cleaned_clip, columns_of, load_head, save_head, scratch_clip, self_supervised_loss,
-    supervised_clip, supervised_loss,
+    attach_head, balanced_pairs, caption_views, carry_moments, class_scores, CLEANCLIP_FIGURES, cleanclip_loss,
+    CLEANCLIP_OUTPUTS, cleanclip_plan, CLEANCLIP_TABLES, cleaned_clip, columns_of, load_head, save_head, scratch_clip,
+    self_supervised_loss, supervised_clip, supervised_loss,
 )
 from mcl_repro.papers.cleanclip_study import structured_picture
 from mcl_repro.model.clip import build_clip, load_weights, read_tensors, save_clip, to_pixels
@@ -256,6 +256,18 @@ def test_moments_change_what_comes_out_and_come_out_the_same_twice(tmp_path, poi
     assert carried[0] == carried[1] and carried[0][1] != plain[1] and carried[0][0]["steps"] == plain[0]["steps"] == 2
 
 
+def of_all_rows(optimizer):
+    "The state of an optimiser as torch's AdamW has it: moments of rows that no caption used are zero."
+    table, found = optimizer.lazy.table.weight, {}
+    for number, held in optimizer.state_dict()["state"].items():
+        found[number] = {name: held[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+        if "rows" in held:
+            nothing = torch.zeros_like(table).detach()
+            for name in ("exp_avg", "exp_avg_sq"):
+                found[number][name] = nothing.index_copy(0, held["rows"], held[name])
+    return found
+
+
 def test_training_with_moments_is_adamw_going_on(poisoning, pairs, tmp_path):
     "The first step, by hand: a fresh AdamW that is given the moments by torch's own means."
     recipe = Recipe(**dict(RECIPE, batch_size=32))
@@ -264,7 +276,7 @@ def test_training_with_moments_is_adamw_going_on(poisoning, pairs, tmp_path):
     assert load_checkpoint(state, poisoning.path/"checkpoint.safetensors")
     by_hand = load_clip(poisoning)
     optimizer = torch.optim.AdamW(parameter_groups(by_hand.model, .1), lr=1e-3, betas=(.9, .999), eps=1e-8)
-    optimizer.load_state_dict(dict(optimizer.state_dict(), state=state.optimizer.state_dict()["state"]))
+    optimizer.load_state_dict(dict(optimizer.state_dict(), state=of_all_rows(state.optimizer)))
     by_hand.model.train()
     contrastive_loss(
         by_hand, read_batch(training_set(by_hand, pairs), epoch_batches(32, recipe, 0)[0], "cpu")
@@ -666,18 +678,91 @@ def test_the_plan_computes_nothing_and_holds_every_table_and_figure(lab, monkeyp
     monkeypatch.setattr(lab, "run", lambda *a: pytest.fail("it computed"))
     plan = cleanclip_plan(lab, lab.profile)
     assert {line.table for line in plan.lines} == set(CLEANCLIP_TABLES)
+    assert [*plan.readers] == [output for output in CLEANCLIP_OUTPUTS if output != "cleanclip.framework"]
     parts, nodes = plan.parts, set(plan.nodes)
-    models = [model for found in parts.embedded.values() for model in found.values()]
+    clouds = [node for found in parts.clouds.values() for node in found.values()]
     shown = [*parts.rates.values(), *parts.untouched.values(), *parts.watched.values(), *parts.released.values()]
-    assert {*models, *shown, parts.before} <= nodes and len(nodes) == len(plan.nodes)
+    assert {*clouds, *shown, parts.before, parts.undefended, parts.views} <= nodes and len(nodes) == len(plan.nodes)
     assert list(parts.released) == ["Public CLIP", "No defense", "CleanCLIP"] and parts.tried == {}
     assert {(attack, name) for attack, name in parts.watched} == {
         ("BadNet", "poisoning"), ("BadNet", "Contrastive only"), ("BadNet", "CleanCLIP")}
 
 
+def all_of(nodes):
+    "Nodes and all that they start from."
+    todo, found = list(nodes), set()
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.inputs.values()
+    return found
+
+
+def asked(output):
+    return dict(figures=[output]) if output in CLEANCLIP_FIGURES else dict(tables=[output])
+
+
+def test_each_output_is_read_by_itself_and_all_of_them_are_the_whole_plan(lab):
+    whole, keys = cleanclip_plan(lab, lab.profile).readers, lambda nodes: {node.key for node in nodes}
+    for output in CLEANCLIP_OUTPUTS:
+        alone = cleanclip_plan(lab, lab.profile, **asked(output)).readers
+        assert set(alone) == {output} & set(whole)
+        # but for poisoned sets: a trigger is described by that of the first line that has it
+        measured = [
+            {node for node in found.get(output, ()) if "poisoned_pairs" not in node.stage.name}
+            for found in (alone, whole)
+        ]
+        assert keys(measured[0]) == keys(measured[1]), output
+
+
+@pytest.mark.parametrize("output, needed, spared", [
+    ("main", {"cleaned_clip", "supervised_clip", "released_evaluation"},
+     {"scratch_clip", "watched_training", "triggered_clouds", "second_views"}),
+    ("pretrained", {"scratch_clip", "finetuned_clip", "cleaned_clip"}, {"supervised_clip", "watched_training"}),
+    ("variants", {"watched_training", "cleaned_clip"}, {"supervised_clip", "scratch_clip"}),
+    ("curves", {"head_classification", "classification", "cleaned_clip"}, {"scratch_clip", "released_evaluation"}),
+    ("tsne", {"triggered_clouds", "supervised_clip", "cleaned_clip"}, {"classification", "head_classification"}),
+    ("alignment", {"watched_training", "finetuned_clip"}, {"cleaned_clip", "classification"}),
+    ("views", {"second_views"}, {"clean_clip", "poisoned_pairs"}),
+    ("triggers", {"structured_pattern"}, {"clean_clip", "poisoned_pairs"}),
+    ("framework", set(), {"clean_clip", "second_views", "poisoned_pairs"}),
+])
+def test_one_table_or_figure_needs_no_more_than_it_reads(lab, output, needed, spared):
+    kinds = set(stages_of(all_of(cleanclip_plan(lab, lab.profile, **asked(f"cleanclip.{output}")).nodes)))
+    assert needed <= kinds and not spared & kinds
+
+
+def test_only_the_headline_table_repeats_over_seeds_unless_all_are_asked_to(tmp_path):
+    for seed_all, repeated in ((False, {"cleanclip.main"}), (True, set(CLEANCLIP_TABLES))):
+        lab = Lab("smoke", device="cpu", runs=tmp_path, progress=False, seeds=2, seed_all=seed_all)
+        plan = cleanclip_plan(lab, lab.profile)
+        assert {line.table for line in plan.lines if len(line.chains) == 2} == repeated
+        assert {seed for *_, seed in plan.parts.rates} == ({0, 1} if seed_all else {0})
+
+
+def test_a_training_that_is_watched_gives_the_moments(lab):
+    plan = cleanclip_plan(lab, lab.profile)
+    carried = {n.settings["moments"] for n in all_of(plan.nodes) if n.settings.get("moments") is not None}
+    assert carried == {plan.parts.watched["BadNet", "poisoning"]}
+    keeps = {name: node.settings["keep_moments"] for (_, name), node in plan.parts.watched.items()}
+    assert keeps == {"poisoning": True, "Contrastive only": False, "CleanCLIP": False}
+
+
+def test_what_is_no_repair_is_tried_where_embeddings_are_drawn(lab):
+    lines = cleanclip_plan(lab, lab.profile, tables=["cleanclip.finetune_ablation"]).lines
+    attacks = {}
+    for line in lines:
+        attacks.setdefault(line.defence, []).append(line.labels["attack"])
+    assert attacks.pop("Self-supervised only") == list(lab.profile.cleaning.tsne.attacks)
+    assert set(attacks) == {"No defense", "Contrastive only", "CleanCLIP"}
+    assert all(found == list(lab.profile.cleaning.attacks) for found in attacks.values())
+
+
 def test_models_with_a_head_are_measured_by_their_head(lab):
     plan = cleanclip_plan(lab, lab.profile, tables=["cleanclip.main"])
     measured = {line.defence: stages_of(line.found) for line in plan.lines}
+    plan = cleanclip_plan(lab, lab.profile, figures=["cleanclip.curves"])
     by_head, by_prompts = Counter(head_classification=1), Counter(classification=1)
     assert measured == {
         "No defense": by_prompts, "CleanCLIP": by_prompts, "Supervised": by_head, "Linear probe": by_head,
@@ -689,7 +774,7 @@ def test_models_with_a_head_are_measured_by_their_head(lab):
 def test_a_table_alone_has_its_own_lines_and_no_figures(lab):
     plan = cleanclip_plan(lab, lab.profile, tables=["cleanclip.lambda"])
     weights = [line.labels["lambda"] for line in plan.lines]
-    assert weights == list(lab.profile.cleaning.sweeps.weights) and not plan.parts.rates and not plan.parts.embedded
+    assert weights == list(lab.profile.cleaning.sweeps.weights) and not plan.parts.rates and not plan.parts.clouds
     assert stages_of(plan.nodes)["cleaned_clip"] == len(weights)
     assert {line.chains[0].attack for line in plan.lines} == {lab.profile.cleaning.sweeps.weight_attack}
 
@@ -699,13 +784,13 @@ def test_attacks_that_are_named_are_those_of_the_main_tables(lab):
     of = lambda table: {line.labels["attack"] for line in plan.lines if line.table == table}
     assert of("cleanclip.main") == of("cleanclip.finetune_ablation") == {"WaNet"} and not plan.whole
     assert "BadNet" in of("cleanclip.structured")      # sweeps have attacks of their own
-    assert plan.parts.embedded == {} and plan.parts.released == {}
+    assert plan.parts.clouds == {} and plan.parts.released == {}
 
 
 def test_names_that_the_plan_does_not_have(lab):
     with pytest.raises(SettingsError, match="unknown attack 'SIG' in attack_names; profile smoke has BadNet, Blended"):
         cleanclip_plan(lab, lab.profile, attack_names=["SIG"])
-    with pytest.raises(SettingsError, match="unknown table 'cleanclip.nu'"):
+    with pytest.raises(SettingsError, match="unknown table or figure 'cleanclip.nu'"):
         cleanclip_plan(lab, lab.profile, tables=["cleanclip.nu"])
     says = "unknown method 'UBT' in learning_rates: use CleanCLIP, Contrastive only, Supervised, Linear probe"
     with pytest.raises(SettingsError, match=says):

@@ -16,9 +16,10 @@ from mcl_repro.papers.cleanclip import (
     watched_training,
 )
 from mcl_repro.papers.cleanclip_study import (
-    alignment, poisoning_checkpoint, structured_attack, structured_picture, Watch,
+    alignment, few_of_each, in_class, released_evaluation, still_together, structured_attack, structured_picture,
+    triggered_clouds, Watch,
 )
-from mcl_repro.model.clip import build_clip, embed_images, read_tensors, save_clip, to_pixels
+from mcl_repro.model.clip import build_clip, embed_images, read_tensors, save_clip, to_pixels, zero_shot_weights
 from mcl_repro.data.pairs import ArrayImages
 from mcl_repro.data.registry import open_data, resolve
 from mcl_repro.core.errors import DataError, SettingsError
@@ -26,7 +27,9 @@ from mcl_repro.papers.plan import Experiments
 from mcl_repro.lab.lab import Lab
 from mcl_repro.measures.metrics import attack_hits, correct
 from mcl_repro.report.tables import read_table, show_table
-from mcl_repro.papers.stages import attack_of, defender_pairs, finetuned_clip, open_poisoned, outcomes, poisoned_pairs
+from mcl_repro.papers.stages import (
+    attack_of, classification, defender_pairs, finetuned_clip, open_poisoned, outcomes, poisoned_pairs,
+)
 from mcl_repro.model.training import Recipe, train, training_set
 
 RECIPE = dict(epochs=2, batch_size=8, learning_rate=1e-3, warmup_steps=2)
@@ -173,21 +176,36 @@ def test_bad_captions_are_refused_before_pretraining(poisoned, tmp_path, monkeyp
 
 # ---- the optimiser's memory
 
-def test_the_poisoning_is_repeated_to_the_same_weights(clip, poisoned, tmp_path):
+@pytest.fixture
+def moments(clip, poisoned, tmp_path):
+    "A poisoning that is watched, with the optimiser's moments."
+    return run(
+        tmp_path/"moments", watched_training, clip=clip, pairs=poisoned, recipe=RECIPE, images=10, every=4,
+        test=resolve("world:zeroshot_test:12"), attack=ATTACK, target="banana", keep_moments=True,
+    )
+
+
+def test_the_moments_are_those_of_the_victims_own_training(clip, poisoned, moments, tmp_path):
     victim = run(tmp_path/"victim", finetuned_clip, clip=clip, poisoned=poisoned, recipe=RECIPE)
-    again = run(tmp_path/"again", poisoning_checkpoint, clip=clip, poisoned=poisoned, recipe=RECIPE)
-    assert weights(again) == weights(victim) and again.result == victim.result
-    kept, own = read_tensors(again.path/"checkpoint.safetensors"), read_tensors(victim.path/"clip.safetensors")
+    kept, own = read_tensors(moments.path/"checkpoint.safetensors"), read_tensors(victim.path/"clip.safetensors")
     assert {k.removeprefix("model.") for k in kept if k.startswith("model.")} == set(own)
     assert all(torch.equal(kept[f"model.{k}"], v) for k, v in own.items())
     assert {kept[k].item() for k in kept if k.endswith(".step")} == {6.}
+    last = (tmp_path/"victim/scratch/checkpoint.safetensors").read_bytes()
+    assert (moments.path/"checkpoint.safetensors").read_bytes() != last     # what was watched is in it, too
+    assert same_moments(kept, read_tensors(tmp_path/"victim/scratch/checkpoint.safetensors"))
 
 
-def test_the_checkpoint_is_what_cleaning_carries_over(clip, poisoned, tmp_path):
-    again = run(tmp_path/"again", poisoning_checkpoint, clip=clip, poisoned=poisoned, recipe=RECIPE)
+def same_moments(a, b):
+    names = [k for k in a if k.startswith("optimizer.")]
+    return names and all(torch.equal(a[k], b[k]) for k in names)
+
+
+def test_the_checkpoint_is_what_cleaning_carries_over(clip, poisoned, moments, tmp_path):
+    victim = run(tmp_path/"victim", finetuned_clip, clip=clip, poisoned=poisoned, recipe=RECIPE)
     cleaned = [
-        run(tmp_path / name, cleaned_clip, clip=again, pairs=resolve("world:validation:24"), recipe=RECIPE, **more)
-        for name, more in (("with", dict(moments=again)), ("without", {}))
+        run(tmp_path / name, cleaned_clip, clip=victim, pairs=resolve("world:validation:24"), recipe=RECIPE, **more)
+        for name, more in (("with", dict(moments=moments)), ("without", {}))
     ]
     assert weights(cleaned[0]) != weights(cleaned[1])
 
@@ -379,6 +397,7 @@ def test_a_watched_training_is_the_training_itself(watched_settings, tmp_path, s
     assert list(rows) == ["step", "alignment", "without_trigger", "CA", "ASR"]
     assert rows.notna().all(axis=None)
     assert watched.result == pytest.approx(rows.iloc[-1].to_dict()) and rows.alignment.nunique() == 5
+    assert [path.name for path in watched.path.iterdir()] == ["watched.csv"]     # no model, no moments
 
 
 def test_a_poisoning_can_be_watched_and_the_first_row_is_the_model_that_was_given(
@@ -434,6 +453,58 @@ def test_a_watched_training_that_is_killed_keeps_its_rows(watched_settings, tmp_
     assert (again.path / "watched.csv").read_bytes() == (whole.path / "watched.csv").read_bytes()
     assert again.result == whole.result
     assert same(final(tmp_path / "broken"), final(tmp_path / "whole"))
+
+
+# ---- where triggered images lie, and what the released evaluation prints
+
+def naive_neighbours(u, n, labels):
+    "Both shares, image by image."
+    alike, kept = [], []
+    for k in range(n):
+        cosines = {j: float(u[n + k] @ u[j]) for j in range(2 * n) if j not in (k, n + k)}
+        alike.append(max(cosines, key=cosines.get) >= n)
+        clean = {j: c for j, c in cosines.items() if j < n}
+        kept.append(labels[max(clean, key=clean.get)] == labels[k])
+    return np.mean(alike), np.mean(kept)
+
+
+def test_neighbours_are_those_of_a_loop_over_images():
+    u = F.normalize(torch.randn(40, 3, generator=torch.Generator().manual_seed(1)), dim=-1).numpy()
+    labels = np.arange(20) % 3
+    alike, kept = naive_neighbours(u, 20, labels)
+    assert (still_together(u, 20), in_class(u, 20, labels)) == pytest.approx((alike, kept))
+    assert 0 < alike < 1 and 0 < kept < 1
+
+
+def test_some_images_of_every_class_but_the_target():
+    data = open_data("world:zeroshot_test:200")
+    few = few_of_each(data, "banana", 2)
+    counts = np.bincount(few.labels, minlength=40)
+    assert counts[data.classnames.index("banana")] == 0 and sorted(set(counts)) == [0, 2] and len(few) == 78
+
+
+def test_clouds_hold_every_image_twice_and_come_out_the_same(clip, tmp_path):
+    given = dict(clip=clip, test=resolve("world:zeroshot_test:80"), attack=ATTACK, target="banana", per_class=1)
+    found = [run(tmp_path/name, triggered_clouds, **given) for name in "ab"]
+    clouds = [dict(np.load(f.path/"clouds.npz", allow_pickle=False)) for f in found]
+    assert all(np.array_equal(v, clouds[1][k]) for k, v in clouds[0].items()) and found[0].result == found[1].result
+    n = found[0].result["images"]
+    assert n == 39 and clouds[0]["triggered"].tolist() == [False] * n + [True] * n
+    assert clouds[0]["image"][:n].tolist() == clouds[0]["image"][n:].tolist()
+    assert clouds[0]["places"].shape == (2 * n, 2) and np.isfinite(clouds[0]["places"]).all()
+    other = run(tmp_path/"c", triggered_clouds, **given | dict(attack=dict(ATTACK, pattern="yellow")))
+    assert not np.array_equal(np.load(other.path/"clouds.npz", allow_pickle=False)["places"], clouds[0]["places"])
+
+
+def test_the_released_evaluation_prints_the_accuracy_on_triggered_images(clip, tmp_path):
+    test = resolve("world:zeroshot_test:80")
+    found = run(tmp_path/"run", released_evaluation, clip=clip, test=test, attack=ATTACK, target="banana").result
+    usual = run(tmp_path/"usual", classification, clip=clip, test=test, attack=ATTACK, target="banana").result
+    assert found["attacked"] == usual["attacked"]
+    data, model = open_data(test), build_clip("smoke-RN", pretrained=str(clip.path/"clip.safetensors"))
+    stamped = attack_of(ATTACK).apply(data.image_array(size=32), np.random.default_rng(0))
+    scores = embed_images(model, stamped) @ zero_shot_weights(model, data.classnames)
+    assert found["printed"] == correct(scores, data.labels).mean()      # on all of them, the target's too
 
 
 # ---- tables that no paper prints

@@ -15,7 +15,6 @@ import torch
 from defenders import FORBIDDEN, Peeked, public_images
 from mcl_repro.measures import metrics
 from mcl_repro.papers import baselines, cfbd, cleanclip, stages, ubt
-from mcl_repro.papers.cleanclip_study import poisoning_checkpoint
 from mcl_repro.model.clip import build_clip, Clip
 from mcl_repro.core.errors import SettingsError
 from mcl_repro.lab.lab import Lab
@@ -29,8 +28,9 @@ from mcl_repro.papers.ubt import ubt_overfit, ubt_select, ubt_split, ubt_unlearn
 
 SETTINGS = load_profile("smoke")
 DEFENDERS = (ubt, baselines, cleanclip, cfbd)
-# of CleanCLIP's experiments: an attacker's training, and who measures
-JUDGES = {"scratch_clip", "head_classification", "watched_training"}
+# of CleanCLIP's experiments: an attacker's training, who measures, pictures to look at; of the baselines: noise that
+# protects pictures
+JUDGES = {"scratch_clip", "head_classification", "watched_training", "second_views", "noise_losses"}
 
 
 class Sealed:
@@ -81,7 +81,10 @@ def made(tmp_path_factory):
         count=SETTINGS.poison.count, image_size=32, seed=0,
     )
     victim = lab.node(finetuned_clip, clip=clean, poisoned=poisoned, recipe=dict(SETTINGS.finetune))
-    moments = lab.node(poisoning_checkpoint, clip=clean, poisoned=poisoned, recipe=dict(SETTINGS.finetune))
+    moments = lab.node(
+        cleanclip.watched_training, clip=clean, pairs=poisoned, recipe=dict(SETTINGS.finetune), images=5, every=100,
+        test=lab.role("zeroshot"), attack=dict(SETTINGS.attacks.BadNet), target=SETTINGS.target, keep_moments=True,
+    )
     found = dict(zip(("clean", "poisoned", "victim", "moments"), lab.run([clean, poisoned, victim, moments])))
     return SimpleNamespace(
         **found, known=open_poisoned(found["poisoned"]), clean_pairs=lab.role("clean_pairs"),
@@ -182,6 +185,7 @@ STEPS = {
     "cfbd_detect, captions": (
         cfbd.cfbd_detect, lambda made, done: detecting(made, done, "captioned_texts", reference="core", screen=True)
     ),
+    "cfbd_choose_q": (cfbd.cfbd_choose_q, lambda made, done: dict(detection=done["cfbd_detect"], q=[10, 20])),
     "cfbd_filtered_clip": (
         cfbd.cfbd_filtered_clip,
         lambda made, done: dict(clip=made.clean, detection=flagged_pairs(done), recipe=dict(S.finetune)),
@@ -203,7 +207,7 @@ STEPS = {
 }
 
 
-WITHOUT_PAIRS = {"cleaned_clip", "mapping_network", "supervised_clip"}   # they have clean data of their own
+WITHOUT_PAIRS = {"cleaned_clip", "mapping_network", "supervised_clip", "cfbd_choose_q"}   # they have data of their own
 SAME_CLIP = {"supervised_clip, head only"}   # what it learns stands beside the CLIP
 
 
@@ -225,9 +229,9 @@ def test_no_defence_looks_at_what_a_defender_does_not_have(made, tmp_path, monke
         assert (asked > 0) != (name.split(",")[0] in WITHOUT_PAIRS), f"{name} asked for the pairs {asked} times"
         if "clip.safetensors" in files:
             assert load_clip(done[name]).name == SETTINGS.model.name
-            repaired, victim = (at.path/"clip.safetensors" for at in (done[name], made.victim))
-            assert (repaired.read_bytes() == victim.read_bytes()) is (name in SAME_CLIP)
-    assert len(done) == 23 and sum((d.path/"clip.safetensors").exists() for d in done.values()) == 15
+            repaired, victim = (load_clip(at).model.state_dict() for at in (done[name], made.victim))
+            assert all(torch.equal(v, victim[k]) for k, v in repaired.items()) is (name in SAME_CLIP)
+    assert len(done) == 24 and sum((d.path/"clip.safetensors").exists() for d in done.values()) == 15
 
 
 def test_every_stage_of_the_defences_is_run():

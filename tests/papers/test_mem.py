@@ -15,12 +15,12 @@ from mcl_repro.core.errors import DataError, SettingsError
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.profiles import load_profile
 from mcl_repro.papers.mem import (
-    accumulating, allowed_tokens, found_pairs, hacker_clip, Material, mem_plan, merged, one_pass, protect_pairs, Rounds,
+    accumulating, allowed_tokens, found_pairs, hacker_clip, Material, merged, one_pass, protect_pairs, Rounds,
     Search, search_triggers, throughout, trigger_losses, unlearnable_pairs, update_noise,
 )
 from mcl_repro.attacks.protection import load_protection, protected_training_set, Protection, with_triggers
 from mcl_repro.attacks.semantic import split_words
-from mcl_repro.model.training import contrastive_loss, parameter_groups, Recipe, train, training_set
+from mcl_repro.model.training import contrastive_loss, Recipe, RowAdamW, train, training_set
 from mcl_repro.model import training
 from mcl_repro.model.training import Batch
 
@@ -300,15 +300,18 @@ def test_gradients_add_up_as_without_zero_grad(pairs):
     from mcl_repro.core.seeds import seeded
     from mcl_repro.model.training import epoch_batches, iterate
     by_hand.model.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(by_hand.model, recipe.weight_decay), lr=1e-3, betas=recipe.betas, eps=1e-8, fused=True
-    )
+    optimizer = RowAdamW(by_hand.model, recipe)
     torch.manual_seed(seeded(0, 2, 0))
     for batch in iterate(data, epoch_batches(len(data), recipe, 0), "cpu"):
         contrastive_loss(by_hand, batch).backward()
         optimizer.step()
-    for (name, a), b in zip(by_loop.model.named_parameters(), by_hand.model.parameters()):
-        assert torch.allclose(a, b, atol=2e-5), name
+    by_zeroed = build_clip("smoke-RN")
+    train(by_zeroed, data, recipe)
+    loop, hand, zeroed = (
+        torch.cat([p.detach().flatten() for p in clip.model.parameters()]) for clip in (by_loop, by_hand, by_zeroed)
+    )
+    # sums in another order: where a gradient is nothing but rounding, Adam's division makes a step of it
+    assert (loop - hand).norm() < 0.05 * (loop - zeroed).norm()
 
 def test_the_search_ends_when_the_surrogate_has_nothing_left_to_learn(lab):
     made = protect(lab, stop_below=1e9)
@@ -385,45 +388,6 @@ def test_a_hacker_who_cuts_triggers_sees_clean_captions(lab, pairs):
     assert not torch.equal(found_pairs(clip, pairs, stored).tokens, clean)
     with pytest.raises(SettingsError, match="as_text"):
         found_pairs(clip, pairs, stored, removed_triggers=True, as_text=True)
-
-def plan(lab, *wanted, **chosen):
-    return mem_plan(lab, lab.profile, wanted, **chosen)
-
-def test_a_plan_computes_nothing_and_holds_all_that_is_shown(lab, monkeypatch):
-    monkeypatch.setattr(lab, "run", lambda *nodes: pytest.fail("a plan computes nothing"))
-    monkeypatch.setattr(mem, "open_data", lambda *data: pytest.fail("a plan opens no data"))
-    made = plan(lab)
-    assert [*dict.fromkeys(line.table for line in made.lines)] == mem.TABLES and made.whole
-    asked = set(made.nodes)
-    assert len(asked) == len(made.nodes)
-    for nodes in vars(made.parts).values():
-        if isinstance(nodes, dict):
-            assert nodes and asked >= {*nodes.values()}
-    for line in made.lines:
-        assert len(line.models) == len(line.found) == len(lab.seeds) and asked >= {*line.models, *line.found}
-
-def test_a_plan_of_one_table_asks_for_its_lines_only(lab):
-    whole = plan(lab)
-    for table in mem.TABLES:
-        made = plan(lab, table)
-        wanted = [(line.labels, line.found) for line in whole.lines if line.table == table]
-        assert [(line.labels, line.found) for line in made.lines] == wanted
-        assert {*made.nodes} < {*whole.nodes}
-
-def test_a_plan_of_some_data_sets_and_methods(lab):
-    made = plan(lab, "mem.table1", dataset_names=["Flickr8K"], method_names=["UAP"])
-    assert [line.labels["method"] for line in made.lines] == ["Random", "Clean", "UAP"] and not made.whole
-    assert {line.labels["dataset"] for line in made.lines} == {"Flickr8K"}
-    clean = made.parts.hackers["Flickr8K", "Clean", made.parts.basic, 0]
-    assert clean in made.parts.made_by["Flickr8K", "UAP", 0].inputs.values(), "UAP's surrogate is the clean model"
-
-@pytest.mark.parametrize("chosen, says", [
-    (dict(dataset_names=["Flickr9K"]), "unknown data set 'Flickr9K' in dataset_names; profile smoke has Flickr8K"),
-    (dict(method_names=["MEM-4"]), "unknown method 'MEM-4' in method_names; profile smoke has EM"),
-    (dict(tables=["mem.table9"]), "unknown table 'mem.table9'")])
-def test_what_a_plan_does_not_know_is_refused(lab, chosen, says):
-    with pytest.raises(SettingsError, match=says):
-        mem_plan(lab, lab.profile, **chosen)
 
 def test_settings_are_merged_block_by_block():
     base = dict(search=dict(bound=8, step=1), recipe=dict(epochs=5))

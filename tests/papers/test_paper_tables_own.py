@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mcl_repro.run import batch
+from mcl_repro.run import batch, headless
 from mcl_repro.tools import plugins as P
 from mcl_repro.attacks.base import Attack, ATTACKS, make_attack
 from mcl_repro.core.errors import SettingsError
@@ -112,7 +112,7 @@ def test_without_plug_ins_the_plan_is_what_it_was(lab):
             attack=dict(lab.profile.attacks[l.labels["attack"]]), target="banana", seed=0,
         )
         assert [n.key for n in l.found] == [alone.key]
-    assert e.added("ubt.table1") == "" and P.plugins_key() == batch._plugins() == ""
+    assert e.added("ubt.table1") == "" and P.plugins_key() == headless._plugins() == ""
 
 def test_the_other_lines_keep_their_keys(installed, lab):
     keys = lambda e: {n: [m.key for m in l.found] for n, l in zip(named(e), e.lines)}
@@ -323,7 +323,7 @@ def test_a_module_that_a_variable_names_is_loaded(tmp_path, monkeypatch):
 # when a notebook need not run again
 
 def test_a_run_key_knows_the_plug_ins_and_their_code(installed, lab):
-    key = lambda: batch.run_key(ROOT/"nbs/papers/ubt.ipynb", {"seeds": 1}, lab)
+    key = lambda: headless.run_key(ROOT/"nbs/papers/ubt.ipynb", {"seeds": 1}, lab)
     with_it = key()
     assert key() == with_it
     P._loaded.clear()
@@ -336,7 +336,7 @@ def test_a_run_key_knows_the_plug_ins_and_their_code(installed, lab):
     assert changed != with_it
     shutil.rmtree(installed/"dotted-1.0.dist-info")
     P._loaded.clear()
-    assert batch._plugins() == "" and key() not in (with_it, changed)
+    assert headless._plugins() == "" and key() not in (with_it, changed)
 
 
 # the whole way

@@ -11,7 +11,7 @@ from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.profiles import load_profile
 from mcl_repro.papers.scan_sets import (
     pair_embeddings, Planted, planted, planted_embeddings, planted_mistakes, robustness, robustness_points,
-    robustness_pool, scan,
+    robustness_pool, scan, strained_points,
 )
 from mcl_repro.papers.stages import clean_clip, load_clip, poisoned_pairs
 from mcl_repro.model.training import training_set
@@ -89,11 +89,13 @@ def test_robustness_is_the_same_twice_and_says_what_it_drew(made):
             robustness_pool, clip=clean, pairs=lab.role("scan"), attack=ATTACK, targets=["banana"],
             boilerplate="a cake", count=9999,
         ))
-    node = lambda draws: lab.node(
+    node = lambda draws, first=0: lab.node(
         robustness, embeddings=embeddings, pool=pool, mapping=mapping, options=dict(q=20, components=2),
-        axes=dict(targets=[1, 2], duplicates=[0, 30]), share=0.05, draws=draws,
+        axes=dict(targets=[1, 2], duplicates=[0, 30]), share=0.05, draws=draws, first=first,
     )
     once, twice = (lab.run(node(d)).path.joinpath("points.csv").read_text().splitlines() for d in (1, 2))
     assert len(once) == 1 + len(robustness_points(0.05, dict(targets=[1, 2], duplicates=[0, 30])))
     assert len(twice) == 2 * len(once) - 1
     assert set(once) <= set(twice)     # a draw does not depend on how many there are
+    apart = strained_points(lab.run([node(1, first=1), node(1)]))
+    assert apart.equals(strained_points([lab.run(node(2))])) and apart.draw.tolist() == [0, 1] * (len(once) - 1)

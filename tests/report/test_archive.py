@@ -16,7 +16,7 @@ from rocrate.rocrate import ROCrate
 
 from mcl_repro.report import archive
 from mcl_repro.report.croissant import croissant
-from mcl_repro.run import batch
+from mcl_repro.run import batch, headless
 from mcl_repro.cli import main as cli
 from mcl_repro.core.errors import DataError, SettingsError
 from mcl_repro.core.files import package_yaml
@@ -451,23 +451,11 @@ def test_a_run_never_fails_for_it(folder, monkeypatch):
 
 
 def test_batch_and_report_command_write_it(tmp_path, monkeypatch, capsys):
-    class Lab:
-        device, engine, profile = "cpu", "serial", dict(roles={})
-
-        def __init__(self, *a, **k):
-            pass
-
-        def ready(self):
-            pass
-
-        close = ready
-
-    def one(name, source, *rest):
-        folder = rest[3]
-        notebook(folder, name, "2026-01-02T03:00:00+00:00", "2026-01-02T03:00:12+00:00")
-        if name == "b":
-            return batch.NotebookRun(name, "failed", 1.0, folder, SettingsError("b is bad"))
-        return batch.NotebookRun(name, "complete", 1.0, folder)
+    def one(job, folder, *rest, **more):
+        notebook(folder, job.name, "2026-01-02T03:00:00+00:00", "2026-01-02T03:00:12+00:00")
+        if job.name == "b":
+            return headless.NotebookRun(job.name, "failed", 1.0, folder, SettingsError("b is bad"))
+        return headless.NotebookRun(job.name, "complete", 1.0, folder)
 
     nbs = tmp_path / "nbs"
     nbs.mkdir()
@@ -485,8 +473,7 @@ def test_batch_and_report_command_write_it(tmp_path, monkeypatch, capsys):
                 )
             )
         )
-    monkeypatch.setattr(batch, "Lab", Lab)
-    monkeypatch.setattr(batch, "_run_one", one)
+    monkeypatch.setattr(batch, "run_one", one)
     with pytest.raises(SettingsError, match="b is bad"):
         batch.run_notebooks(profile="smoke", runs=tmp_path / "runs", notebooks=nbs)
     folder = tmp_path / "runs/smoke"

@@ -263,7 +263,8 @@ def test_open_clip_loads_a_defended_model_with_equal_embeddings(foreign, tmp_pat
     )
     victim, cleaned = lab.run([c.victim, node])
     ours = load_clip(cleaned)
-    theirs = open_clip.create_model(cleaned.result["model"], pretrained=str(cleaned.path / "clip.safetensors")).eval()
+    save_clip(ours, tmp_path / "mine.safetensors")
+    theirs = open_clip.create_model(cleaned.result["model"], pretrained=str(tmp_path / "mine.safetensors")).eval()
     pairs = open_data("world:validation:20")
     images = pairs.image_array(range(20), 32)
     with torch.no_grad():
@@ -275,7 +276,7 @@ def test_open_clip_loads_a_defended_model_with_equal_embeddings(foreign, tmp_pat
         embed_texts(ours, list(pairs.captions)), v, atol=1e-6
     )  # texts are computed without their padding here
     assert not torch.equal(embed_images(load_clip(victim), images), u)
-    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in load_file(cleaned.path / "clip.safetensors").items())
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in load_file(tmp_path / "mine.safetensors").items())
 
 
 # ---- QuickGELU
@@ -304,7 +305,8 @@ def test_a_stage_stores_the_function_that_it_built_whatever_the_activation(name,
     stored = lab.run(lab.node(clean_clip, model=name, pretrained="openai"))
     again = load_clip(stored)
     assert stored.result["model"] == built.name and same(again.model, built.model, pixels)
-    theirs = open_clip.create_model(stored.result["model"], pretrained=str(stored.path / "clip.safetensors"))
+    save_clip(load_clip(stored), tmp_path / "mine.safetensors")
+    theirs = open_clip.create_model(stored.result["model"], pretrained=str(tmp_path / "mine.safetensors"))
     assert same(theirs, built.model, pixels)
 
 

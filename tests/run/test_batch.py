@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import nbformat
 import pytest
@@ -14,13 +15,16 @@ from paper_notebooks import STANDARD, TABLE, write
 from processes import alive, gone
 
 import mcl_repro
-from mcl_repro.run import batch
-from mcl_repro.run.batch import (
-    executed_metadata, notebook_page, NotebookError, Progress, run_key, run_notebooks, shows_something,
-)
+from mcl_repro.run import headless
+from mcl_repro.run.batch import Progress, run_notebooks
+from mcl_repro.run.headless import executed_metadata, is_unchanged, NotebookError, run_key
+from mcl_repro.run.notebook_pages import notebook_page, shows_something
 from mcl_repro.core.errors import DataError, SettingsError, TrainingError, UserError
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.profiles import load_profile
+from mcl_repro.lab.status import read_status
+from mcl_repro.papers.stages import poisoned_pairs
+from mcl_repro.run.notebooks import chosen_outputs
 
 VALUE = STANDARD + "value = 80.0"
 
@@ -89,6 +93,20 @@ def test_a_table_that_the_notebook_no_longer_writes_goes(nbs):
     assert sorted(p.name for p in out.iterdir()) == ["mem.table1.csv"]
 
 
+def test_examples_are_left_out_and_keep_what_is_stored(nbs):
+    path = nbs/"ubt.ipynb"
+    write(nbs, "ubt.ipynb", STANDARD, "1/0", "print('run')")
+    notebook = nbformat.read(path, as_version=4)
+    example = notebook.cells[1]
+    example.metadata["tags"] = ["hide-input", "example"]
+    example.outputs, example.execution_count = [nbformat.v4.new_output("stream", text="as stored")], 7
+    nbformat.write(notebook, path)
+    done, = go(nbs)
+    shown = [cell for cell in nbformat.read(done.notebook, as_version=4).cells if cell.outputs]
+    assert [cell.outputs[0].text for cell in shown] == ["as stored", "run\n"] and shown[0].execution_count == 7
+    assert "as stored" in done.notebook.with_suffix(".html").read_text()
+
+
 # when it runs again
 
 def test_second_run_does_nothing_until_something_changes(nbs):
@@ -96,15 +114,15 @@ def test_second_run_does_nothing_until_something_changes(nbs):
     out, before, key = results(nbs), done.notebook.stat().st_mtime_ns, metadata(done.notebook)["mcl_repro"]["key"]
     assert go(nbs, jobs=2)[0].state == "unchanged"      # how many processes does not change a result
     assert done.notebook.stat().st_mtime_ns == before
-    assert batch._unchanged(out, "ubt", key) and not batch._unchanged(out, "ubt", "other")
+    assert is_unchanged(out, "ubt", key) and not is_unchanged(out, "ubt", "other")
     for path in (out/"tables/ubt.table1.csv", out/"tables/ubt.table1.tex", out/"notebooks/ubt.html"):
         content = path.read_bytes()
         path.unlink()
-        assert not batch._unchanged(out, "ubt", key)
+        assert not is_unchanged(out, "ubt", key)
         path.write_bytes(content)
-        assert batch._unchanged(out, "ubt", key)
+        assert is_unchanged(out, "ubt", key)
     (out/"tables/ubt.table1.csv").write_text("edited by hand")
-    assert not batch._unchanged(out, "ubt", key)
+    assert not is_unchanged(out, "ubt", key)
 
 
 def test_another_value_or_force_runs_it_again(nbs):
@@ -125,7 +143,7 @@ def test_a_file_of_weights_is_part_of_the_key_and_found_from_the_notebook(nbs, l
     weights.write_bytes(b"one")
     monkeypatch.chdir(nbs.parent)
     checkpoints, others = {"BadNet": "mine/victim.safetensors"}, {"model.pretrained": "openai", "poison.count": 3}
-    given = batch._weights_from(nbs, nbs.parent, {"poison.checkpoints": checkpoints, **others})
+    given = headless._weights_from(nbs, nbs.parent, {"poison.checkpoints": checkpoints, **others})
     found = {"BadNet": os.path.join("..", "mine", "victim.safetensors")}
     assert given == {"poison.checkpoints": found, **others}
     first = run_key(nbs/"ubt.ipynb", {"overrides": given}, lab)
@@ -150,10 +168,10 @@ def test_key_follows_source_library_data_and_versions(nbs, lab, monkeypatch):
     first = key()
     for name in ("library_key", "source_key"):
         with monkeypatch.context() as m:
-            m.setattr(batch, name, lambda *given: "other")
+            m.setattr(headless, name, lambda *given: "other")
             assert key() != first
     with monkeypatch.context() as m:
-        m.setattr(batch, "package_version", lambda package: "0.0")
+        m.setattr(headless, "package_version", lambda package: "0.0")
         assert key() != first
     role = next(iter(lab.profile["roles"]))
     ref = lab.role(role)
@@ -280,6 +298,99 @@ def test_outputs_that_show_nothing():
     shown = [{"text": "a"}, {"data": {"text/plain": "x"}}, {"ename": "ValueError"}]
     hidden = [{"text": " \n"}, {"data": {"text/plain": ""}}]
     assert [shows_something(o) for o in shown + hidden] == [True] * 3 + [False] * 2
+
+
+# steps of a plan, and notebooks as views of them
+
+WATCHED = STANDARD + """tables = []
+figures = []
+"""
+VIEW = """
+from pathlib import Path
+from mcl_repro.report.tables import tidy, write_table
+if False:
+    from mcl_repro.tiny import tiny_plan
+asked = tables or ["ubt.table1", "ubt.table2"]
+with open(Path(runs)/"views", "a") as told:
+    told.write(" ".join(asked) + "\\n")
+for table in asked:
+    row = dict(attack="BadNet", defense="UBT", metric="CA", value=70., unit="%")
+    write_table(tidy(table, [row]), table, Path(runs)/profile, "Made-up numbers.")
+"""
+
+
+def made_up_plan(lab, settings, tables=()):
+    "Table I reads a poisoned set; Table II another one, and a third, which fails where there are not so many pairs."
+    attack = dict(settings.attacks.BadNet)
+    def poisoned(count):
+        return lab.node(poisoned_pairs, pairs=lab.role("finetune"), attack=attack, target="banana", count=count,
+                        image_size=32)
+    readers = {"ubt.table1": [poisoned(3)], "ubt.table2": [poisoned(4), poisoned(settings.poison.count)]}
+    readers = {id: nodes for id, nodes in readers.items() if id in (tables or readers)}
+    return SimpleNamespace(readers=readers, nodes=[node for nodes in readers.values() for node in nodes])
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    "A paper with a plan of three steps."
+    module = ModuleType("mcl_repro.tiny")
+    module.ubt_plan = module.tiny_plan = made_up_plan
+    monkeypatch.setitem(sys.modules, "mcl_repro.tiny", module)
+    write(tmp_path/"nbs", "ubt.ipynb", WATCHED, VIEW.replace("tiny_plan", "ubt_plan"))
+    (tmp_path/"runs").mkdir()
+    return tmp_path/"nbs"
+
+
+def views(nbs):
+    "What the notebook was shown for, each time."
+    return (nbs.parent/"runs/views").read_text().splitlines()
+
+
+def test_a_headline_table_is_shown_before_the_rest_is_computed(planned):
+    done, = go(planned)
+    assert done.state == "complete" and views(planned) == ["ubt.table1", "ubt.table1 ubt.table2"]
+    rows = read_status(planned.parent/"runs", "smoke")
+    assert {row["state"] for row in rows} == {"done"}
+    assert sorted(row["readers"] for row in rows) == [["ubt.table1"], ["ubt.table2"], ["ubt.table2"]]
+    assert go(planned)[0].state == "unchanged"
+
+
+def test_with_everything_in_the_store_a_notebook_is_shown_once(planned):
+    go(planned)
+    (planned.parent/"runs/views").unlink()
+    assert go(planned, force=True)[0].state == "complete" and views(planned) == ["ubt.table1 ubt.table2"]
+
+
+def test_one_table_alone_leaves_the_others_as_they_are(planned):
+    go(planned)
+    other = results(planned)/"tables/ubt.table2.csv"
+    before = other.stat().st_mtime_ns
+    done, = go(planned, (), outputs=chosen_outputs(["ubt.table1"]))
+    assert views(planned)[-1] == "ubt.table1" and other.stat().st_mtime_ns == before
+    assert metadata(done.notebook)["mcl_repro"]["command"] == (
+        "mcl_repro run ubt --profile smoke --table ubt.table1 --device cpu"
+    )
+    assert go(planned)[0].state == "complete"      # the copy is of the part, so the whole is shown again
+
+
+def test_a_step_that_fails_stops_only_what_needs_it(planned):
+    with pytest.raises(UserError, match="400"):
+        go(planned, overrides={"poison.count": 100_000})
+    assert views(planned)[0] == "ubt.table1" and (results(planned)/"tables/ubt.table1.csv").exists()
+    states = {tuple(row["readers"]): row["state"] for row in read_status(planned.parent/"runs", "smoke")}
+    assert states[("ubt.table1",)] == "done" and "failed" in states.values()
+
+
+@pytest.mark.parametrize("asked, says", [
+    (dict(tables=["ubt.table99"]), "unknown table or figure 'ubt.table99'"),
+    (dict(tables=["table1"]), "such as ubt.table1"),
+    (dict(claims=["ubt.c999"]), "unknown claim 'ubt.c999'"),
+    (dict(tables=["nobody.table1"]), "unknown paper 'nobody'"),
+])
+def test_a_table_that_there_is_not_is_refused_before_anything_runs(tmp_path, asked, says):
+    with pytest.raises(SettingsError, match=says):
+        run_notebooks((), "smoke", "cpu", runs=tmp_path/"runs", outputs=chosen_outputs(**asked))
+    assert not (tmp_path/"runs/smoke/notebooks").exists()
 
 
 # being stopped

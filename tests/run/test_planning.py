@@ -14,8 +14,8 @@ from mcl_repro.lab.costs import model_facts
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.status import read_status
 from mcl_repro.papers.stages import clean_clip, finetuned_clip, poisoned_pairs
-from mcl_repro.run import batch, planning
-from mcl_repro.run.notebooks import find_notebooks
+from mcl_repro.run import batch, headless, planning
+from mcl_repro.run.notebooks import chosen_outputs, find_notebooks
 from mcl_repro.run.plan_text import plan_json, plan_rows, plan_text
 from mcl_repro.run.planning import make_plan, plan_paper
 
@@ -70,7 +70,7 @@ def test_a_plan_is_what_a_run_computes_and_afterwards_it_is_done(nbs):
 
 
 @pytest.mark.parametrize("paper, stages", [
-    ("ubt", 313), ("mem", 149), ("cleanclip", 121), ("cfbd", 278), ("baselines", 14),
+    ("ubt", 308), ("mem", 194), ("cleanclip", 121), ("cfbd", 338), ("baselines", 15),
 ])
 def test_the_papers_are_planned_whole(paper, stages, tmp_path):
     "The numbers are those of a run of profile smoke; a paper that asks for more has another one."
@@ -95,17 +95,17 @@ def test_a_plan_computes_nothing(nbs, monkeypatch):
 
 def test_a_table_alone_needs_less_than_a_paper(tmp_path):
     request = dict(profile="smoke", device="cpu", runs=tmp_path, notebooks=NBS, calibration="none")
-    plan = make_plan(**request, table="cleanclip.lambda")
+    plan = make_plan(**request, outputs=chosen_outputs(["cleanclip.lambda"]))
     assert list(plan.papers) == ["cleanclip"] and 5 < len(plan.todo) < 40
-    with pytest.raises(SettingsError, match="unknown table 'cleanclip.nu'"):
-        make_plan(**request, table="cleanclip.nu")
-    with pytest.raises(SettingsError, match="'baselines' has no tables"):
-        make_plan(["baselines"], **request, table="cleanclip.lambda")
+    with pytest.raises(SettingsError, match="unknown table or figure 'cleanclip.nu'"):
+        make_plan(**request, outputs=chosen_outputs(["cleanclip.nu"]))
+    with pytest.raises(SettingsError, match="cleanclip.lambda is of paper 'cleanclip', which was not named"):
+        make_plan(["baselines"], **request, outputs=chosen_outputs(["cleanclip.lambda"]))
 
 
 def test_one_table_of_ubt_reads_no_data_of_another(tmp_path, no_data):
     request = dict(profile="paper", device="cpu", runs=tmp_path, notebooks=NBS, calibration="none")
-    plan = make_plan(**request, table="ubt.table2")
+    plan = make_plan(**request, outputs=chosen_outputs(["ubt.table2"]))
     roles = {r for m in plan.missing for r in m["roles"]}
     assert roles == {"finetune", "zeroshot"}       # nor the pairs that public weights were trained on
 
@@ -187,7 +187,7 @@ def test_run_of_profile_paper_is_refused_before_it_starts(nbs, monkeypatch, no_d
         batch.run_notebooks("tiny", "paper", "cpu", runs=nbs.parent/"runs", notebooks=nbs)
     assert not list((nbs.parent/"runs").rglob("*.ipynb"))
     monkeypatch.setattr(planning, "make_plan", lambda *a, **k: pytest.fail("a small profile was planned"))
-    with pytest.raises(batch.NotebookError, match="ZeroDivisionError"):
+    with pytest.raises(headless.NotebookError, match="ZeroDivisionError"):
         batch.run_notebooks("tiny", "smoke", "cpu", runs=nbs.parent/"runs", notebooks=nbs)
 
 

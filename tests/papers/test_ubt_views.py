@@ -1,0 +1,129 @@
+"UBT's notebook as a view: with any tables or figures it runs to its end, writes these, and computes what they need."
+import json
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from mcl_repro.core.errors import SettingsError
+from mcl_repro.lab.lab import Lab
+from mcl_repro.papers import ubt
+from mcl_repro.papers.ubt import ubt_plan, UBT_OUTPUTS, UBT_TABLES
+
+NOTEBOOK = Path(ubt.__file__).parents[2]/"nbs/papers/ubt.ipynb"
+
+
+def planned(folder, tables=(), figures=(), attack_names=(), **settings):
+    lab = Lab("smoke", device="cpu", runs=folder, progress=False, **settings)
+    return ubt_plan(lab, lab.profile, tables, figures, attack_names)
+
+
+def kinds(plan):
+    "What is done when all that is planned is done: the names of the stages."
+    todo, found = list(plan.nodes), set()
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.inputs.values()
+    return {node.stage.name.partition(".")[2] for node in found}
+
+
+# ---- the plan
+
+def test_each_output_is_read_by_itself_and_all_of_them_are_the_whole_plan(tmp_path):
+    whole, alone = planned(tmp_path).readers, {}
+    for output in UBT_OUTPUTS:
+        asked = dict(tables=[output]) if output in UBT_TABLES else dict(figures=[output])
+        plan = planned(tmp_path, **asked)
+        alone |= plan.readers
+        assert set(plan.readers) <= {output}
+    assert set(UBT_OUTPUTS) - set(whole) == {"ubt.fig1", "ubt.fig2"}     # drawings
+    assert {output: {n.key for n in nodes} for output, nodes in alone.items()} == {
+        output: {n.key for n in nodes} for output, nodes in whole.items()
+    }
+
+
+@pytest.mark.parametrize("output, needed, spared", [
+    ("ubt.table5", {"ubt_unlearn", "cleaned_clip", "classification"}, {"roclip", "abl", "divergence"}),
+    ("ubt.fig4", {"ubt_select", "ubt_overfit"}, {"classification", "ubt_unlearn", "suspicious_similarities"}),
+    ("ubt.separation_losses", {"suspicious_similarities"}, {"classification", "ubt_unlearn"}),
+    ("ubt.fig8", {"trigger_relevance"}, {"ubt_split", "ubt_overfit", "classification"}),
+    ("ubt.closeness", {"weights_apart", "noise_size", "divergence"}, {"classification"}),
+    ("ubt.fig2", set(), {"clean_clip"}),
+])
+def test_one_table_or_figure_needs_no_more_than_it_reads(tmp_path, output, needed, spared):
+    found = kinds(planned(tmp_path, figures=[output]))
+    assert needed <= found
+    assert not spared & found
+
+
+def test_a_table_does_not_ask_for_data_of_another(tmp_path):
+    for output, roles in (("ubt.table2", {"finetune", "zeroshot", "pretrain"}), ("ubt.fig2", {"pretrain"})):
+        lab = Lab("smoke", device="cpu", runs=tmp_path, progress=False)
+        ubt_plan(lab, lab.profile, [output])
+        assert set(lab._roles) <= roles
+
+
+def test_only_headline_tables_repeat_over_seeds_unless_all_are_asked_to(tmp_path):
+    for seed_all, repeated in ((False, {"ubt.table1"}), (True, {line.table for line in planned(tmp_path).lines})):
+        plan = planned(tmp_path, seeds=3, seed_all=seed_all)
+        assert {line.table for line in plan.lines if len(line.chains) == 3} == repeated
+        assert len(plan.parts.timed) == len(plan.parts.kl_public) == len(plan.parts.apart) == (3 if seed_all else 1)
+
+
+def test_what_only_we_add_to_table_1_is_on_the_first_attack(tmp_path):
+    rows = {}
+    for line in planned(tmp_path, ["ubt.table1"]).lines:
+        rows.setdefault(line.defence, []).append(line.labels["attack"])
+    assert {name for name, attacks in rows.items() if attacks == ["BadNet"]} == {
+        "UBT, stopped at matching pairs", "CFBD -> UBT + retention",
+    }
+    assert rows["UBT"] == rows["No defense"] == rows["UBT + retention"] == rows["CFBD -> UBT"]
+    assert len(rows["UBT"]) == 5
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match="unknown table or figure 'ubt.fig9'"):
+        planned(tmp_path, figures=["ubt.fig9"])
+
+
+# ---- the notebook
+
+def view(runs, **parameters):
+    "Run the cells that a headless run runs, with the lab closed to new work once the plan has run; their names."
+    matplotlib.use("agg")
+    space = {"display": lambda *shown: None, "__name__": "__main__"}
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
+        if cell["cell_type"] != "code" or "example" in tags:
+            continue
+        if "parameters" in tags:
+            source += f"\nprofile, runs, device = 'smoke', {str(runs)!r}, 'cpu'"
+            source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+        exec(compile(source, cell["id"], "exec"), space)
+        if "experiments.run()" in source:
+            space["lab"].run = lambda *nodes: pytest.fail(f"a cell computes {nodes}")
+    return space
+
+
+@pytest.mark.parametrize("parameters, written", [
+    (dict(tables=["ubt.table5"]), {"ubt.table5", "ubt.table5_forest"}),
+    (dict(figures=["ubt.fig4"], attack_names=["BadNet"]), {"ubt.fig4"}),
+    (dict(tables=["ubt.trigger_relevance"], figures=["ubt.fig8"], attack_names=["BadNet"]),
+     {"ubt.fig8", "ubt.trigger_relevance"}),
+    (dict(figures=["ubt.fig1"]), set()),
+])
+def test_some_tables_and_figures_alone(monkeypatch, view_runs, parameters, written):
+    monkeypatch.delenv("IN_TEST", raising=False)
+    for kind in ("tables", "figures"):
+        for old in (view_runs/"smoke"/kind).glob("*"):
+            old.unlink()
+    view(view_runs, **parameters)
+    found = {path.stem for kind in ("tables", "figures") for path in (view_runs/"smoke"/kind).glob("*.csv")}
+    assert found == written | {"ubt.fig1", "ubt.fig2"}     # drawings are always there
+
+
+@pytest.fixture(scope="module")
+def view_runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("views")     # what several of them need is computed once
