@@ -332,7 +332,7 @@ def repaired(
 # %% ../../nbs/papers/plan.ipynb #5a94256f
 @patch(as_prop=True)
 def readers(self: Experiments) -> dict:
-    """Table or figure -> the nodes that it reads, each once: models and measurements of its lines, and what it asks for.
+    """Table or figure -> the nodes that it reads, each once: those of its lines, and what it asks for.
 
     In the order of `outputs`."""
     found = {output: [] for output in self.outputs}

@@ -31,7 +31,7 @@ from mcl_repro.report.page import VERDICTS
 from mcl_repro.report.printed import printed_entries
 from mcl_repro.report.provenance import write_provenance
 from mcl_repro.report.tables import read_table, show_table
-from mcl_repro.run import batch, headless
+from mcl_repro.run import headless
 from mcl_repro.run.batch import Progress, run_notebooks
 from mcl_repro.run.notebooks import find_notebooks, hash_of
 
