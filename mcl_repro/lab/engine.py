@@ -7,7 +7,7 @@ __all__ = ['run_serial', 'error_in_words', 'error_from_words', 'store_mark', 'vi
            'dask_client', 'dask_workers', 'await_workers', 'check_workers', 'importable_error', 'run_dask']
 
 # %% ../../nbs/lab/engine.ipynb #d7aa306c
-import importlib, logging, math, os, re, socket, sys, time, uuid, weakref
+import heapq, importlib, logging, math, os, queue, re, socket, sys, time, uuid, weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -89,10 +89,8 @@ def _not_shared(folder, worker):
     )
 
 # %% ../../nbs/lab/engine.ipynb #920f9bd9
-def _remote(spec, mark, *before):
-    "The task of a Dask worker, after those `before` it: an attempt, with the error in words."
-    if any(state != "done" for state, _ in before):
-        return "skipped", None
+def _remote(spec, mark):
+    "The task of a Dask worker: an attempt, with the error in words."
     if not _sees(mark):
         return "failed", error_in_words(_not_shared(spec["store"], "a worker"))
     state, error = attempt_stage(spec)
@@ -287,52 +285,77 @@ def _outcome(lab, node, future):
             ) from e
         if type(e).__name__ != "KilledWorker":
             raise
-        if e.task != future.key:
-            return "skipped", None  # an input's worker, which is told of there
         return "failed", StageError(
             f"stage {node.stage.name} ({node.label}): its worker process died four times; too little memory "
             f"for {lab.jobs or 'this many'} jobs?"
         )
     return state, error_from_words(told) if told else None
 
+# %% ../../nbs/lab/engine.ipynb #291f6159
+class _Queue:
+    "What of a run can begin, the first in `todo` first."
+    def __init__(self, todo):
+        self.todo, self.place = todo, {n.key: i for i, n in enumerate(todo)}
+        self.waits = {n.key: {k for k in n.inputs if k in self.place} for n in todo}
+        self.ready = [i for i, n in enumerate(todo) if not self.waits[n.key]]     # a heap
+        self.lost, self.readers = set(), {}
+        for n in todo:
+            for k in self.waits[n.key]:
+                self.readers.setdefault(k, []).append(n)
+
+    def take(self):
+        "The next node and its place."
+        place = heapq.heappop(self.ready)
+        return self.todo[place], place
+
+    def end(self, node, state) -> list:
+        "Note how a node ended; returns the nodes that will never begin, because they needed it."
+        lost = []
+        for n in self.readers.pop(node.key, ()):
+            self.waits[n.key].discard(node.key)
+            if n.key in self.lost:
+                continue
+            if state != "done":
+                self.lost.add(n.key)
+                lost += [n, *self.end(n, "skipped")]
+            elif not self.waits[n.key]:
+                heapq.heappush(self.ready, self.place[n.key])
+        return lost
+
 # %% ../../nbs/lab/engine.ipynb #1ecaa6f9
-def _submit(client, store, todo, mark):
-    """One task for each node, after those of its inputs; on a GPU only where a worker declares one.
-
-    Of those that can begin, the first in `todo` comes first."""
-    futures, run = {}, uuid.uuid4().hex[:8]   # the run in the name: what failed a moment ago is not in memory
-    for place, n in enumerate(todo):
-        before = [futures[k] for k in n.inputs if k in futures]
-        resources = {"GPU": 1} if n.device["type"] == "cuda" else None
-        name = f"{n.stage.name}-{n.key}-{run}"
-        spec = node_spec(n, store)
-        futures[n.key] = client.submit(
-            _remote, spec, mark, *before, key=name, pure=False, resources=resources, priority=-place
-        )
-    return futures
-
 def _wants_gpu(nodes):
     return any(n.device["type"] == "cuda" for n in nodes)
 
-def _outcomes(lab, client, todo, futures, watch):
-    "Key -> error or None, as the tasks end; stops at a store that cannot be used."
-    from distributed import as_completed
-    errors, looked, far = {}, time.monotonic(), is_address(lab.engine)
-    nodes = {future.key: node for future, node in zip(futures.values(), todo)}
-    finished = as_completed(futures.values())
-    while not finished.is_empty():
-        if not finished.has_ready():
-            if far and time.monotonic() - looked > 2:
-                await_workers(client, _wants_gpu(n for n in todo if n.key not in errors))
-                looked = time.monotonic()
-            time.sleep(.02)
-            continue
-        future = next(finished)
-        node = nodes[future.key]
-        state, errors[node.key] = _outcome(lab, node, future)
+def _outcomes(lab, client, room, todo, mark, watch):
+    "Key -> error or None, as the tasks end; at most `room` at a time; stops at a store that cannot be used."
+    errors, running, ended, waiting = {}, {}, queue.SimpleQueue(), _Queue(todo)
+    run = uuid.uuid4().hex[:8]   # the run in the name: what failed a moment ago is not in memory
+    def begin():
+        while waiting.ready and len(running) < room:
+            node, place = waiting.take()
+            resources = {"GPU": 1} if node.device["type"] == "cuda" else None
+            future = client.submit(_remote, node_spec(node, lab.store), mark, key=f"{node.stage.name}-{node.key}-{run}",
+                                   pure=False, resources=resources, priority=-place)
+            running[future.key] = future, node
+            future.add_done_callback(ended.put)
+    def note(node, state, error):
+        errors[node.key] = error
         if watch:
-            watch(node, state, errors[node.key])
-        if isinstance(errors[node.key], StoreError):
+            watch(node, state, error)
+    begin()
+    while running:
+        try:
+            future, node = running.pop(ended.get(timeout=2).key)
+        except queue.Empty:
+            if is_address(lab.engine):
+                await_workers(client, _wants_gpu(n for n in todo if n.key not in errors))
+            continue
+        state, error = _outcome(lab, node, future)
+        lost = waiting.end(node, state)
+        begin()
+        for n, how, why in [(node, state, error), *((n, "skipped", None) for n in lost)]:
+            note(n, how, why)
+        if isinstance(error, StoreError):
             break
     return errors
 
@@ -348,7 +371,8 @@ def run_dask(
         if is_address(lab.engine):
             await_workers(client, _wants_gpu(todo))
             check_workers(client, lab.store, mark)
-        errors = _outcomes(lab, client, todo, _submit(client, lab.store, todo, mark), watch)
+        room = math.inf if is_address(lab.engine) else max(len(dask_workers(client)), 1)
+        errors = _outcomes(lab, client, room, todo, mark, watch)
     found = [errors[n.key] for n in todo if errors.get(n.key)]
     if any(isinstance(e, StoreError) for e in found):
         lab.close()

@@ -12,6 +12,8 @@ import shlex
 import sys
 import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +33,8 @@ from ..report.archive import update_crate
 from ..report.page import write_report
 from ..report.printed import headline_tables
 from mcl_repro.run.headless import (
-    checked_values, environment, is_unchanged, NotebookJob, NotebookRun, run_key, run_one, SESSION, written_by,
+    checked_values, environment, is_unchanged, NotebookJob, NotebookRun, run_key, run_one, SESSION, stop_kernels,
+    written_by,
 )
 from mcl_repro.run.notebooks import (
     asked_of, choose_notebooks, find_notebooks, notebook_parameters, notebooks_folder, STANDARD,
@@ -52,8 +55,8 @@ class Progress:
         self.runs = Path(runs).resolve()   # papermill changes the working directory
         self.profile, self.jobs = profile, jobs
         self.out = out or sys.stderr
-        self.live, self.name, self.cell = self.out.isatty(), "", ""
-        self.began, self.over = time.time(), threading.Event()
+        self.live, self.views = self.out.isatty(), {}      # notebooks that are shown -> their cell
+        self.began, self.over, self.stopped = time.time(), threading.Event(), threading.Event()
 
     def say(self, text, end="\n"):
         "Write a line; one without an end is cut where the terminal ends."
@@ -62,14 +65,14 @@ class Progress:
         self.out.flush()
 
     def line(self) -> str:
-        "The steps so far, the time that is left, the notebook that is shown, and what is at work."
+        "The steps so far, the time that is left, the notebooks that are shown, and what is at work."
         parts = [duration(time.time() - self.began)]
         rows = self.rows()
         if rows:
             parts.append(f"{sum(row['state'] == 'done' for row in rows)} of {len(rows)} stages")
             left = forecast(rows, self.jobs).left
             parts += [f"about {duration(left)} left"] if left and left >= 1 else []
-        parts += [f"{self.name}: {self.cell}"] if self.name else []
+        parts += [f"{name}: {cell}" for name, cell in [*self.views.items()]]
         return " · ".join(parts + [row["note"] or row["stage"] for row in rows if row["state"] == "running"])
 
     def rows(self) -> list:
@@ -100,11 +103,11 @@ def watching(self:Progress):
 @contextmanager
 def viewing(self:Progress, name:str):
     "Name the notebook that is shown while the body runs."
-    self.name, self.cell = name, "starting"
+    self.views[name] = "starting"
     try:
         yield self
     finally:
-        self.name = ""
+        del self.views[name]
 
 # %% ../../nbs/run/batch.ipynb #af723840
 class Views:
@@ -114,15 +117,16 @@ class Views:
         schedule:Schedule,
         done:set,      # keys of steps that are in the store already
         show,          # function (paper, outputs): executes the notebook for these tables and figures; None: for all
+        pool,          # executor that calls it beside the computing
         share=.1,      # of the time that views may take, those of headline tables and whole ones not counted
     ):
         self.waiting = {id: {node.key for node in nodes} - done for id, nodes in schedule.readers.items()}
         self.papers = {}           # paper -> ids
         for id in schedule.readers:
             self.papers.setdefault(id.partition(".")[0], []).append(id)
-        self.show, self.share, self.facts = show, share, schedule.facts
+        self.show, self.pool, self.share, self.facts = show, pool, share, schedule.facts
         self.shown = {paper: [] for paper in self.papers}
-        self.whole, self.began = [], time.monotonic()
+        self.showing, self.whole, self.began = None, [], time.monotonic()     # a future, and papers shown for all
         self.spent = 10.           # seconds; as if one had been made, so that none is made at once
 
     def step(self, node, state, error=None):
@@ -133,23 +137,32 @@ class Views:
         self.look()
 
     def look(self):
-        "Show what is due."
+        "Show what is due, one notebook at a time; what is left when all steps are done is for the end."
+        if self.showing and not self.showing.done():
+            return
+        if self.showing:
+            self.showing.result()
         for paper, ids in self.papers.items():
             ready = [id for id in ids if not self.waiting[id]]
-            if paper in self.whole or ready == self.shown[paper]:
-                continue
-            if ready == ids:
-                self.whole.append(paper)
-                self.show(paper, None)
-            elif self._is_headline(paper, ready):
-                self.show(paper, ready)
-            elif self.spent < self.share * (time.monotonic() - self.began):
-                start = time.monotonic()
-                self.show(paper, ready)
-                self.spent += time.monotonic() - start
-            else:
-                continue
-            self.shown[paper] = ready
+            if any(self.waiting.values()) and self._is_due(paper, ready):
+                whole, headline = ready == ids, self._is_headline(paper, ready)
+                self.whole += [paper] if whole else []
+                self.shown[paper] = ready
+                self.showing = self.pool.submit(self._show, paper, None if whole else ready, whole or headline)
+                return
+
+    def _is_due(self, paper, ready):
+        "Whether these tables and figures of a paper should be shown now."
+        if ready == self.shown[paper]:
+            return False
+        in_time = self.spent < self.share * (time.monotonic() - self.began)
+        return in_time or ready == self.papers[paper] or self._is_headline(paper, ready)
+
+    def _show(self, paper, outputs, free):
+        "Show them, and count the time."
+        start = time.monotonic()
+        self.show(paper, outputs)
+        self.spent += 0 if free else time.monotonic() - start
 
     def _is_headline(self, paper, ready):
         "Whether all headline tables of a paper are ready and one of them was not shown yet."
@@ -271,19 +284,34 @@ class _Run:
                 return
             job = replace(job, values={**job.values, "tables": outputs})
         key = run_key(job.source, job.values, self.lab)
-        with TemporaryDirectory() as place, environment(**({"MCL_REPRO_ENGINE": self.engine} if self.engine else {})):
-            failed = Path(place)/"failed.json"
+        with TemporaryDirectory() as place:
+            failed = Path(place)/"failed.json"      # steps that are not to be tried again
             write_json(failed, self.failed, error=None)
-            made = run_one(job, self.folder, key, self.progress, force=self.force, failed=str(failed), before=before,
-                           began=0. if self.part else self.began)
+            variables = dict(MCL_REPRO_FAILED=str(failed), **({"MCL_REPRO_ENGINE": self.engine} if self.engine else {}))
+            variables["MCL_REPRO_BEGAN"] = "0" if self.part else str(self.began)    # claims: tables made since
+            made = run_one(job, self.folder, key, self.progress, force=self.force, before=before, variables=variables)
         if outputs is None:
             self.done[paper] = made
         if outputs is None or made.state == "failed":
             self.progress.say(f"{paper}: {_told(made)}")
 
 # %% ../../nbs/run/batch.ipynb #e5886643
-def _compute(run, plans, before):
-    "Compute the steps of some papers, and show their notebooks meanwhile."
+@contextmanager
+def _views_beside(run):
+    "Threads that show notebooks, as many as there are processes; no kernel outlives an interruption of the body."
+    pool = ThreadPoolExecutor(run.lab.jobs)
+    try:
+        with warnings.catch_warnings():
+            yield pool
+    except BaseException:
+        run.progress.stopped.set()
+        stop_kernels()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+def _compute(run, plans, before, pool):
+    "Compute the steps of some papers, and show their notebooks meanwhile; returns the `Views`."
     seconds = expect_seconds(plans, run.lab)
     schedule = make_schedule(plans, seconds, run.progress.jobs)
     done = {node.key for node in schedule.nodes if is_done(run.lab.store, node)}
@@ -293,14 +321,14 @@ def _compute(run, plans, before):
         told[0] = time.monotonic()
     def show(paper, outputs):
         run.show(paper, outputs, None if run.part or outputs is not None else before[paper])
-        report()
+        told[0] = 0.
     def watch(node, state, error):
         if error:
             run.failed[node.key] = error_in_words(error)
         views.step(node, state)
         if time.monotonic() - told[0] > 30:
             report()
-    views = Views(schedule, done, show)
+    views = Views(schedule, done, show, pool)
     run.folder.mkdir(parents=True, exist_ok=True)
     views.look()
     errors = run.lab.compute(schedule.nodes, schedule.facts, watch)
@@ -308,6 +336,19 @@ def _compute(run, plans, before):
     if full := [error for error in errors if isinstance(error, StoreError)]:
         raise full[0]
     run.errors += errors
+    return views
+
+def _compute_and_show(run, plans, before, pool):
+    "Compute the steps of some papers and show their notebooks, as many at a time as there are processes."
+    if not plans:
+        return
+    meanwhile = _compute(run, plans, before, pool)
+    views = [meanwhile.showing] if meanwhile.showing else []
+    names = [plan.paper for plan in plans if plan.paper not in meanwhile.whole]
+    for name in sorted(names, key=lambda name: -run.jobs[name].source.stat().st_size):     # long ones first
+        views.append(pool.submit(run.show, name, None, None if run.part else before[name]))
+    for view in views:
+        view.result()
 
 def _run_all(run):
     "Compute and show everything; returns the `NotebookRun` of each paper, in their order, or raises the first error."
@@ -320,10 +361,10 @@ def _run_all(run):
     for name in [name for name in run.jobs if name not in run.done]:
         places.setdefault(run.jobs[name].source.parent, []).append(run.jobs[name])
     for place, jobs in places.items():
-        with chdir(place), run.progress.watching():      # paths are given as notebooks see them
-            if plans := _plans(jobs):
-                _compute(run, plans, before)
-            for name in [job.name for job in jobs if job.name not in run.done]:
+        # paths are given as notebooks see them
+        with chdir(place), run.progress.watching(), _views_beside(run) as pool:
+            _compute_and_show(run, _plans(jobs), before, pool)
+            for name in [job.name for job in jobs if job.name not in run.done]:    # these compute by themselves
                 run.show(name, None, None if run.part else before[name])
     write_report(run.folder)
     update_crate(run.folder, run.progress.say)

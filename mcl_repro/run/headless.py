@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSIONED', 'EXAMPLE', 'SESSION', 'checked_values', 'run_key', 'executed_metadata', 'written_by', 'is_unchanged',
-           'papermill_engine', 'NotebookError', 'environment', 'NotebookRun', 'NotebookJob', 'run_one', 'short_path']
+           'papermill_engine', 'stop_kernels', 'NotebookError', 'environment', 'NotebookRun', 'NotebookJob', 'run_one',
+           'short_path']
 
 # %% ../../nbs/run/headless.ipynb #2c945ae9
 import json
@@ -190,7 +191,7 @@ def papermill_engine() -> str: # its name
     class Engine(NBClientEngine):
         "Tells of each cell that begins."
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, on_cell=None, start_timeout=60, **kw):
+        def execute_managed_notebook(cls, nb_man, kernel_name, on_cell=None, env=None, start_timeout=60, **kw):
             begin = nb_man.cell_start
             def cell_start(cell, cell_index=None, **more):
                 if on_cell:
@@ -202,7 +203,7 @@ def papermill_engine() -> str: # its name
                             skip_cells_with_tag=EXAMPLE)
             client.km, client.owns_km = client.create_kernel_manager(), True
             with _killed_after(client.km):
-                return client.execute()
+                return client.execute(env={**os.environ, **(env or {})})
     papermill_engines.register("mcl_repro", Engine)
     return "mcl_repro"
 
@@ -224,18 +225,31 @@ def _kernel_manager():
         interrupt_kernel = _async_interrupt_kernel
     return Kernel
 
+def _kill(kernel):
+    "End a kernel and all that it started."
+    group = None
+    with suppress(Exception):
+        group = kernel.provisioner.pgid
+    if group and hasattr(os, "killpg") and group != os.getpgrp():
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
+
+_KERNELS = []    # those at work
+
 @contextmanager
 def _killed_after(kernel):
     "Whatever happens in the body, no process of the kernel outlives it by more than a moment."
-    group = None
+    _KERNELS.append(kernel)
     try:
         yield
     finally:
-        with suppress(Exception):
-            group = kernel.provisioner.pgid
-        if group and hasattr(os, "killpg") and group != os.getpgrp():
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(group, signal.SIGKILL)
+        _KERNELS.remove(kernel)
+        _kill(kernel)
+
+def stop_kernels():
+    "End all kernels at work, also those of other threads."
+    for kernel in [*_KERNELS]:
+        _kill(kernel)
 
 # %% ../../nbs/run/headless.ipynb #5c3c56c6
 class NotebookError(Exception):
@@ -273,13 +287,11 @@ def environment(
 # %% ../../nbs/run/headless.ipynb #df5c938b
 SESSION = f"{datetime.now(timezone.utc).isoformat(timespec='seconds')} {uuid.uuid4().hex[:8]}"
 
-def _kernel_variables(name, began, failed):
-    "Environment variables of the kernel that runs notebook `name`."
+def _kernel_variables(name):
+    "Environment variables of every kernel that runs notebook `name`."
     path = str(Path(mcl_repro.__file__).resolve().parent.parent)
     return dict(
         MCL_REPRO_NOTEBOOK=name,
-        MCL_REPRO_BEGAN=str(began),            # claims are judged on tables made since
-        MCL_REPRO_FAILED=failed,               # steps that are not to be tried again
         MCL_REPRO_SESSION=SESSION,             # one for all kernels, so that `status` shows all their stages
         MCL_REPRO_PROGRESS="0",                # progress is told here and not in the copy
         PYTHONPATH=os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH")))),
@@ -294,12 +306,14 @@ def _papermill(source, target, parameters, variables, progress):
     for log in ("papermill", "traitlets"):
         logging.getLogger(log).setLevel(logging.ERROR)
     def on_cell(i, n):
-        progress.cell = f"cell {i + 1} of {n}"
-    with environment(**variables), warnings.catch_warnings():
+        if progress.stopped.is_set():
+            raise KeyboardInterrupt
+        progress.views[variables["MCL_REPRO_NOTEBOOK"]] = f"cell {i + 1} of {n}"
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         executed = papermill.execute_notebook(
             str(source), str(target), parameters=parameters, engine_name=papermill_engine(), kernel_name="python3",
-            language="python", cwd=str(source.parent), progress_bar=False, on_cell=on_cell)
+            language="python", cwd=str(source.parent), progress_bar=False, on_cell=on_cell, env=variables)
     return _with_stored_outputs(executed, source)
 
 def _with_stored_outputs(executed, source):
@@ -358,9 +372,8 @@ def run_one(
     progress,         # `Progress`
     *,
     force:bool=False, # also where nothing has changed
-    began:float=0.,   # claims are judged on tables written since, epoch seconds
     before:dict=None, # of `written_by` when the run began: what is still so afterwards goes; None: nothing goes
-    failed:str="",    # file with steps that are not to be tried again
+    variables:dict|None=None,  # further environment variables of the kernel
 )->NotebookRun:
     "Run one notebook unless it is unchanged."
     name, place, start = job.name, folder/"notebooks", time.time()
@@ -373,18 +386,20 @@ def run_one(
         earlier = written_by(folder, name)
         try:
             with progress.viewing(name):
-                notebook = _papermill(job.source, hidden, job.values, _kernel_variables(name, began, failed), progress)
+                variables = _kernel_variables(name) | (variables or {})
+                notebook = _papermill(job.source, hidden, job.values, variables, progress)
             written = _written_since(folder, name, earlier, before)
             _finish(notebook, final, {"key": key, "command": job.command, "outputs": _checksums(folder, written)})
             for path in (broken, broken.with_suffix(".html")):
                 path.unlink(missing_ok=True)
             return NotebookRun(name, "complete", time.time() - start, final)
         except Exception as e:
+            if progress.stopped.is_set():
+                raise KeyboardInterrupt from None
             error = _keep_failed(e, name, hidden, broken, job.command)
             return NotebookRun(name, "failed", time.time() - start, broken, error)
         finally:
             hidden.unlink(missing_ok=True)
-
 
 # %% ../../nbs/run/headless.ipynb #7d91bf3a
 def short_path(

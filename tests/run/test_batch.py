@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,7 +17,7 @@ from paper_notebooks import STANDARD, TABLE, write
 from processes import alive, gone
 
 import mcl_repro
-from mcl_repro.run import headless
+from mcl_repro.run import batch, headless
 from mcl_repro.run.batch import Progress, run_notebooks
 from mcl_repro.run.headless import executed_metadata, is_unchanged, NotebookError, run_key
 from mcl_repro.run.notebook_pages import notebook_page, shows_something
@@ -359,6 +361,75 @@ def test_with_everything_in_the_store_a_notebook_is_shown_once(planned):
     go(planned)
     (planned.parent/"runs/views").unlink()
     assert go(planned, force=True)[0].state == "complete" and views(planned) == ["ubt.table1 ubt.table2"]
+
+
+PAIRED = """
+import os, time
+from pathlib import Path
+if False:
+    from mcl_repro.tiny import PAPER_plan
+me, other = os.environ["MCL_REPRO_NOTEBOOK"], {"ubt": "mem", "mem": "ubt"}[os.environ["MCL_REPRO_NOTEBOOK"]]
+(Path(runs)/f"{me}.here").touch()
+end = time.time() + 60
+while not tables and not (Path(runs)/f"{other}.here").exists():      # waits only where all is shown
+    assert time.time() < end, "the other one never came"
+    time.sleep(.05)
+"""
+
+
+@pytest.fixture
+def pair(planned):
+    "Two papers with steps in common, whose notebooks wait for each other."
+    def mem_plan(lab, settings, tables=()):
+        made = made_up_plan(lab, settings)
+        return SimpleNamespace(readers={"mem.table2": made.readers["ubt.table2"]}, nodes=made.readers["ubt.table2"])
+    sys.modules["mcl_repro.tiny"].mem_plan = mem_plan
+    for name in ("ubt", "mem"):
+        write(planned, f"{name}.ipynb", WATCHED, PAIRED.replace("PAPER", name))
+    return planned
+
+
+def test_notebooks_of_a_full_store_are_shown_side_by_side(pair):
+    assert [done.state for done in go(pair, ["ubt", "mem"], jobs=2)] == ["complete", "complete"]
+    assert [path.name for path in sorted((pair.parent/"runs").glob("*.here"))] == ["mem.here", "ubt.here"]
+    copies = [metadata(results(pair)/f"notebooks/{name}.ipynb")["mcl_repro"]["command"] for name in ("ubt", "mem")]
+    assert [command.split()[2] for command in copies] == ["ubt", "mem"]
+    assert not any(name.startswith("MCL_REPRO_FAILED") for name in os.environ)
+
+
+def test_an_error_in_one_of_two_notebooks_does_not_stop_the_other(pair):
+    write(pair, "mem.ipynb", WATCHED, PAIRED.replace("PAPER", "mem"), "1/0")
+    with pytest.raises(NotebookError, match="notebook 'mem' stopped.*ZeroDivisionError"):
+        go(pair, ["ubt", "mem"], jobs=2)
+    assert executed_metadata(results(pair)/"notebooks/ubt.ipynb")
+
+
+def test_a_stop_ends_all_kernels(pair, monkeypatch):
+    for name in ("ubt", "mem"):
+        write(pair, f"{name}.ipynb", WATCHED, PAIRED.replace("PAPER", name),
+              "(Path(runs)/f'{me}.pid').write_text(str(os.getpid()))\ntime.sleep(300)")
+    progress, runs = Progress(pair.parent/"runs", "smoke", out=io.StringIO()), pair.parent/"runs"
+    show = batch._Run.show
+    def stopped(run, paper, outputs, before=None):
+        if paper == "ubt":     # waits until both sleep, then Ctrl-C
+            def shown():
+                with suppress(KeyboardInterrupt):      # as in a pool of threads, which keeps it
+                    show(run, paper, outputs, before)
+            thread = threading.Thread(target=shown)
+            thread.start()
+            for name in ("ubt", "mem"):
+                wait_for(runs/f"{name}.pid")
+            progress.both = thread
+            raise KeyboardInterrupt
+        show(run, paper, outputs, before)
+    monkeypatch.setattr(batch._Run, "show", stopped)
+    began = time.time()
+    with pytest.raises(KeyboardInterrupt):
+        go(pair, ["ubt", "mem"], jobs=2, progress=progress)
+    progress.both.join(30)
+    assert time.time() - began < 120 and not progress.both.is_alive()
+    assert gone([int((runs/f"{name}.pid").read_text()) for name in ("ubt", "mem")]) is True
+    assert not list((results(pair)/"notebooks").glob(".*.ipynb")) + [*(results(pair)/"notebooks").glob("*.failed.*")]
 
 
 def test_one_table_alone_leaves_the_others_as_they_are(planned):
