@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIGURE_LIMIT', 'NOTEBOOKS_LIMIT', 'STEPS', 'SHORT', 'FLAGS', 'slim_png', 'plain_html', 'slim_text', 'slim_outputs',
-           'directives', 'code_hash', 'read_notebook', 'fill_notebook', 'all_notebooks', 'is_papers', 'freshness',
-           'stale', 'execute_copy', 'execute', 'main']
+           'directives', 'code_hash', 'read_notebook', 'fill_notebook', 'fill_examples', 'all_notebooks', 'is_papers',
+           'freshness', 'stale', 'execute_copy', 'execute', 'main']
 
 # %% ../../nbs/dev/outputs.ipynb #d7f20e07
 import ast
@@ -26,6 +26,7 @@ from time import perf_counter
 import mcl_repro
 from ..core.errors import SettingsError
 from ..core.files import read_json, write_atomically
+from ..run.headless import EXAMPLE
 from ..run.notebooks import notebooks_folder
 
 # %% ../../nbs/dev/outputs.ipynb #f2d14235
@@ -247,6 +248,22 @@ def _fill_cell(cell, outputs, step):
     hidden = {"hide", "hide_output"} & directives(cell).keys()
     cell |= {"execution_count": None, "outputs": [] if hidden else slim_outputs(outputs, step)}
 
+def _as_text(notebook):
+    "A notebook as it is written."
+    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+def _filled_cells(notebook, executed, step, name, tag=None):
+    "The code cells of a notebook, with their outputs; with a `tag` only those that have it."
+    found = {c.get("id"): c.outputs for c in executed.cells if c.cell_type == "code"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and (tag is None or tag in cell["metadata"].get("tags", [])):
+            try:
+                _fill_cell(cell, found.get(cell["id"], []), step)
+            except SettingsError as e:
+                raise SettingsError(f"{name}, cell {cell['id']}: {e}") from None
+            yield cell
+
+# %% ../../nbs/dev/outputs.ipynb #287b9be8
 def fill_notebook(
     path:str|Path,         # the source notebook
     executed,              # its executed copy, as nbformat reads it
@@ -256,17 +273,22 @@ def fill_notebook(
 )->str:                    # the notebook's text
     "The source notebook with the outputs of its copy; raises `SettingsError` for a cell that cannot be shown."
     notebook = read_notebook(path)
-    found = {c.get("id"): c.outputs for c in executed.cells if c.cell_type == "code"}
-    for cell in [c for c in notebook["cells"] if c["cell_type"] == "code"]:
-        try:
-            _fill_cell(cell, found.get(cell["id"], []), step)
-        except SettingsError as e:
-            raise SettingsError(f"{Path(path).name}, cell {cell['id']}: {e}") from None
+    for cell in _filled_cells(notebook, executed, step, Path(path).name):
         if line and "parameters" in cell["metadata"].get("tags", []):
             shown = {"data": {"text/markdown": [line]}, "metadata": {}, "output_type": "display_data"}
             cell["outputs"].insert(0, shown)
     notebook["metadata"]["mcl_repro"] = {**(stamp or {}), "outputs_of": code_hash(notebook)}
-    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    return _as_text(notebook)
+
+def fill_examples(
+    path:str|Path,         # a paper's notebook
+    executed,              # its executed copy, as nbformat reads it
+    step:int=0,            # see `slim_png`
+)->str:                    # the notebook's text
+    "The source notebook with the outputs of its examples, which a run leaves out; the others stay as they are."
+    notebook = read_notebook(path)
+    list(_filled_cells(notebook, executed, step, Path(path).name, EXAMPLE))
+    return _as_text(notebook)
 
 # %% ../../nbs/dev/outputs.ipynb #793bfb39
 def all_notebooks(
@@ -330,7 +352,7 @@ def _kernel_manager():
 
 # %% ../../nbs/dev/outputs.ipynb #977cf4b2
 def execute_copy(
-    path:str|Path,  # a notebook that belongs to no paper
+    path:str|Path,   # a notebook
     flags:tuple=(),  # of `FLAGS`, whose cells are run too
 ):                  # the executed copy, as nbformat reads it
     "Run a notebook's copy; raises `SettingsError` that names the cell that fails."
@@ -356,15 +378,13 @@ def execute_copy(
 
 # %% ../../nbs/dev/outputs.ipynb #dba8b615
 def execute(
-    path:str|Path,   # a notebook that belongs to no paper
+    path:str|Path,   # a notebook
     flags:tuple=(),  # of `FLAGS`, whose cells are run too
     step:int=0,      # of `STEPS`: how slim pictures are at least
 )->bool:             # whether the file changed
-    "Run a notebook and store what its cells show; raises `SettingsError` where one fails, and for a paper's notebook."
+    "Run a notebook and store what its cells show, of a paper's the examples; raises `SettingsError` where one fails."
     path = Path(path)
-    if is_papers(path):
-        raise SettingsError(f"{path.name} belongs to a paper: a complete run fills it (make reproduce; make publish)")
-    text = fill_notebook(path, execute_copy(path, flags), step=step)
+    text = (fill_examples if is_papers(path) else fill_notebook)(path, execute_copy(path, flags), step=step)
     if text == path.read_text(encoding="utf-8"):
         return False
     write_atomically(path, text)
@@ -407,7 +427,8 @@ def main(argv=None) -> int:
         except SettingsError as e:
             failed += 1
             print(f"error: {e}", file=sys.stderr, flush=True)
-    left = [n for n in stale(args.notebooks) if args.run is False or not args.names or n in args.names]
+    left = [n for n in stale(args.notebooks, papers=not (args.run and args.names))
+            if not args.run or not args.names or n in args.names]
     print("\n".join(f"older than its code: {n}" for n in left) or "all outputs are those of their code")
     return int(bool(failed or left))
 

@@ -55,6 +55,7 @@ def _described(figure_id, alt, extra) -> str:
         raise SettingsError(f"figure {figure_id!r} needs alt, a sentence for readers who cannot see it")
     return alt
 
+# %% ../../nbs/report/figures.ipynb #22d72966
 _UNDATED = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
 def _drawn(fig, kind) -> bytes:
@@ -76,6 +77,7 @@ def _drawn(fig, kind) -> bytes:
             fig.set_canvas(shown)
     return out.getvalue()
 
+# %% ../../nbs/report/figures.ipynb #cd9694e3
 def save_figure(
     fig,                    # a matplotlib figure
     figure_id: str,         # of a paper's figure, such as "ubt.fig4", or "paper.name" with extra=True

@@ -136,21 +136,6 @@ class Views:
                 self.waiting[id].discard(node.key)
         self.look()
 
-    def look(self):
-        "Show what is due, one notebook at a time; what is left when all steps are done is for the end."
-        if self.showing and not self.showing.done():
-            return
-        if self.showing:
-            self.showing.result()
-        for paper, ids in self.papers.items():
-            ready = [id for id in ids if not self.waiting[id]]
-            if any(self.waiting.values()) and self._is_due(paper, ready):
-                whole, headline = ready == ids, self._is_headline(paper, ready)
-                self.whole += [paper] if whole else []
-                self.shown[paper] = ready
-                self.showing = self.pool.submit(self._show, paper, None if whole else ready, whole or headline)
-                return
-
     def _is_due(self, paper, ready):
         "Whether these tables and figures of a paper should be shown now."
         if ready == self.shown[paper]:
@@ -158,16 +143,34 @@ class Views:
         in_time = self.spent < self.share * (time.monotonic() - self.began)
         return in_time or ready == self.papers[paper] or self._is_headline(paper, ready)
 
-    def _show(self, paper, outputs, free):
-        "Show them, and count the time."
-        start = time.monotonic()
-        self.show(paper, outputs)
-        self.spent += 0 if free else time.monotonic() - start
-
     def _is_headline(self, paper, ready):
         "Whether all headline tables of a paper are ready and one of them was not shown yet."
         headline = [id for id in self.papers[paper] if id in headline_tables()]
         return set(headline) <= set(ready) and not set(headline) <= set(self.shown[paper])
+
+# %% ../../nbs/run/batch.ipynb #6acc1008
+@patch
+def look(self:Views):
+    "Show what is due, one notebook at a time; what is left when all steps are done is for the end."
+    if self.showing and not self.showing.done():
+        return
+    if self.showing:
+        self.showing.result()
+    for paper, ids in self.papers.items():
+        ready = [id for id in ids if not self.waiting[id]]
+        if any(self.waiting.values()) and self._is_due(paper, ready):
+            whole, headline = ready == ids, self._is_headline(paper, ready)
+            self.whole += [paper] if whole else []
+            self.shown[paper] = ready
+            self.showing = self.pool.submit(self._show, paper, None if whole else ready, whole or headline)
+            return
+
+@patch
+def _show(self:Views, paper, outputs, free):
+    "Show them, and count the time."
+    start = time.monotonic()
+    self.show(paper, outputs)
+    self.spent += 0 if free else time.monotonic() - start
 
 # %% ../../nbs/run/batch.ipynb #cfe6a7ce
 def _command(name, standard, extra, asked) -> str:
@@ -310,6 +313,7 @@ def _views_beside(run):
     finally:
         pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/run/batch.ipynb #546d6a94
 def _compute(run, plans, before, pool):
     "Compute the steps of some papers, and show their notebooks meanwhile; returns the `Views`."
     seconds = expect_seconds(plans, run.lab)
@@ -338,6 +342,7 @@ def _compute(run, plans, before, pool):
     run.errors += errors
     return views
 
+# %% ../../nbs/run/batch.ipynb #58644751
 def _compute_and_show(run, plans, before, pool):
     "Compute the steps of some papers and show their notebooks, as many at a time as there are processes."
     if not plans:
@@ -350,6 +355,7 @@ def _compute_and_show(run, plans, before, pool):
     for view in views:
         view.result()
 
+# %% ../../nbs/run/batch.ipynb #84a68097
 def _run_all(run):
     "Compute and show everything; returns the `NotebookRun` of each paper, in their order, or raises the first error."
     keys = {name: run_key(job.source, job.values, run.lab) for name, job in run.jobs.items()}

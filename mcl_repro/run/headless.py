@@ -365,6 +365,7 @@ class NotebookJob:
     values: dict    # of its parameters
     command: str    # that gives the same run again
 
+# %% ../../nbs/run/headless.ipynb #c473268e
 def run_one(
     job:NotebookJob,
     folder:Path,      # of the run
