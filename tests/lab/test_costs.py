@@ -4,10 +4,12 @@ import re
 
 import pytest
 
-from mcl_repro.data.registry import resolve
-from mcl_repro.lab.costs import COSTS, model_facts, StageWork, work_of
+from mcl_repro.data.registry import open_data, resolve
+from mcl_repro.data.world import SPLITS
+from mcl_repro.lab.costs import COSTS, model_facts, StageWork, work_of, WORLD_TOKENS
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.profiles import PACKAGE
+from mcl_repro.model.clip import build_clip
 from mcl_repro.papers.baselines import abl
 from mcl_repro.papers.cfbd import cfbd_detect, mapping_network
 from mcl_repro.papers.cleanclip import cleaned_clip
@@ -66,7 +68,8 @@ def test_training_and_what_it_leaves(victim):
     work = work_of(victim)     # 400 pairs in batches of 64: 6 steps an epoch
     assert work.amounts == {("draw", RN): 400, ("train", RN): 2 * 6 * 64, ("step", RN): 12, ("load", RN): 2}
     assert work.steps == {(RN, 64, "auto")} and work.pictures == 400 * 3 * 32**2
-    assert work.kept == 4 * model_facts(RN).parameters
+    facts = model_facts(RN)      # rows of the token table that no caption of the world has are not kept again
+    assert work.kept == 4 * (facts.parameters - (facts.tokens - 1440) * facts.token_width)
     with pytest.raises(ValueError, match="'jump'"):
         StageWork().add("jump", 1)
 
@@ -140,3 +143,12 @@ def test_mem_searches_triggers_in_the_first_rounds(amounts):
     assert (found["image_gradient", RN], found["train", RN]) == (5 * 8 * 400, 5 * 6 * 64)
     assert found["variant", RN] == 3 * 17 * 400
     assert amounts(hacker_clip, pairs=PAIRS, model=RN) == {("load", RN): 2}     # the row Random trains nothing
+
+
+def test_the_world_has_as_many_tokens_as_its_models_are_thought_to_keep():
+    seen = set()
+    for name, split in SPLITS.items():
+        if split.kind != "labelled":
+            captions = list(open_data(f"world:{name}").captions)
+            seen |= set(build_clip(RN).tokenizer(sorted(set(captions))).unique().tolist())
+    assert len(seen) <= WORLD_TOKENS < 1.1 * len(seen)
