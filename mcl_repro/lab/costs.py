@@ -308,7 +308,7 @@ def _data_in(value):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _data_in(part)
 
-WORLD_TOKENS = 1440   # that captions of the embedded world have, all sets together: the other rows are kept once for all
+WORLD_TOKENS = 1706   # of all captions of the embedded world; other rows of the table are kept once for all models
 
 COSTS = {}   # name of a stage -> function (Setting) -> StageWork
 

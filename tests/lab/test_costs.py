@@ -69,7 +69,7 @@ def test_training_and_what_it_leaves(victim):
     assert work.amounts == {("draw", RN): 400, ("train", RN): 2 * 6 * 64, ("step", RN): 12, ("load", RN): 2}
     assert work.steps == {(RN, 64, "auto")} and work.pictures == 400 * 3 * 32**2
     facts = model_facts(RN)      # rows of the token table that no caption of the world has are not kept again
-    assert work.kept == 4 * (facts.parameters - (facts.tokens - 1440) * facts.token_width)
+    assert work.kept == 4 * (facts.parameters - (facts.tokens - WORLD_TOKENS) * facts.token_width)
     with pytest.raises(ValueError, match="'jump'"):
         StageWork().add("jump", 1)
 
