@@ -515,10 +515,10 @@ def resamples(items: Items, # of one number
 
 # %% ../../nbs/measures/metrics.ipynb #58cb842c
 def combine_seeds(estimates, # one `Estimate` per training seed
-                  level: float=.95, # of the interval over seeds
+                  level: float=.95, # of the interval
                   bounds: tuple | None=None # (lowest, highest) possible value
                  ) -> Estimate:
-    "Mean over seeds with Student's interval over seeds; with a single seed its own interval over items"
+    "Mean over seeds with an interval over trainings and items; with a single seed its own interval over items."
     estimates = list(estimates)
     if not estimates:
         raise DataError("combine_seeds: no estimates given")
@@ -526,6 +526,8 @@ def combine_seeds(estimates, # one `Estimate` per training seed
         return estimates[0]
     from scipy.stats import t
     v, n = _array([e.value for e in estimates], "estimates", 1).astype(np.float64), len(estimates)
-    half = t.ppf((1 + level)/2, n - 1)*v.std(ddof=1)/np.sqrt(n)
+    trainings = t.ppf((1 + level)/2, n - 1)*v.std(ddof=1)/np.sqrt(n)
+    ends = np.array([[e.ci_low, e.ci_high] for e in estimates], np.float64)
+    below, above = np.hypot(trainings, np.nan_to_num(np.abs(ends - v[:, None])).mean(0))
     low, high = bounds or (-np.inf, np.inf)
-    return Estimate(float(v.mean()), float(max(v.mean() - half, low)), float(min(v.mean() + half, high)), n)
+    return Estimate(float(v.mean()), float(max(v.mean() - below, low)), float(min(v.mean() + above, high)), n)

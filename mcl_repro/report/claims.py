@@ -63,9 +63,11 @@ def _over_seeds(x, level):
         return np.hstack([value - reach, value + reach])
     return around(1 - level), around((1 - level)/comparisons)
 
-def _wider(one, other):
-    "Intervals that cover both."
-    return np.stack([np.minimum(one[:, 0], other[:, 0]), np.maximum(one[:, 1], other[:, 1])], 1)
+def _added(value, *parts):
+    "Intervals around values whose reaches are those of some others, added as squares."
+    reaches = [np.maximum(np.stack([value - part[:, 0], part[:, 1] - value], 1), 0) for part in parts]
+    low, high = np.hypot(*reaches).T
+    return np.stack([value - low, value + high], 1)
 
 def _intervals(margins, level=.95): # [comparisons, seeds, 1 + draws]
     "Per comparison the interval of its own, and one that holds for all at once: arrays [comparisons, 2], twice."
@@ -78,8 +80,8 @@ def _intervals(margins, level=.95): # [comparisons, seeds, 1 + draws]
         return items
     own, together = _over_seeds(margins[:, :, 0], level)
     if items is None:
-        return own, _wider(together, own)
-    return _wider(own, items[0]), _wider(together, items[1])
+        return own, together
+    return _added(mean[:, 0], own, items[0]), _added(mean[:, 0], together, items[1])
 
 # %% ../../nbs/report/claims.ipynb #5f733478
 def _state(relation, low, high, all_low, all_high, whole):
@@ -284,7 +286,7 @@ def _record(claim, printed, ours) -> dict:
         for name in ("margin", "ci_low", "ci_high"):
             value = getattr(decisive, name)
             numbers[name] = "" if math.isnan(value) else f"{value:.5g}"
-        over_seeds = f"Student's interval over {ours.n_seeds} seeds"
+        over_seeds = f"trainings ({ours.n_seeds} seeds) and test items"
         numbers["intervals"] = over_seeds if ours.n_seeds > 1 else "paired bootstrap over test items"
         numbers |= dict(unit=unit_word(decisive.unit).strip(), comparisons=len(ours.comparisons))
     return row | numbers | dict(evidence=ours.evidence, printed_evidence=printed.evidence)

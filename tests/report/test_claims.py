@@ -177,18 +177,19 @@ def test_one_failure_among_many_must_be_certain_for_all_at_once():
     assert alone/200 > .3 and together/200 < .06
 
 
-def test_several_seeds_give_students_interval(tmp_path):
+def test_several_seeds_give_an_interval_over_trainings_and_items(tmp_path):
     run = Run(write(tmp_path, RATES, seeds=3))
     made = judge(with_rules(LOWEST), run)
     assert made.n_seeds == 3 and made.verdict == "reproduced"
     c = next(c for c in made.comparisons if c.text == "BadNet, CleanCLIP")
     def values(defense):
-        seeds = run.numbers("ubt.table3", dict(attack="BadNet", defense=defense, metric="ASR"))
-        return np.array([numbers[0] for numbers in seeds])
-    per_seed = values("CleanCLIP") - values("UBT")
-    mean, half = per_seed.mean(), 4.302653*per_seed.std(ddof=1)/3**.5
-    assert (c.margin, c.ci_low, c.ci_high) == pytest.approx((mean, mean - half, mean + half), rel=1e-4)
-    assert "Student" in pd.DataFrame(judge_claims("ubt", tmp_path)).intervals.max()
+        return np.stack(run.numbers("ubt.table3", dict(attack="BadNet", defense=defense, metric="ASR")))
+    margins = values("CleanCLIP") - values("UBT")      # [seeds, 1 + draws]
+    mean, half = margins[:, 0].mean(), 4.302653*margins[:, 0].std(ddof=1)/3**.5
+    low, high = np.quantile(margins.mean(0)[1:], (.025, .975))
+    expected = mean, mean - np.hypot(half, mean - low), mean + np.hypot(half, high - mean)
+    assert (c.margin, c.ci_low, c.ci_high) == pytest.approx(expected, rel=1e-4) and high - low > 0
+    assert "trainings (3 seeds) and test items" in set(pd.DataFrame(judge_claims("ubt", tmp_path)).intervals)
 
 
 def test_how_many():
