@@ -22,7 +22,7 @@ from .claims import AUDITS, count_of, counts_said, read_judged
 from .page import VERDICTS
 from .printed import paper_names, printed_entries
 from .rules import read_claims
-from .tables import markdown_line, printed_name, read_table, show_table
+from .tables import markdown_line, over_what, printed_name, read_table, show_table
 
 # %% ../../nbs/report/findings.ipynb #bacd852b
 PUBLISHED = "nbs/results"
@@ -172,7 +172,8 @@ def _table(self: Findings) -> list:
     heading, _, table = headline_table(self.paper, self.folder).partition("\n")
     if not table:
         return []
-    legend = "Paper: as printed. Ours: as measured, with a 95% interval."
+    over = over_what(self.cells.n_seeds[self.cells.ci_low.notna()])
+    legend = f"Paper: as printed. Ours: as measured, with a 95% interval over {over}."
     if self.run.get("profile", "paper") != "paper":
         legend += " Data and model are stand-ins for the paper's: compare directions and sizes, not levels."
     return [f"**{heading.lstrip('# ')}**", table.strip(), legend]
