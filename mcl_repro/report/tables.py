@@ -379,8 +379,9 @@ def _counted(spec, cells) -> dict:
     "How many printed cells were measured, how many are ours alone, and how many are printed."
     measured = [cell for cell in cells.values() if cell["ours"]]
     beside = sum(bool(cell["paper"]) for cell in measured) if spec.number else 0   # counts printed tables only
+    over = over_what(cell["seeds"] for cell in measured if cell["interval"])
     return dict(measured=beside, own=len(measured) - beside, printed=len(printed_value(spec)) if spec.number else 0,
-                seeds=max([cell["seeds"] for cell in measured], default=1), over=over_what(cell["seeds"] for cell in measured if cell["interval"]))
+                seeds=max([cell["seeds"] for cell in measured], default=1), over=over)
 
 # %% ../../nbs/report/tables.ipynb #61188141
 def _key_heads(key, names, units) -> list[str]:
