@@ -44,6 +44,12 @@ def kinds_of(times, before=None):
     return pd.concat([found, whole], ignore_index=True)
 
 
+def stages_of(times):
+    "Every stage in the order of its start: after how many seconds, how long, and what it was for."
+    stages = times[["stage", "label", "seconds"]].assign(after=times.began - times.began.min())
+    return stages.assign(readers=[" ".join(ids) for ids in times.readers])
+
+
 def told(table) -> list:
     "Lines of that table, for `columns`."
     def text(name, value):
@@ -78,9 +84,13 @@ def picture(times, title: str) -> bytes:
 
 
 def write_run(folder: Path, times, title: str = "", before=None, title_before: str = "") -> list:
-    "`run_times.csv` and `run_times.png`, and `run_times_before.png` of another run; returns their paths."
-    table = kinds_of(times, before).to_csv(index=False, lineterminator="\n", float_format="%.6g")
-    made = [write_atomically(folder/f"{NAME}.csv", table),
+    """`run_times.csv` (kinds of stages), `run_stages.csv` (every stage, and which tables and figures it is for) and
+    `run_times.png`, and `run_times_before.png` of another run; returns their paths.
+    """
+    def csv(frame):
+        return frame.to_csv(index=False, lineterminator="\n", float_format="%.6g")
+    made = [write_atomically(folder/f"{NAME}.csv", csv(kinds_of(times, before))),
+            write_atomically(folder/"run_stages.csv", csv(stages_of(times))),
             write_atomically(folder/f"{NAME}.png", picture(times, title))]
     if before is not None:
         made.append(write_atomically(folder/f"{NAME}_before.png", picture(before, title_before)))
