@@ -45,9 +45,11 @@ def kinds_of(times, before=None):
 
 
 def stages_of(times):
-    "Every stage in the order of its start: after how many seconds, how long, and what it was for."
-    stages = times[["stage", "label", "seconds"]].assign(after=times.began - times.began.min())
-    return stages.assign(readers=[" ".join(ids) for ids in times.readers])
+    "Every stage in the order of its start, in seconds since the first one began, and what it was for."
+    start = times.began.min()
+    moments = dict(began=(times.began - start).round(2), ended=(times.ended - start).round(2))
+    readers = [" ".join(ids) for ids in times.readers]
+    return times[["stage", "label", "seconds", "process"]].assign(**moments, readers=readers)
 
 
 def told(table) -> list:

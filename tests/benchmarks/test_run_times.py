@@ -126,7 +126,7 @@ def test_the_command_prints_and_writes_a_table(run, tmp_path, capsys):
     assert "core 2 idle 39.7%" in said and "mem.table1 10 s" in said
     assert (tmp_path/"out/run_times.png").read_bytes()[:4] == b"\x89PNG"
     stages = written(tmp_path/"out/run_stages.csv")
-    assert len(stages) == 4 and stages[0]["after"] == "0"
+    assert len(stages) == 4 and stages[0]["began"] == "0"
     assert sum(float(line["seconds"]) for line in stages) == 20.5
     assert any("mem.table1" in line["readers"].split() for line in stages)
 
