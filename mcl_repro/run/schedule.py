@@ -46,6 +46,20 @@ def _with_their_inputs(nodes, groups):
     return groups
 
 # %% ../../nbs/run/schedule.ipynb #5c3555a9
+def _places(order, readers, nodes):
+    "Key -> number of the first table that needs a step."
+    place = {node.key: len(order) for node in nodes}
+    for number, id in reversed([*enumerate(order)]):
+        place.update((node.key, number) for node in readers[id])
+    return _with_their_inputs(nodes, place)
+
+def _late(place, nodes, seconds, jobs):
+    "Keys of steps that would be the last to end, if all began in the order of their tables."
+    nodes = [node for node in nodes if node.key in place]
+    chains, last = chain_seconds(nodes, seconds), max(place.values(), default=0)
+    begins = [0., *accumulate(sum(seconds[key] for key, at in place.items() if at == n) for n in range(last + 1))]
+    return {key for key, at in place.items() if begins[at] / jobs + chains[key] > begins[-1] / jobs}
+
 def ordered_steps(
     readers:dict, # table or figure -> nodes that it reads
     nodes:list,   # all of these and their inputs, inputs first
@@ -53,16 +67,12 @@ def ordered_steps(
     jobs:int=1,   # processes that compute at the same time
 )->list:          # keys
     "All steps in the order in which they should begin."
-    order, headline = output_order(readers), headline_tables()
-    chains, last = chain_seconds(nodes, seconds), len(order)
-    place = {node.key: last for node in nodes}
-    for number, id in reversed([*enumerate(order)]):
-        place.update((node.key, 0 if id in headline else number + 1) for node in readers[id])
-    _with_their_inputs(nodes, place)
-    work = [sum(seconds[key] for key, at in place.items() if at == number) for number in range(last + 1)]
-    begins = [0., *accumulate(work)]
-    late = {key for key, at in place.items() if at and begins[at] / jobs + chains[key] > begins[-1] / jobs}
-    groups = {key: 1 if key in late else 2 * at for key, at in place.items()}
+    order = output_order(readers)
+    first = len([id for id in headline_tables() if id in readers])
+    place, chains = _places(order, readers, nodes), chain_seconds(nodes, seconds)
+    groups = {key: at + (1 if at < first else 2) for key, at in place.items()}
+    groups |= dict.fromkeys(_late(place, nodes, seconds, jobs) & {k for k in place if place[k] >= first}, first + 1)
+    groups |= dict.fromkeys(_late({k: at for k, at in place.items() if at < first}, nodes, seconds, jobs), 0)
     _with_their_inputs(nodes, groups)
     listed = {node.key: number for number, node in enumerate(nodes)}
     return sorted(groups, key=lambda key: (groups[key], -chains[key], listed[key]))
