@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,7 +16,7 @@ from paper_notebooks import STANDARD, TABLE, write
 from processes import alive, gone
 
 import mcl_repro
-from mcl_repro.run import batch, headless
+from mcl_repro.run import headless
 from mcl_repro.run.batch import Progress, run_notebooks
 from mcl_repro.run.headless import executed_metadata, is_unchanged, NotebookError, run_key
 from mcl_repro.run.notebook_pages import notebook_page, shows_something
@@ -404,32 +403,23 @@ def test_an_error_in_one_of_two_notebooks_does_not_stop_the_other(pair):
     assert executed_metadata(results(pair)/"notebooks/ubt.ipynb")
 
 
-def test_a_stop_ends_all_kernels(pair, monkeypatch):
+def test_a_stop_ends_all_kernels(pair):
     for name in ("ubt", "mem"):
         write(pair, f"{name}.ipynb", WATCHED, PAIRED.replace("PAPER", name),
-              "(Path(runs)/f'{me}.pid').write_text(str(os.getpid()))\ntime.sleep(300)")
-    progress, runs = Progress(pair.parent/"runs", "smoke", out=io.StringIO()), pair.parent/"runs"
-    show = batch._Run.show
-    def stopped(run, paper, outputs, before=None):
-        if paper == "ubt":     # waits until both sleep, then Ctrl-C
-            def shown():
-                with suppress(KeyboardInterrupt):      # as in a pool of threads, which keeps it
-                    show(run, paper, outputs, before)
-            thread = threading.Thread(target=shown)
-            thread.start()
-            for name in ("ubt", "mem"):
-                wait_for(runs/f"{name}.pid")
-            progress.both = thread
-            raise KeyboardInterrupt
-        show(run, paper, outputs, before)
-    monkeypatch.setattr(batch._Run, "show", stopped)
+              "if not tables:\n    (Path(runs)/f'{me}.pid').write_text(str(os.getpid()))\n    time.sleep(300)")
+    files = [pair.parent/f"runs/{name}.pid" for name in ("ubt", "mem")]
+    def stop():      # Ctrl-C, when both sleep
+        for file in files:
+            wait_for(file)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    threading.Thread(target=stop, daemon=True).start()
     began = time.time()
     with pytest.raises(KeyboardInterrupt):
-        go(pair, ["ubt", "mem"], jobs=2, progress=progress)
-    progress.both.join(30)
-    assert time.time() - began < 120 and not progress.both.is_alive()
-    assert gone([int((runs/f"{name}.pid").read_text()) for name in ("ubt", "mem")]) is True
-    assert not list((results(pair)/"notebooks").glob(".*.ipynb")) + [*(results(pair)/"notebooks").glob("*.failed.*")]
+        go(pair, ["ubt", "mem"], jobs=2)
+    assert time.time() - began < 200
+    assert gone([int(file.read_text()) for file in files]) is True
+    out = results(pair)/"notebooks"
+    assert not [*out.glob(".*.ipynb"), *out.glob("*.failed.*")]
 
 
 def test_one_table_alone_leaves_the_others_as_they_are(planned):
