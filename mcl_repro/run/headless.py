@@ -313,7 +313,8 @@ def _papermill(source, target, parameters, variables, progress):
         warnings.simplefilter("ignore")
         executed = papermill.execute_notebook(
             str(source), str(target), parameters=parameters, engine_name=papermill_engine(), kernel_name="python3",
-            language="python", cwd=str(source.parent), progress_bar=False, on_cell=on_cell, env=variables)
+            language="python", cwd=str(source.parent), progress_bar=False, on_cell=on_cell, env=variables,
+            request_save_on_cell_execute=False)      # megabytes after each of 200 cells; half a minute is enough
     return _with_stored_outputs(executed, source)
 
 def _with_stored_outputs(executed, source):
