@@ -201,6 +201,7 @@ def save_clip(clip: Clip, # the model to store
     save_file(tensors, str(path), metadata=dict(model=clip.name, **{k: str(v) for k, v in facts.items()}))
     _sort_facts(path)
 
+# %% ../../nbs/model/clip.ipynb #b7126e01
 def _sort_facts(path):
     "The facts of a safetensors file in order of their names; the library writes them in another order each time."
     with open(path, "r+b") as f:

@@ -563,6 +563,7 @@ def _end(state):
         origin = replace(origin, factors=(*origin.factors, factor))
     clip.origin = origin
 
+# %% ../../nbs/model/training.ipynb #22c01963
 def _compile(model, on=True):
     "Let torch compile the towers when they are next called, or not any more. Weights and their names stay."
     for name, settings in dict(visual={}, transformer=dict(dynamic=True)).items():

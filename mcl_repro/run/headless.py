@@ -317,6 +317,7 @@ def _papermill(source, target, parameters, variables, progress):
             request_save_on_cell_execute=False)      # megabytes after each of 200 cells; half a minute is enough
     return _with_stored_outputs(executed, source)
 
+# %% ../../nbs/run/headless.ipynb #275d0aaf
 def _with_stored_outputs(executed, source):
     "An executed notebook in which cells that were left out show what is stored in the notebook itself."
     import nbformat
