@@ -1,33 +1,9 @@
 "CleanCLIP's notebook as a view: any tables or figures can be had, and no cell computes anything."
-import json
-from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import pytest
+from notebook_views import view
 
-from mcl_repro.papers import cleanclip
 from mcl_repro.papers.cleanclip import CLEANCLIP_OUTPUTS
-
-NOTEBOOK = Path(cleanclip.__file__).parents[2]/"nbs/papers/cleanclip.ipynb"
-
-
-def view(runs, **parameters):
-    "Run the cells that a headless run runs, with the lab closed to new work once the plan has run; their names."
-    matplotlib.use("agg")
-    space = {"display": lambda *shown: None, "__name__": "__main__"}
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
-        if cell["cell_type"] != "code" or "example" in tags:
-            continue
-        if "parameters" in tags:
-            source += f"\nprofile, runs, device = 'smoke', {str(runs)!r}, 'cpu'"
-            source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
-        exec(compile(source, cell["id"], "exec"), space)
-        if "experiments.run()" in source:
-            space["lab"].run = lambda *nodes: pytest.fail(f"a cell computes {nodes}")
-    plt.close("all")
-    return space
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +31,6 @@ def test_some_tables_and_figures_alone_and_all_of_them(monkeypatch, view_runs, p
     for kind in ("tables", "figures"):
         for old in (view_runs/"smoke"/kind).glob("*"):
             old.unlink()
-    space = view(view_runs, **parameters)
+    space = view("cleanclip", view_runs, **parameters)
     assert written(view_runs) == expected | {"cleanclip.framework"}     # the drawing is always there
     assert set(space["experiments"].done) == set(space["experiments"].nodes)

@@ -1,19 +1,13 @@
 "MEM's notebook as a view: with any tables or figures it runs to its end, writes these, and computes what they need."
-import json
-import linecache
-from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import pytest
+from notebook_views import view
 
 from mcl_repro.core.errors import SettingsError
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.status import with_inputs
 from mcl_repro.papers import mem
 from mcl_repro.papers.mem import IN_TABLE, MEM_OUTPUTS, MEM_TABLES, mem_plan, SHUFFLED
-
-NOTEBOOK = Path(mem.__file__).parents[2]/"nbs/papers/mem.ipynb"
 
 
 def planned(folder, *wanted, seeds=1, seed_all=False, **chosen):
@@ -141,26 +135,6 @@ def test_what_a_plan_does_not_know_is_refused(tmp_path, chosen, says):
 
 # ---- the notebook
 
-def view(runs, **parameters):
-    "Run the cells that a headless run runs, with the lab closed to new work once the plan has run; their names."
-    matplotlib.use("agg")
-    space = {"display": lambda *shown: None, "__name__": "__main__"}
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
-        if cell["cell_type"] != "code" or "example" in tags:
-            continue
-        if "parameters" in tags:
-            source += f"\nprofile, runs, device = 'smoke', {str(runs)!r}, 'cpu'"
-            source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
-        name = f"<cell {cell['id']}>"
-        linecache.cache[name] = len(source), None, source.splitlines(True), name     # stages are compared by their text
-        exec(compile(source, name, "exec"), space)
-        if "experiments.run()" in source:
-            space["lab"].run = lambda *nodes: pytest.fail(f"a cell computes {nodes}")
-    plt.close("all")
-    return space
-
-
 @pytest.fixture(scope="module")
 def view_runs(tmp_path_factory):
     return tmp_path_factory.mktemp("views")     # what several of them need is computed once
@@ -187,7 +161,7 @@ def test_some_tables_and_figures_alone_and_all_of_them(monkeypatch, view_runs, p
     for kind in ("tables", "figures"):
         for old in (view_runs/"smoke"/kind).glob("*"):
             old.unlink()
-    space = view(view_runs, **parameters)
+    space = view("mem", view_runs, **parameters)
     assert written(view_runs) == expected | {"mem.fig3"}     # the drawing is always there
     assert set(space["experiments"].done) == set(space["experiments"].nodes)
     if not parameters:

@@ -1,16 +1,11 @@
 "UBT's notebook as a view: with any tables or figures it runs to its end, writes these, and computes what they need."
-import json
-from pathlib import Path
 
-import matplotlib
 import pytest
+from notebook_views import view
 
 from mcl_repro.core.errors import SettingsError
 from mcl_repro.lab.lab import Lab
-from mcl_repro.papers import ubt
 from mcl_repro.papers.ubt import ubt_plan, UBT_OUTPUTS, UBT_TABLES
-
-NOTEBOOK = Path(ubt.__file__).parents[2]/"nbs/papers/ubt.ipynb"
 
 
 def planned(folder, tables=(), figures=(), attack_names=(), **settings):
@@ -90,23 +85,6 @@ def test_unknown_names_are_refused(tmp_path):
 
 # ---- the notebook
 
-def view(runs, **parameters):
-    "Run the cells that a headless run runs, with the lab closed to new work once the plan has run; their names."
-    matplotlib.use("agg")
-    space = {"display": lambda *shown: None, "__name__": "__main__"}
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
-        if cell["cell_type"] != "code" or "example" in tags:
-            continue
-        if "parameters" in tags:
-            source += f"\nprofile, runs, device = 'smoke', {str(runs)!r}, 'cpu'"
-            source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
-        exec(compile(source, cell["id"], "exec"), space)
-        if "experiments.run()" in source:
-            space["lab"].run = lambda *nodes: pytest.fail(f"a cell computes {nodes}")
-    return space
-
-
 @pytest.mark.parametrize("parameters, written", [
     (dict(tables=["ubt.table5"]), {"ubt.table5", "ubt.table5_forest"}),
     (dict(figures=["ubt.fig4"], attack_names=["BadNet"]), {"ubt.fig4"}),
@@ -119,7 +97,7 @@ def test_some_tables_and_figures_alone(monkeypatch, view_runs, parameters, writt
     for kind in ("tables", "figures"):
         for old in (view_runs/"smoke"/kind).glob("*"):
             old.unlink()
-    view(view_runs, **parameters)
+    view("ubt", view_runs, **parameters)
     found = {path.stem for kind in ("tables", "figures") for path in (view_runs/"smoke"/kind).glob("*.csv")}
     assert found == written | {"ubt.fig1", "ubt.fig2"}     # drawings are always there
 
