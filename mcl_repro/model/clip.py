@@ -6,7 +6,7 @@
 __all__ = ['mini_models', 'model_config', 'Clip', 'Origin', 'token_table', 'build_clip', 'trained_name', 'save_clip',
            'read_tensors', 'saved_facts', 'load_weights', 'tokenize', 'to_pixels', 'encode_text', 'is_causal',
            'text_length', 'embed_images', 'embed_tokens', 'embed_texts', 'check_clip', 'imagenet_templates',
-           'zero_shot_weights', 'info_nce']
+           'zero_shot_weights', 'info_nce', 'pair_constraint']
 
 # %% ../../nbs/model/clip.ipynb #ba915fcb
 import functools, json, logging, re, weakref
@@ -583,3 +583,15 @@ def info_nce(image_embeddings: torch.Tensor, # unit length [n, d]
         logits = logit_scale * image_embeddings @ text_embeddings.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+# %% ../../nbs/model/clip.ipynb #bee74ebd
+def pair_constraint(image_embeddings: torch.Tensor, # unit length [n, d]
+                    text_embeddings: torch.Tensor,  # unit length [n, d], row i belongs to image i
+                    target: float                   # the negative of the cosine that is wanted, in [-1, 1]
+    ) -> torch.Tensor:
+    """Mean of (cosine + target)^2 over pairs, a scalar in [0, 4]; 0 where there are none.
+
+    Source: the public code of CleanCLIP and BadCLIP, `get_loss` in src/train.py.
+    """
+    cosines = (image_embeddings * text_embeddings).sum(-1)
+    return (cosines + target).square().sum() / max(len(cosines), 1)
