@@ -219,7 +219,7 @@ def settings(args):
     print("\n" + count_settings(shown).to_string())
 
 # %% ../../nbs/cli/main.ipynb #ea48e8af
-VERDICTS = ("reproduced", "contradicted", "undecided", "not_testable")
+VERDICTS = ("reproduced", "contradicted", "undecided", "depends_on_our_reading", "not_testable")
 
 def _published_claims(profile) -> list:
     "The published verdicts of a profile, said to be such; [] where there are none."

@@ -306,7 +306,7 @@ _ABOUT = {
     "mem": ("MEM", "makes pairs unlearnable: bounded image noise and a text trigger"),
     "cleanclip": ("CleanCLIP", "cleans a poisoned CLIP by fine-tuning with self-supervision"),
     "cfbd": ("CFBD", "finds poisoned pairs in a training set, coarse to fine")}
-_OURS = ("reproduced", "contradicted", "undecided", "not_testable")
+_OURS = ("reproduced", "contradicted", "undecided", "depends_on_our_reading", "not_testable")
 
 def _front_row(nbs, folder, name, path, judged) -> str:
     "A paper's row of the index: its notebook, its numbers with ours beside, its claims by verdict."
@@ -326,7 +326,7 @@ def _front_table(nbs, folder) -> str:
     rows = [_front_row(nbs, folder, n, papers[n], judged) for n in _ABOUT if n in papers]
     verdicts = " | ".join(v.replace("_", " ") for v in _OURS)
     head = f"| paper | what it does | printed numbers with ours beside | claims | {verdicts} |"
-    return "\n".join([head, "|---|---|" + "---:|"*6, *rows])
+    return "\n".join([head, "|---|---|" + "---:|"*(2 + len(_OURS)), *rows])
 
 # %% ../../nbs/dev/publishing.ipynb #33e798a0
 PICTURE, _DRAWN = "readme.png", "ubt.table1"     # in `results`, and the table that it shows

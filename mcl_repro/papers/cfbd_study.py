@@ -70,7 +70,6 @@ def unlearned_node(
     experiments: Experiments,
     settings,             # a profile
     chain,                # whose victim is repaired
-    options: dict,        # `unlearn` or `retention` of a profile's `ubt`
     fed_by_cfbd: bool,    # whether CFBD's detections take the place of UBT's own
 ): # node with the repaired CLIP
     "UBT's unlearning of a victim, fed by UBT's selection of pairs or by CFBD's."
@@ -79,7 +78,7 @@ def unlearned_node(
         nodes = dict(split=chain.chosen.select, select=chain.chosen.select)
     else:
         nodes = ubt_nodes(lab, experiments.clean, *inputs, dict(settings.ubt), chain.seed)
-    return unlearned(lab, *inputs, nodes, options, chain.seed)
+    return unlearned(lab, *inputs, nodes, settings.ubt.unlearn, chain.seed)
 
 # %% ../../nbs/papers/cfbd_study.ipynb #e3c00010
 def cfbd_defences(
@@ -87,9 +86,9 @@ def cfbd_defences(
     settings, # a profile
 ) -> dict: # name -> function of a chain that gives the node with the model
     "What is done about a poisoned set, under the names that the tables print."
-    lab, clean, ubt, method = experiments.lab, experiments.clean, settings.ubt, experiments.method
+    lab, clean, method = experiments.lab, experiments.clean, experiments.method
     clean_pairs = lab.role("clean_pairs")
-    unlearn = lambda options, fed_by_cfbd: lambda c: unlearned_node(experiments, settings, c, options, fed_by_cfbd)
+    unlearn = lambda fed_by_cfbd: lambda c: unlearned_node(experiments, settings, c, fed_by_cfbd)
     return {
         "Train on Clean": lambda c: c.victim,          # of the chain without poison
         "No Defense": lambda c: c.victim,
@@ -99,10 +98,8 @@ def cfbd_defences(
         "CFBD (coarse-grained)": lambda c: c.coarse,
         "CFBD (coarse-to-fine-grained)": lambda c: c.full,
         "CFBD, q chosen": lambda c: c.chosen.full,
-        "UBT": unlearn(ubt.unlearn, False),
-        "UBT + retention": unlearn(ubt.retention, False),
-        "CFBD -> UBT": unlearn(ubt.unlearn, True),
-        "CFBD -> UBT + retention": unlearn(ubt.retention, True),
+        "UBT": unlearn(False),
+        "CFBD -> UBT": unlearn(True),
     }
 
 # %% ../../nbs/papers/cfbd_study.ipynb #e3c00012
@@ -305,8 +302,7 @@ def plan_strain(
     experiments.ask(both, *parts.strained)
 
 # %% ../../nbs/papers/cfbd_study.ipynb #e3c00020
-FED_BY = ["No Defense", "CFBD (coarse-to-fine-grained)", "UBT", "CFBD -> UBT", "UBT + retention",
-          "CFBD -> UBT + retention"]
+FED_BY = ["No Defense", "CFBD (coarse-to-fine-grained)", "UBT", "CFBD -> UBT"]
 
 def plan_unlearning(
     experiments: Experiments,

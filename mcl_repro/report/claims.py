@@ -22,7 +22,8 @@ from ..core.words import near
 from .page import VERDICTS
 from .printed import printed_entries
 from mcl_repro.report.rules import (
-    check_files, Claim, MissingRows, pair_cells, PRINTED, read_claims, rule_pairs, rule_text, Run, short_number, Term,
+    ByReading, check_files, Claim, MissingRows, pair_cells, PRINTED, read_claims, read_readings, rule_pairs, rule_text,
+    Run, short_number, Term,
 )
 from .tables import markdown_line, page_templates, printed_name, sidecar_path
 
@@ -249,6 +250,32 @@ def audit(
 # %% ../../nbs/report/claims.ipynb #206a9856
 _LEVELS = "It speaks of the height of a number, which depends on data and model; profile paper decides it."
 
+def _judged(claim, rules, run):
+    "The rules with their comparisons and outcomes, the number of seeds, and the verdict."
+    found, seeds = [], 1
+    for rule in rules:
+        pairs = rule_pairs(run, rule, claim.id)
+        whole = _needed(rule, len(pairs)) == (len(pairs), len(pairs))
+        comparisons = tuple(_evaluated(run, pairs, whole))
+        found.append((rule, comparisons, _outcome(rule, comparisons)))
+        seeds = max(seeds, _seeds_of(run, pairs))
+    outcomes = [outcome for _, _, outcome in found]
+    return found, seeds, "contradicted" if "fails" in outcomes else "undecided" if "open" in outcomes else "reproduced"
+
+def _flipped(claim, rules, run, verdict):
+    "The first reading that the text allows and that turns a certain verdict round, with its verdict; None without one."
+    readings = read_readings().get(claim.paper)
+    if not readings or verdict == "undecided" or not set(claim.tables) & set(readings["tables"]):
+        return None
+    turned = {"reproduced": "contradicted", "contradicted": "reproduced"}[verdict]
+    for reading in readings["allowed"]:
+        try:
+            if _judged(claim, rules, ByReading(run, claim.paper, reading))[2] == turned:
+                return reading, turned
+        except (MissingRows, KeyError):     # not every cell was measured by this reading
+            continue
+    return None
+
 def judge(
     claim: Claim,          # of `read_claims`
     run: Run,              # a run's cells
@@ -260,20 +287,16 @@ def judge(
     rules = [rule for rule in claim.rules if profile == "paper" or not rule.get("levels")]
     if not rules:
         return Judgement(claim.id, "not_testable", why=_LEVELS)
-    found, seeds = [], 1
     try:
-        for rule in rules:
-            pairs = rule_pairs(run, rule, claim.id)
-            whole = _needed(rule, len(pairs)) == (len(pairs), len(pairs))
-            comparisons = tuple(_evaluated(run, pairs, whole))
-            found.append((rule, comparisons, _outcome(rule, comparisons)))
-            seeds = max(seeds, _seeds_of(run, pairs))
+        found, seeds, verdict = _judged(claim, rules, run)
+        other = _flipped(claim, rules, run, verdict)
     except MissingRows as missing:
         return Judgement(claim.id, "not_testable", why=f"Not run: {missing}")
     if profile == "smoke":
         return Judgement(claim.id, "not_testable", tuple(found), "Profile smoke is too small to be judged.", seeds)
-    outcomes = [outcome for _, _, outcome in found]
-    verdict = "contradicted" if "fails" in outcomes else "undecided" if "open" in outcomes else "reproduced"
+    if other:
+        said = f"{verdict} as we read {read_readings()[claim.paper]['of']}, {other[1]} as {other[0]}"
+        return Judgement(claim.id, "depends_on_our_reading", tuple(found), said, seeds)
     return Judgement(claim.id, verdict, tuple(found), n_seeds=seeds)
 
 # %% ../../nbs/report/claims.ipynb #574210d3

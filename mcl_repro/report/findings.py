@@ -242,7 +242,8 @@ def glance(
     judged = read_judged(folder)
     words = [f"printed: {audit.replace('_', ' ')}" for audit in AUDITS]
     words += [f"ours: {verdict.replace('_', ' ')}" for verdict in VERDICTS]
-    lines = [markdown_line(["paper", "printed cells with ours beside", "claims", *words]), "|---|---|" + "---:|"*9]
+    head = ["paper", "printed cells with ours beside", "claims", *words]
+    lines = [markdown_line(head), "|---|---|" + "---:|"*(len(head) - 2)]
     tables = []
     for paper, name in paper_names().items():
         claims = [claim for claim in judged if claim["paper"] == paper]

@@ -18,7 +18,7 @@ from .printed import headline_tables, LAYOUTS, paper_names, printed_entries, tab
 from .tables import own_table_spec, page_templates, printed_name, read_table, table_grid
 
 # %% ../../nbs/report/page.ipynb #e3823af3
-VERDICTS = ("reproduced", "contradicted", "undecided", "not_testable")
+VERDICTS = ("reproduced", "contradicted", "undecided", "depends_on_our_reading", "not_testable")
 
 @dataclass
 class _Paper:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUMMARIES', 'RELATIONS', 'PRINTED', 'relation_of', 'Claim', 'read_claims', 'short_number', 'rule_text', 'MissingRows',
-           'Printed', 'check_files', 'Run', 'Term', 'Pair', 'rule_pairs', 'pair_cells']
+           'Printed', 'check_files', 'Run', 'read_readings', 'ByReading', 'Term', 'Pair', 'rule_pairs', 'pair_cells']
 
 # %% ../../nbs/report/rules.ipynb #3a76eaf1
 import math
@@ -341,6 +341,28 @@ def _resampled(self: Run, table, labels):
     if not math.isclose(given, value, rel_tol=1e-3, abs_tol=2e-4):
         raise StoreError(f"{what} is {value}, but its outcomes give {given:.6g}; {again}")
     return found
+
+# %% ../../nbs/report/rules.ipynb #26e3267c
+@cache
+def read_readings() -> dict:  # paper -> what is read, where the readings' cells are, and which the text allows
+    "Where claims hang on how a paper is read."
+    return package_yaml("report/papers/readings.yaml")
+
+class ByReading:
+    "A run's cells by another reading of the paper. Raises what `Run` raises."
+    def __init__(self, run: Run, paper: str, reading: str):
+        self.run, self.spec, self.reading = run, read_readings()[paper], reading
+
+    def __getattr__(self, name):
+        return getattr(self.run, name)
+
+    def numbers(self, table, labels):
+        "One array per seed: the cell's number and its resamples."
+        spec = self.spec
+        if table not in spec["tables"] or labels.get("defense") != spec["method"]:
+            return self.run.numbers(table, labels)
+        own = dict(reading=self.reading, attack=labels["attack"], metric=labels["metric"])
+        return self.run.numbers(spec["table"], own)
 
 # %% ../../nbs/report/rules.ipynb #490356fe
 class Term(NamedTuple):

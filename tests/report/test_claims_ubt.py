@@ -51,7 +51,7 @@ def own_cells(right):
     pick = lambda yes, no: yes if right else no
     def apart(poisoned, others, auroc):
         return dict(zip(APART, (poisoned, others, auroc)))
-    yield "along_ascent", ["steps"], {(n,): {"CA": 80 - pick(1, -1)*n, "ASR": 99 - pick(2, -1)*n} for n in (0, 4, 8)}
+    yield "along_path", ["steps"], {(n,): {"CA": 80 - pick(1, -1)*n, "ASR": 99 - pick(2, -1)*n} for n in (0, 4, 8)}
     yield (
         "selection",
         ["attack"],
