@@ -6,8 +6,8 @@
 __all__ = ['PREPARATIONS', 'load_clip', 'keep_clip', 'data_for', 'save_trained', 'train_and_save', 'weights_checksum',
            'clean_clip', 'attack_of', 'poisoned_pairs', 'open_poisoned', 'defender_pairs', 'Preparation',
            'steganography_encoder', 'trojan_trigger', 'badclip_trigger', 'attack_settings', 'finetuned_clip',
-           'given_clip', 'pair_similarities', 'arrays', 'classification', 'retrieval', 'divergence', 'noise_size',
-           'outcomes', 'cell', 'percent']
+           'given_clip', 'pair_similarities', 'arrays', 'classification', 'retrieval', 'divergence', 'watched_accuracy',
+           'noise_size', 'outcomes', 'cell', 'percent']
 
 # %% ../../nbs/papers/stages.ipynb #732ddbc4
 from collections.abc import Callable
@@ -557,6 +557,24 @@ def _divergence_cost(s):
     counts = s.counts("test")
     work = StageWork(kept=8 * counts.images).load(s, 2).add(s.reading("test"), 2 * counts.images)
     return work.embed(s, 2 * counts.images, 160 * counts.classes)
+
+# %% ../../nbs/papers/stages.ipynb #b944431c
+def watched_accuracy(
+    images: DataRef,  # labelled images of the defender's own
+    count: int = 500, # how many are looked at
+) -> Callable: # Clip -> share of images that are classified rightly
+    "Zero-shot accuracy as a function of a model, with one prompt a class."
+    watched = open_data(images)
+    rows = np.arange(min(count, len(watched.labels)))
+    pixels, labels = {}, np.asarray(watched.labels)[rows]
+
+    def accuracy(clip):
+        size = clip.image_size
+        if size not in pixels:
+            pixels[size] = watched.images.array(rows, size)
+        classes = zero_shot_weights(clip, watched.classnames, ["a photo of a {}."])
+        return clean_accuracy(embed_images(clip, pixels[size]) @ classes, labels)
+    return accuracy
 
 # %% ../../nbs/papers/stages.ipynb #846ac209
 @stage

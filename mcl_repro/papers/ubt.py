@@ -23,15 +23,12 @@ import torch.nn.functional as F
 
 from ..core.errors import SettingsError
 from ..core.words import near
-from ..data.registry import DataRef, open_data
+from ..data.registry import DataRef
 from ..lab.costs import cost_of, StageWork
 from ..lab.nodes import stage
 from ..lab.profiles import merge_settings
 from ..measures.attribution import image_relevance, mask_patches, mask_tokens, token_relevance
-from ..measures.metrics import clean_accuracy
-from mcl_repro.model.clip import (
-    Clip, embed_images, embed_tokens, info_nce, pair_constraint, zero_shot_weights,
-)
+from ..model.clip import Clip, embed_images, embed_tokens, info_nce, pair_constraint
 from mcl_repro.model.training import (
     Batch, embed_batch, epoch_batches, read_batch, Recipe, rows_of, step_rows, StopWhen, train, training_set,
     TrainingSet,
@@ -42,6 +39,7 @@ from .cleanclip import cleaned_clip
 from .plan import Experiments
 from mcl_repro.papers.stages import (
     arrays, defender_pairs, divergence, keep_clip, load_clip, noise_size, pair_similarities, train_and_save,
+    watched_accuracy,
 )
 from .ubt_measures import suspicious_similarities, trigger_relevance, weights_apart
 
@@ -242,17 +240,11 @@ def forgotten(images: torch.Tensor, # uint8 [k, 3, s, s] of the pairs to unlearn
         return float(cosines.mean()) <= level
     return condition
 
-def accuracy_lost(clip: Clip,    # before unlearning
-                  watched,       # labelled images of the defender
-                  most: float,   # share of them that may be lost, e.g. .02 for two points
-                  count: int = 500 # how many are looked at
+def accuracy_lost(clip: Clip, # before unlearning
+                  accuracy,   # of `watched_accuracy`
+                  most: float # share of images that may be lost, e.g. .02 for two points
     ): # a condition (state) -> bool
-    "A condition for `StopWhen`: zero-shot accuracy, with one prompt a class, has fallen by more (UBT section III-C)."
-    rows = np.arange(min(count, len(watched.labels)))
-    pixels, labels = watched.images.array(rows, clip.image_size), np.asarray(watched.labels)[rows]
-    def accuracy(model):
-        classes = zero_shot_weights(model, watched.classnames, ["a photo of a {}."])
-        return clean_accuracy(embed_images(model, pixels) @ classes, labels)
+    "A condition for `StopWhen`: zero-shot accuracy has fallen by more (UBT section III-C)."
     before = accuracy(clip)
     return lambda state: accuracy(state.clip) < before - most
 
@@ -381,7 +373,7 @@ def _ends(model, images, tokens, normal, stop, watched, most_lost, steps):
     if stop == "accuracy":
         if watched is None:
             raise SettingsError("stop accuracy needs labelled images: give watched")
-        ends.append(StopWhen(accuracy_lost(model, open_data(watched), most_lost), every=4))
+        ends.append(StopWhen(accuracy_lost(model, watched_accuracy(watched), most_lost), every=4))
     if steps:
         ends.append(StopWhen(lambda state: state.step >= steps))
     return ends

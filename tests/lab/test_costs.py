@@ -102,11 +102,13 @@ def test_a_trigger_that_is_optimised(amounts, clean):
     assert (found["image_gradient", RN], found["image", RN], found["draw", RN]) == (320, 5 * 150, 150)
 
 
-def test_ubt_takes_a_suspicious_pair_for_each_normal_one(lab, amounts, clean, poisoned):
+def test_ubt_overfits_on_mixed_batches_and_may_ask_after_each_epoch_whether_to_end(lab, amounts, clean, poisoned):
     split = lab.node(ubt_split, clip=clean, poisoned=poisoned, share=.1)
     shared = dict(clip=clean, poisoned=poisoned, split=split)
     found = amounts(ubt_overfit, recipe=dict(RECIPE, epochs=1), **shared)
-    assert (found["step", RN], found["train", RN]) == (360 // 64, 360 // 64 * 128)
+    assert (found["step", RN], found["train", RN], found.get(("image", RN))) == (400 // 64, 400 // 64 * 64, None)
+    found = amounts(ubt_overfit, recipe=dict(RECIPE, epochs=3), until=.8, **shared)
+    assert (found["image", RN], found["text", RN]) == (3 * 40, 3 * 40)
     overfitted = lab.node(ubt_overfit, recipe=RECIPE, **shared)
     found = amounts(ubt_select, overfitted=overfitted, poisoned=poisoned, split=split, count=8)
     assert (found["image", RN], found["text", RN], found["image_gradient", RN]) == (400, 400, 8)

@@ -24,7 +24,7 @@ from mcl_repro.model import training
 from mcl_repro.attacks import base
 from mcl_repro.attacks.base import Attack, BadNets
 from mcl_repro.papers.stages import defender_pairs
-from mcl_repro.papers.ubt import ubt_overfit, ubt_select, ubt_split, ubt_unlearn
+from mcl_repro.papers.ubt import reading_settings, ubt_overfit, ubt_select, ubt_split, ubt_unlearn
 
 SETTINGS = load_profile("smoke")
 DEFENDERS = (ubt, baselines, cleanclip, cfbd)
@@ -129,7 +129,7 @@ def unlearning(made, done, settings):
 
 def overfitting(made, done):
     return dict(clip=made.victim, split=done["ubt_split"], recipe=dict(S.ubt.overfit),
-                normal_weight=S.ubt.normal_weight)
+                normal_weight=S.ubt.normal_weight, until=S.ubt.overfit_until)
 
 
 def selecting(made, done):
@@ -164,7 +164,12 @@ STEPS = {
     "ubt_overfit": (ubt_overfit, overfitting),
     "ubt_select": (ubt_select, selecting),
     "ubt_unlearn": (ubt_unlearn, lambda made, done: unlearning(made, done, S.ubt.unlearn)),
-    "ubt_unlearn, retention": (ubt_unlearn, lambda made, done: unlearning(made, done, S.ubt.retention)),
+    "ubt_unlearn, retention form": (
+        ubt_unlearn, lambda made, done: unlearning(made, done, reading_settings(S.ubt, "retention form"))
+    ),
+    "ubt_unlearn, cosine ascent": (
+        ubt_unlearn, lambda made, done: unlearning(made, done, reading_settings(S.ubt, "cosine ascent"))
+    ),
     "ubt_unlearn, both masks": (
         ubt_unlearn, lambda made, done: unlearning(made, done, dict(S.ubt.unlearn, mask="both"))
     ),

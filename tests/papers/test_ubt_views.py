@@ -67,15 +67,23 @@ def test_only_headline_tables_repeat_over_seeds_unless_all_are_asked_to(tmp_path
         assert len(plan.parts.timed) == len(plan.parts.kl_public) == len(plan.parts.apart) == (3 if seed_all else 1)
 
 
-def test_what_only_we_add_to_table_1_is_on_the_first_attack(tmp_path):
+def test_every_attack_has_the_same_rows_in_table_1(tmp_path):
     rows = {}
     for line in planned(tmp_path, ["ubt.table1"]).lines:
         rows.setdefault(line.defence, []).append(line.labels["attack"])
-    assert {name for name, attacks in rows.items() if attacks == ["BadNet"]} == {
-        "UBT, stopped at matching pairs", "CFBD -> UBT + retention",
-    }
-    assert rows["UBT"] == rows["No defense"] == rows["UBT + retention"] == rows["CFBD -> UBT"]
-    assert len(rows["UBT"]) == 5
+    assert list(rows) == ["No defense", "UBT", "UBT, k = 0.01%", "CFBD -> UBT", "Public CLIP, never poisoned"]
+    assert all(attacks == rows["UBT"] for attacks in rows.values()) and len(rows["UBT"]) == 5
+
+
+def test_every_reading_is_tried_on_every_attack_from_the_same_victim(tmp_path):
+    plan = planned(tmp_path, ["ubt.readings"])
+    names = ["No defense", *plan.settings.ubt.readings]
+    assert list(plan.parts.readings) == [(name, attack) for attack in plan.attacks for name in names]
+    first = [plan.defences[name](plan.chain("BadNet", 0)) for name in plan.settings.ubt.readings]
+    assert len({node.key for node in first}) == 8 and len({node.settings["clip"].key for node in first}) == 1
+    assert first[0].key == plan.defences["UBT"](plan.chain("BadNet", 0)).key     # the reading that is taken
+    watched = [node.settings.get("watched") for node in first]
+    assert [w is not None for w in watched] == [r == "cosine ascent, ended by accuracy" for r in plan.settings.ubt.readings]
 
 
 def test_unknown_names_are_refused(tmp_path):
