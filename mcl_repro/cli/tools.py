@@ -244,7 +244,7 @@ def _repair_methods():
     option("--trusted", metavar="PAIRS", help="pairs that you trust, to watch clean quality"),
     option("--images", metavar="IMAGES", help="labelled images: for supervised, else to watch clean quality"),
     repeatable("--recipe", "another number of the training, such as epochs=3"),
-    repeatable("--set", "another setting of the method, such as variant=printed"))
+    repeatable("--set", 'another setting of the method, such as reading="cosine ascent"'))
 def repair(args):
     "A defended copy of a model."
     from mcl_repro.tools.repairing import repair, selected_gallery

@@ -108,7 +108,7 @@ def ubt_overfit(work, *,
                 split,                     # artefact of `ubt_split`
                 recipe: dict,              # of `Recipe`
                 normal_weight: float = 1., # see `overfitting_loss`
-                until: float | None = None # mean similarity of the suspicious pairs at which it ends; None: the recipe's end
+                until: float | None = None # mean similarity of suspicious pairs at which it ends; None: the recipe's end
     ):
     "The overfitted model of Eq. 3."
     model, rows = load_clip(clip, work.device), arrays(split, "split")["suspicious"]
@@ -390,7 +390,7 @@ def ubt_unlearn(work, *,
                 target: float = 1.,                # of the constraint
                 forget_weight: float = 1.,         # of what is to be forgotten
                 retention: float = 1.,             # weight of the contrastive loss on ordinary pairs
-                trusted_share: float | None = None, # of all pairs that count as ordinary; None: those not suspicious
+                trusted_share: float | None = None, # of all pairs that are ordinary; None: those not suspicious
                 stop: str = "none",                # one of STOPS
                 watched: DataRef | None = None,    # labelled images, for the stop `accuracy`
                 most_lost: float = .02,            # of their accuracy, for the same
@@ -409,7 +409,8 @@ def ubt_unlearn(work, *,
     images, tokens = masked_pairs(selection, whole, mask, count)
     normal = training_set(model, pairs.select(ordinary_rows(arrays(split, "split"), trusted_share)))
     callbacks = _ends(model, images, tokens, normal, stop, watched, most_lost, steps)
-    loss = unlearning_loss(normal, forget, target, forget_weight, retention, recipe["batch_size"], recipe.get("seed", 0))
+    size, seed = recipe["batch_size"], recipe.get("seed", 0)
+    loss = unlearning_loss(normal, forget, target, forget_weight, retention, size, seed)
     product = cartesian_pairs(images, tokens)
     if count is not None:     # an epoch is as long as with all of them
         product = rows_of(product, np.arange(len(selected)**2) % len(product))
@@ -685,7 +686,7 @@ def _ablated(plan, chain):
 def plan_path(plan,      # an `Experiments`
               basic: str # attack
     ):
-    "`parts.path`: steps of unlearning -> what models come to that stop there, a node per seed; 0 is the victim."
+    "`parts.path`: steps of unlearning -> measurements of models that stop there, one per seed; 0 is the victim."
     parts, figure, table = plan.parts, "ubt.path", "ubt.along_path"
     parts.path = {}
     if not plan.wants(figure, table):
@@ -700,7 +701,7 @@ def plan_path(plan,      # an `Experiments`
 
 def plan_readings(plan # an `Experiments`
     ):
-    "`parts.readings`: (reading, attack) -> per seed what it comes to and its KL. `parts.reading_rivals`: CleanCLIP's KL."
+    "`parts.readings`: (reading, attack) -> per seed measurement and KL. `parts.reading_rivals`: CleanCLIP's KL."
     parts, outputs = plan.parts, ("ubt.readings", "ubt.reading_facts", "ubt.reading_study")
     parts.readings, parts.reading_rivals = {}, {}
     if not plan.wants(*outputs):

@@ -28,7 +28,7 @@ from mcl_repro.papers.ubt import (
 from mcl_repro.model import training
 from mcl_repro.papers import ubt
 from mcl_repro.measures.attribution import image_relevance
-from mcl_repro.model.training import _step, _train_epoch, embed_batch, read_batch, Recipe, rows_of, step_rows
+from mcl_repro.model.training import _step, _train_epoch, embed_batch, read_batch, Recipe, step_rows
 from mcl_repro.papers.stages import defender_pairs
 from mcl_repro.papers.ubt import images_of, masked_pairs, MASKS, ubt_plan, UBT_TABLES
 
@@ -179,7 +179,8 @@ def first_argument(function):
 def check_node(node, parent, where):
     "That one piece of a defence looks at nothing secret."
     if isinstance(node, ast.Attribute):
-        own = node.attr == "rows" and getattr(node.value, "id", "") == "batch"     # of the training set, not of the poison
+        # the rows of a batch are those of the training set, not of the poison
+        own = node.attr == "rows" and getattr(node.value, "id", "") == "batch"
         assert own or node.attr not in SECRET, f"{where} uses .{node.attr}"
     assert not isinstance(node, (ast.Import, ast.ImportFrom)), f"{where} imports on its own"
     if not isinstance(node, ast.Name):
@@ -320,7 +321,9 @@ def test_contrastive_ascent_has_no_pull_away_from_a_caption_that_all_images_shar
     assert torch.allclose(at_u.sum(0), one[0]) and torch.allclose(at_u, one.expand(16, 8)/16)
 
 
-@pytest.mark.parametrize("forget, target, least", [("cosine", 1., -1.), ("constraint", 1., -1.), ("constraint", 0., -.1)])
+@pytest.mark.parametrize("forget, target, least", [
+    ("cosine", 1., -1.), ("constraint", 1., -1.), ("constraint", 0., -.1),
+])
 def test_pairs_to_unlearn_grow_apart_in_a_real_model(made, forget, target, least):
     "Down to -1 at most; the constraint with target 0 ends where they are unrelated."
     model, chosen = load_clip(made.victim), arrays(made.selection, "selection")
@@ -435,7 +438,8 @@ def test_retention_adds_the_contrastive_loss_of_ordinary_pairs(made):
             thrice, once = (value(forget=forget, forget_weight=w, retention=0.) for w in (3., 1.))
             assert thrice == pytest.approx(3*once, rel=1e-4)
     with pytest.raises(
-        SettingsError, match="unknown way to forget 'erase': use one of constraint, cosine, info_nce, against_normal, unrelated"
+        SettingsError,
+        match="unknown way to forget 'erase': use one of constraint, cosine, info_nce, against_normal, unrelated",
     ):
         unlearning_loss(data, "erase")
 

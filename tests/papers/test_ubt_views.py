@@ -83,7 +83,8 @@ def test_every_reading_is_tried_on_every_attack_from_the_same_victim(tmp_path):
     assert len({node.key for node in first}) == 8 and len({node.settings["clip"].key for node in first}) == 1
     assert first[0].key == plan.defences["UBT"](plan.chain("BadNet", 0)).key     # the reading that is taken
     watched = [node.settings.get("watched") for node in first]
-    assert [w is not None for w in watched] == [r == "cosine ascent, ended by accuracy" for r in plan.settings.ubt.readings]
+    by_accuracy = [reading == "cosine ascent, ended by accuracy" for reading in plan.settings.ubt.readings]
+    assert [w is not None for w in watched] == by_accuracy
 
 
 def test_unknown_names_are_refused(tmp_path):
