@@ -24,8 +24,9 @@ from mcl_repro.model.clip import build_clip, zero_shot_weights
 PICTURE = np.random.default_rng(3).integers(0, 256, (8, 8, 3)).astype(np.uint8)
 TEXTS = np.array(["a bowl of bananas", "she eats a banana", "Banana bread, still warm – naïvely cut"])
 EVERY = [
-    BadNets(), BadNets("checker", "corner", 8 / 32), BadNets(rounding="truncate", overflow="wrap"), Blended(),
-    Blended("fixed"), Blended(rounding="truncate"), SIG(), SIG("blended"), SIG(rounding="truncate"), SSBA(encoder_array(build_steganography(8)[0]), 8), TrojVQA(), TrojVQA("noise", key="Consider"),
+    BadNets(), BadNets("checker", "corner", 8 / 32), BadNets(rounding="truncate", overflow="wrap"),
+    Blended(), Blended("fixed"), Blended(rounding="truncate"), SIG(), SIG("blended"), SIG(rounding="truncate"),
+    SSBA(encoder_array(build_steganography(8)[0]), 8), TrojVQA(), TrojVQA("noise", key="Consider"),
     WaNet(), WaNet(224, 1.0), WaNet(224, 1.0, rounding="truncate"), LabelConsistent(),
     LabelConsistent("checker", "corner", 8 / 32), MmPoison("picture"), Trojan(PICTURE), BadCLIP(PICTURE, texts=TEXTS),
 ]
