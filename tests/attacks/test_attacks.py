@@ -11,6 +11,7 @@ import torch
 
 from mcl_repro.data.pairs import ArrayImages, Pairs
 from mcl_repro.data.registry import DataRef, open_data
+from mcl_repro.lab.profiles import load_profile
 from mcl_repro.core.errors import DataError, SettingsError, UserError
 from mcl_repro.measures.metrics import detection_quality
 from mcl_repro.attacks.steganography import build_steganography, encoder_array
@@ -297,6 +298,18 @@ def test_texts_are_stored_without_pickle_and_told_by_hash(tmp_path):
     assert (load_poisoned(folder, clean).attack.texts == TEXTS).all()
     assert attack.describe() == BadCLIP(PICTURE, texts=TEXTS.astype("U80")).describe()
     assert attack.describe() != BadCLIP(PICTURE, texts=TEXTS[::-1].copy()).describe()
+
+
+@pytest.mark.parametrize("name", ["BadNet", "LC", "Blended", "SIG", "WaNet", "TrojVQA"])
+def test_profile_paper_stores_triggers_as_the_public_code_does(name):
+    paper, mini = (make_attack(**load_profile(profile).attacks[name]) for profile in ("paper", "mini"))
+    if name == "TrojVQA":
+        assert paper.geometry(224) == dict(patch_side=44) and mini.geometry(32) == dict(patch_side=10)
+        return
+    assert (paper.rounding, mini.rounding) == ("truncate", "nearest")
+    if name in ("BadNet", "LC"):
+        assert (paper.overflow, mini.overflow) == ("wrap", "clip")
+        assert paper.geometry(224) == dict(patch_side=16) and mini.geometry(32)["patch_side"] in (8, 12)
 
 
 # poisoning
