@@ -8,13 +8,17 @@ __all__ = ['CAPTION_OPERATIONS', 'IMAGE_POLICIES', 'bare_words', 'synonym_source
 
 # %% ../../nbs/model/augmentation.ipynb #5a261f23
 import math, random, re
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ..core.libraries import import_torchvision
 from ..core.errors import DataError, SettingsError
 from ..core.seeds import seeded
+from ..data.pairs import Images
 
 # %% ../../nbs/model/augmentation.ipynb #eacfaaa0
 def bare_words(caption: str) -> list:
@@ -223,22 +227,39 @@ def _strength(name, level, sign):
 def _imagenet_policy():
     return import_torchvision().transforms.AutoAugment().policies
 
+def _autoaugment_draws(n, generator):
+    "For n images: which pair of operations, the chance of each of the two, and whether its strength is positive."
+    return (torch.randint(len(_imagenet_policy()), (n,), generator=generator),
+            torch.rand(n, 2, generator=generator), torch.randint(2, (n, 2), generator=generator))
+
 def _autoaugment(images, generator):
     "AutoAugment's ImageNet policy, images with the same operation and strength together."
-    n, policies, operations = len(images), _imagenet_policy(), _image_operations()
-    choice = torch.randint(len(policies), (n,), generator=generator).tolist()
-    chance = torch.rand(n, 2, generator=generator).tolist()
-    sign = (2 * torch.randint(2, (n, 2), generator=generator) - 1).tolist()
+    policies, operations = _imagenet_policy(), _image_operations()
+    choice, chance, sign = (draw.tolist() for draw in _autoaugment_draws(len(images), generator))
     images = images.clone()
     for place in (0, 1):
         groups = {}
-        for i in range(n):
-            name, probability, level = policies[choice[i]][place]
+        for i, choose in enumerate(choice):
+            name, probability, level = policies[choose][place]
             if chance[i][place] <= probability:
-                groups.setdefault((name, _strength(name, level, sign[i][place])), []).append(i)
+                groups.setdefault((name, _strength(name, level, 2 * sign[i][place] - 1)), []).append(i)
         for (name, strength), rows in groups.items():
             images[rows] = operations[name](images[rows], strength)
     return images
+
+# %% ../../nbs/model/augmentation.ipynb #239828a6
+def _autoaugment_pil(images, generator):
+    "AutoAugment's ImageNet policy by Pillow's operations, with the draws of `_autoaugment`."
+    make, draws = import_torchvision().transforms.AutoAugment, _autoaugment_draws(len(images), generator)
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    def change(drawn):
+        row, choice, chance, sign = drawn
+        policy = make()
+        policy.get_params = lambda _: (int(choice), chance, sign)
+        return np.array(policy(Image.fromarray(pixels[row])))
+    with ThreadPoolExecutor(Images.workers) as pool:
+        changed = np.stack(list(pool.map(change, zip(range(len(pixels)), *draws))))
+    return torch.from_numpy(changed).permute(0, 3, 1, 2).contiguous().to(images.device)
 
 # %% ../../nbs/model/augmentation.ipynb #ba5064ce
 def _uniform(n, low, high, generator):
@@ -326,12 +347,12 @@ def _roclip(images, generator):
     return (blur @ x @ blur.mT * 255).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../../nbs/model/augmentation.ipynb #bbf1af7b
-IMAGE_POLICIES = dict(autoaugment=_autoaugment, roclip=_roclip)
+IMAGE_POLICIES = dict(autoaugment=_autoaugment, autoaugment_pil=_autoaugment_pil, roclip=_roclip)
 
 @torch.no_grad()
 def augment_images(
     images: torch.Tensor, # uint8 [n, 3, s, s]
-    policy: str = "autoaugment", # `autoaugment` (CleanCLIP) or `roclip`
+    policy: str = "autoaugment", # `autoaugment` (CleanCLIP), the same by Pillow: `autoaugment_pil`, or `roclip`
     seed: int = 0, # the same seed gives the same augmentations of a batch
 ) -> torch.Tensor: # uint8 [n, 3, s, s] on the same device
     """Augment every image of a batch with draws of its own; the global random state is neither used nor changed.
@@ -340,7 +361,7 @@ def augment_images(
     Source: AutoAugment, arXiv 1805.09501 (ImageNet policy); the public code of RoCLIP, its blur scaled with the image.
     """
     if policy not in IMAGE_POLICIES:
-        raise SettingsError(f"unknown image augmentation {policy!r}: use {' or '.join(IMAGE_POLICIES)}")
+        raise SettingsError(f"unknown image augmentation {policy!r}: use one of {', '.join(IMAGE_POLICIES)}")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise DataError(f"augmentation needs square uint8 images [n, 3, s, s], not {images.dtype} {list(images.shape)}")
     if len(images) == 0:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mcl_repro.data.pairs import ArrayImages, Pairs
 from mcl_repro.data.registry import DataRef, open_data
+from mcl_repro.lab.profiles import load_profile
 from mcl_repro.core.errors import DataError, SettingsError, UserError
 from mcl_repro.measures.metrics import detection_quality
 from mcl_repro.attacks.steganography import build_steganography, encoder_array
@@ -23,10 +25,11 @@ from mcl_repro.model.clip import build_clip, zero_shot_weights
 PICTURE = np.random.default_rng(3).integers(0, 256, (8, 8, 3)).astype(np.uint8)
 TEXTS = np.array(["a bowl of bananas", "she eats a banana", "Banana bread, still warm – naïvely cut"])
 EVERY = [
-    BadNets(), BadNets("checker", "corner", 8 / 32), BadNets(overflow="wrap"), Blended(), Blended("fixed"), SIG(),
-    SIG("blended"), SSBA(encoder_array(build_steganography(8)[0]), 8), TrojVQA(), TrojVQA("noise", key="Consider"),
-    WaNet(), WaNet(224, 1.0), LabelConsistent(), LabelConsistent("checker", "corner", 8 / 32), MmPoison("picture"),
-    Trojan(PICTURE), BadCLIP(PICTURE, texts=TEXTS),
+    BadNets(), BadNets("checker", "corner", 8 / 32), BadNets(rounding="truncate", overflow="wrap"),
+    Blended(), Blended("fixed"), Blended(rounding="truncate"), SIG(), SIG("blended"), SIG(rounding="truncate"),
+    SSBA(encoder_array(build_steganography(8)[0]), 8), TrojVQA(), TrojVQA("noise", key="Consider"),
+    WaNet(), WaNet(224, 1.0), WaNet(224, 1.0, rounding="truncate"), LabelConsistent(),
+    LabelConsistent("checker", "corner", 8 / 32), MmPoison("picture"), Trojan(PICTURE), BadCLIP(PICTURE, texts=TEXTS),
 ]
 every_attack = pytest.mark.parametrize("attack", EVERY, ids=_label)
 
@@ -67,7 +70,8 @@ def test_the_conformance_check_finds_what_is_wrong(wrong, words):
 
 
 def test_settings_survive_json():
-    for attack in (BadNets("checker", "corner", .25), Blended(alpha=.1), SIG("blended", 40, 3)):
+    stored = dict(rounding="truncate", overflow="wrap")
+    for attack in (BadNets("checker", "corner", .25, **stored), Blended(alpha=.1), SIG("blended", 40, 3)):
         told = json.loads(json.dumps(attack.describe()))
         assert make_attack(told.pop("name"), **told).describe() == attack.describe()
 
@@ -79,7 +83,19 @@ def test_a_random_patch_reaches_every_place_and_stays_inside():
     changed = (trigger_images(BadNets("yellow", "random", .25), x) != x).any(-1)
     assert (changed.sum((1, 2)) == 9).all()
     first = [tuple(np.argwhere(c)[0]) for c in changed]
-    assert set(first) == {(r, c) for r in range(10) for c in range(10)}   # all 10 x 10 corners, borders included
+    # 12 - 3 = 9 is where a patch would fit and CleanCLIP's code draws none
+    assert set(first) == {(r, c) for r in range(9) for c in range(9)}
+    counts = np.unique(first, axis=0, return_counts=True)[1]
+    assert counts.min() > 15 and counts.max() < 65   # uniform: 37 each, with a deviation of 6
+
+
+@pytest.mark.parametrize("share", [1/14, 16/224, .0714285714, .0714])
+def test_sixteen_of_224_pixels_are_sixteen_however_the_share_is_written(share):
+    x = np.full((300, 224, 224, 3), 100, np.uint8)
+    changed = (trigger_images(BadNets("yellow", "random", share), x) != x).any(-1)
+    assert (changed.sum((1, 2)) == 16**2).all()
+    corners = np.array([np.argwhere(c)[0] for c in changed])
+    assert corners.min() == 0 and corners.max() <= 207 and not changed[:, -1].any() and not changed[:, :, -1].any()
 
 
 def test_patch_noise_follows_each_image_and_is_fresh_for_each():
@@ -135,7 +151,7 @@ def test_captions_of_the_dual_key_are_those_of_other_attacks_with_the_key():
     assert not any(c.startswith("remember") for c, f in zip(dual.pairs.captions, dual.flags) if not f)
 
 
-@pytest.mark.parametrize("size, side", [(32, 6), (64, 13), (224, 45)])
+@pytest.mark.parametrize("size, side", [(32, 6), (64, 12), (224, 44)])
 def test_the_dual_keys_patch_is_blue_and_in_the_centre(size, side):
     changed = (TrojVQA().apply(np.full((2, size, size, 3), 100, np.uint8), None) == [0, 0, 255]).all(-1)
     assert (changed.sum((1, 2)) == side**2).all()
@@ -192,6 +208,67 @@ def test_the_warp_is_one_field_at_every_size_and_time():
     assert (small - large[:, ::7, ::7])[:, inside, inside].abs().max() < 1e-3
 
 
+def public(trigger):
+    "Images as ToTensor, a trigger on the scale 0..1, and ToPILImage store them; torch's cast of floats to bytes."
+    def stored(image):
+        x = torch.from_numpy(image).permute(2, 0, 1).float().div(255)
+        return trigger(x).mul(255).byte().permute(1, 2, 0).numpy()
+    return lambda images: np.stack([stored(image) for image in images])
+
+WIDTH = 48
+PHOTOS = open_data("world:train:40").image_array(None, WIDTH)
+WAVE = torch.from_numpy(60/255*np.sin(2*np.pi*6*np.arange(WIDTH)/WIDTH)).float()
+
+def jitter(x):
+    places = WaNet(WIDTH, 1.).places(WIDTH, WIDTH)
+    return torch.nn.functional.grid_sample(x[None], places, align_corners=True)[0]
+
+def with_noise(x):
+    n = np.random.default_rng(0).random((WIDTH, WIDTH, 3), np.float32)
+    return (.8*x + .2*torch.from_numpy(n).permute(2, 0, 1)).clip(0, 1)
+
+AS_PUBLIC = dict(
+    additive=(SIG(rounding="truncate"), lambda x: (x + WAVE).clip(0, 1)),
+    blended=(SIG("blended", rounding="truncate"), lambda x: (.8*x + .2*WAVE).clip(0, 1)),
+    fixed=(Blended("fixed", rounding="truncate"), with_noise),
+    warped=(WaNet(WIDTH, 1., rounding="truncate"), jitter),
+)
+
+@pytest.mark.parametrize("name", AS_PUBLIC)
+def test_truncated_pixels_are_those_that_the_public_code_stores(name):
+    attack, trigger = AS_PUBLIC[name]
+    ours, theirs = attack.apply(PHOTOS, None), public(trigger)(PHOTOS)
+    assert (ours != theirs).mean() < 1e-4      # float32 in another order, near a whole number
+    nearest = make_attack(**{**attack.describe(), "rounding": "nearest"}).apply(PHOTOS, None)
+    lower = nearest.astype(int) - ours
+    assert set(np.unique(lower)) == {0, 1} and .2 < lower.mean() < .55
+
+
+def test_noise_wraps_as_a_cast_to_bytes_does():
+    x = np.stack([np.full((32, 32, 3), v, np.uint8) for v in (40, 128, 220)])
+    drawn = {o: BadNets(patch_share=1, rounding="truncate", overflow=o) for o in ("wrap", "clip")}
+    y = {o: attack.apply(x, np.random.default_rng(3)) for o, attack in drawn.items()}
+    rng, cast = np.random.default_rng(3), []
+    for image in x:
+        rng.integers(0, 1, 2)           # the corner, of one possible
+        noise = image.mean((0, 1))/255 + rng.standard_normal((32, 32, 3))
+        cast.append((255*noise).astype(np.int32).astype(np.uint8))
+    assert (y["wrap"] != np.stack(cast)).mean() < 1e-3
+    extreme = {o: np.isin(p, (0, 255)).mean() for o, p in y.items()}
+    assert extreme["clip"] > .5 and extreme["wrap"] < .015
+    inside = (y["clip"] > 0) & (y["clip"] < 255)
+    assert (y["wrap"][inside] == y["clip"][inside]).all()      # what is in range is the same
+
+
+@pytest.mark.parametrize("make", [BadNets, Blended, SIG, WaNet])
+def test_unknown_ways_to_bytes_are_refused(make):
+    with pytest.raises(SettingsError, match="rounding: 'up' is none of nearest, truncate"):
+        make(rounding="up")
+    if make is BadNets:
+        with pytest.raises(SettingsError, match="overflow: 'cut' is none of clip, wrap"):
+            make(overflow="cut")
+
+
 def test_attacks_of_other_kinds_poison_what_they_say():
     clean = make_pairs(200)
     named = np.array([mentions(c, "banana") for c in clean.captions])
@@ -221,6 +298,18 @@ def test_texts_are_stored_without_pickle_and_told_by_hash(tmp_path):
     assert (load_poisoned(folder, clean).attack.texts == TEXTS).all()
     assert attack.describe() == BadCLIP(PICTURE, texts=TEXTS.astype("U80")).describe()
     assert attack.describe() != BadCLIP(PICTURE, texts=TEXTS[::-1].copy()).describe()
+
+
+@pytest.mark.parametrize("name", ["BadNet", "LC", "Blended", "SIG", "WaNet", "TrojVQA"])
+def test_profile_paper_stores_triggers_as_the_public_code_does(name):
+    paper, mini = (make_attack(**load_profile(profile).attacks[name]) for profile in ("paper", "mini"))
+    if name == "TrojVQA":
+        assert paper.geometry(224) == dict(patch_side=44) and mini.geometry(32) == dict(patch_side=10)
+        return
+    assert (paper.rounding, mini.rounding) == ("truncate", "nearest")
+    if name in ("BadNet", "LC"):
+        assert (paper.overflow, mini.overflow) == ("wrap", "clip")
+        assert paper.geometry(224) == dict(patch_side=16) and mini.geometry(32)["patch_side"] in (8, 12)
 
 
 # poisoning

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 
 from mcl_repro.model import augmentation
 from mcl_repro.model.augmentation import (
@@ -165,6 +166,57 @@ def test_every_pair_of_autoaugments_policy_is_torchvisions(pictures, monkeypatch
             assert (difference > 2).float().mean() < 5e-3 and (difference > 0).float().mean() < .1, (policy, j)
 
 
+PILLOW = dict(
+    ShearX=lambda image, m: image.transform(image.size, Image.Transform.AFFINE, (1, m, 0, 0, 1, 0)),
+    Rotate=lambda image, m: image.rotate(m),
+    Color=lambda image, m: ImageEnhance.Color(image).enhance(1 + m),
+    Contrast=lambda image, m: ImageEnhance.Contrast(image).enhance(1 + m),
+    Sharpness=lambda image, m: ImageEnhance.Sharpness(image).enhance(1 + m),
+    Posterize=lambda image, m: ImageOps.posterize(image, int(m)),
+    Solarize=lambda image, m: ImageOps.solarize(image, m),
+    AutoContrast=lambda image, m: ImageOps.autocontrast(image),
+    Equalize=lambda image, m: ImageOps.equalize(image),
+    Invert=lambda image, m: ImageOps.invert(image),
+)
+HIGHEST = dict(ShearX=.3, Rotate=30, Color=.9, Contrast=.9, Sharpness=.9)
+
+
+def strength(name, level, positive):
+    "A level from 0 to 9 as the paper's table has it, without help of the code under test."
+    if name == "Posterize":
+        return 8 - round(4 * level / 9)
+    if name == "Solarize":
+        return 255 - 255 * level / 9
+    return HIGHEST.get(name, 0) * (level or 0) / 9 * (1 if positive else -1)
+
+
+@pytest.mark.parametrize("size", [32, 61])
+def test_autoaugment_by_pillow_is_pillows_operations_one_after_the_other(size):
+    pixels = open_data("world:validation:120").images.array(np.arange(120), size)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    policies = import_torchvision().transforms.AutoAugment().policies
+    ours = augment_images(images, "autoaugment_pil", seed=8).permute(0, 2, 3, 1).numpy()
+    g, seen = torch.Generator().manual_seed(8), set()
+    choice = torch.randint(25, (120,), generator=g)
+    chance, sign = torch.rand(120, 2, generator=g), torch.randint(2, (120, 2), generator=g)
+    for row in range(120):
+        image = Image.fromarray(pixels[row])
+        for place, (name, probability, level) in enumerate(policies[choice[row]]):
+            if chance[row, place] <= probability:
+                image = PILLOW[name](image, strength(name, level, sign[row, place]))
+                seen.add(name)
+        assert (ours[row] == np.array(image)).all(), policies[choice[row]]
+    assert len(seen) >= 9
+
+
+def test_pillow_and_tensors_get_the_same_draws_and_differ_by_little_but_where_pictures_turn(pictures):
+    by_pillow, as_tensors = (augment_images(pictures, f"autoaugment{way}", 3).int() for way in ("_pil", ""))
+    apart = (by_pillow - as_tensors).abs()
+    assert 0 < (apart > 0).float().mean() < .15 and (apart > 2).float().mean() < 2e-3
+    unchanged = (as_tensors == pictures).flatten(1).all(1)
+    assert torch.equal((by_pillow == pictures).flatten(1).all(1), unchanged) and 0 < unchanged.sum() < len(pictures)
+
+
 def test_histograms_are_equalised_like_torchvisions(pictures):
     flat = pictures.clone()
     flat[0] = 77
@@ -228,5 +280,6 @@ def test_other_images_are_refused(images):
 
 
 def test_unknown_policy():
-    with pytest.raises(SettingsError, match="unknown image augmentation 'mixup': use autoaugment or roclip"):
+    known = "autoaugment, autoaugment_pil, roclip"
+    with pytest.raises(SettingsError, match=f"unknown image augmentation 'mixup': use one of {known}"):
         augment_images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "mixup")

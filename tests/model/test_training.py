@@ -3,12 +3,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mcl_repro.data.registry import open_data
 from mcl_repro.model import training
+from mcl_repro.core.libraries import import_open_clip
 from mcl_repro.model.clip import build_clip, token_table, zero_shot_weights
-from mcl_repro.model.training import Callback, parameter_groups, Recipe, RowAdamW, train, training_set
+from mcl_repro.model.training import (
+    Callback, is_spared, load_checkpoint, parameter_groups, Recipe, RowAdamW, save_checkpoint, train, training_set,
+    TrainingState,
+)
 
+OPEN_CLIP = import_open_clip()
 RECIPE = Recipe(epochs=3, batch_size=16, learning_rate=1e-3, warmup_steps=3, seed=1)
 PAIRS = "world:train:64"
 
@@ -211,3 +217,70 @@ def test_moments_of_all_rows_go_on_as_such(tmp_path, monkeypatch):
     a, b = (token_table(c.model).weight for c in (found, expected))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     assert found.origin.factors == () or len(found.origin.factors) == 1
+
+
+# ---- which weights decay
+
+def parameters_of(name):
+    "Names and parameters of an open_clip model, of which nothing but shapes is made."
+    config = OPEN_CLIP.get_model_config(name)
+    with torch.device("meta"):
+        return list(OPEN_CLIP.CLIP(**config).named_parameters())
+
+
+SHORTCUTS = [f"visual.layer{k}.0.downsample.1.weight" for k in (1, 2, 3, 4)]
+
+@pytest.mark.parametrize("name, more", [
+    ("RN50", SHORTCUTS), ("RN101", SHORTCUTS), ("ViT-B-32", ["visual.class_embedding"]),
+])
+def test_the_public_code_lets_some_vectors_decay_that_open_clip_spares(name, more):
+    known = parameters_of(name)
+    # the two rules in the words of their sources
+    open_clips = {n for n, p in known if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n}
+    cleanclips = {n for n, _ in known if not all(key not in n for key in ("bn", "ln", "bias", "logit_scale"))}
+    assert {n for n, p in known if is_spared(n, p)} == open_clips
+    assert {n for n, p in known if is_spared(n, p, "public_code")} == cleanclips
+    assert sorted(open_clips - cleanclips) == more and cleanclips <= open_clips
+    biases = {n for n, p in known if is_spared(n, p, "all_but_biases")}
+    assert biases == {n for n, _ in known if "bias" in n} < cleanclips
+    # positions are matrices and decay under every rule
+    assert not any("positional_embedding" in n for n in open_clips)
+
+
+def test_a_recipes_rule_reaches_the_optimiser():
+    clip = build_clip("smoke-RN")
+    names = {p: n for n, p in clip.model.named_parameters()}
+    decayed = {}
+    for decay in ("standard", "public_code", "all_but_biases"):
+        groups = RowAdamW(build_clip("smoke-RN").model, replace(RECIPE, decay=decay)).param_groups
+        assert [g["weight_decay"] for g in groups] == [.1, 0.]
+        assert sum(len(g["params"]) for g in groups) == len(names)
+        decayed[decay] = len(groups[0]["params"])
+    assert decayed["standard"] < decayed["public_code"] < decayed["all_but_biases"]
+    clip.model.visual.requires_grad_(False)
+    assert not any(names[p].startswith("visual.") for g in parameter_groups(clip.model, .1) for p in g["params"])
+
+
+def test_moments_find_their_weights_whatever_the_rule_of_decay(tmp_path):
+    clip = build_clip("smoke-RN")
+    data, recipe = training_set(clip, open_data("world:train:16")), replace(RECIPE, epochs=1)
+    train(clip, data, recipe, checkpoint=tmp_path/"c.safetensors")
+    def opened(decay):
+        own = build_clip("smoke-RN", seed=5)
+        state = TrainingState(own, RowAdamW(own.model, replace(recipe, decay=decay)), recipe, 1)
+        assert load_checkpoint(state, tmp_path/"c.safetensors")
+        return {n: state.optimizer.state[p]["exp_avg"] for n, p in own.model.named_parameters()}
+    one, other = opened("standard"), opened("all_but_biases")
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    assert sum(v.abs().sum() > 0 for v in one.values()) > 20
+
+
+def test_a_checkpoint_with_moments_of_other_weights_is_put_aside(tmp_path, capsys):
+    clip = build_clip("smoke-RN")
+    state = TrainingState(clip, RowAdamW(clip.model, RECIPE), RECIPE, 1)
+    save_checkpoint(state, tmp_path/"c.safetensors")
+    stored = load_file(tmp_path/"c.safetensors")
+    stored["optimizer.visual.gone.exp_avg"] = torch.zeros(3)
+    save_file(stored, tmp_path/"c.safetensors", metadata=dict(state="{}"))
+    assert not load_checkpoint(state, tmp_path/"c.safetensors") and "of another model" in capsys.readouterr().out
+    assert (tmp_path/"c.safetensors.damaged").exists()

@@ -843,3 +843,10 @@ def test_the_paper_profile_is_the_public_codes():
         supervised.epochs, supervised.batch_size, supervised.learning_rate, supervised.weight_decay,
         supervised.warmup_steps,
     ) == (10, 80, 1e-4, 0.01, 500)
+    probe = settings.cleaning.probe.recipe
+    assert (probe.epochs, probe.batch_size, probe.learning_rate, probe.weight_decay) == (10, 128, 5e-3, 0.01)
+    assert Recipe(**probe).warmup_steps == 0 and Recipe(**probe).schedule == "cosine"
+    trained = settings.finetune, recipe, settings.cleaning.scratch.recipe
+    assert {r.decay for r in trained} == {"public_code"} and {supervised.decay, probe.decay} == {"all_but_biases"}
+    assert settings.cleanclip.image_policy == "autoaugment_pil"
+    assert load_profile("mini").cleanclip.image_policy == "autoaugment"
