@@ -108,7 +108,7 @@ def ubt_overfit(work, *,
                 split,                     # artefact of `ubt_split`
                 recipe: dict,              # of `Recipe`
                 normal_weight: float = 1., # see `overfitting_loss`
-                until: float | None = None # mean similarity of suspicious pairs at which it ends; None: the recipe's end
+                until: float | None = None # mean similarity of suspicious pairs at which it ends, if any
     ):
     "The overfitted model of Eq. 3."
     model, rows = load_clip(clip, work.device), arrays(split, "split")["suspicious"]
@@ -390,7 +390,7 @@ def ubt_unlearn(work, *,
                 target: float = 1.,                # of the constraint
                 forget_weight: float = 1.,         # of what is to be forgotten
                 retention: float = 1.,             # weight of the contrastive loss on ordinary pairs
-                trusted_share: float | None = None, # of all pairs that are ordinary; None: those not suspicious
+                trusted_share: float | None = None, # of pairs that are ordinary; None: those not suspicious
                 stop: str = "none",                # one of STOPS
                 watched: DataRef | None = None,    # labelled images, for the stop `accuracy`
                 most_lost: float = .02,            # of their accuracy, for the same
@@ -592,7 +592,8 @@ def data_lines(plan # an `Experiments`
         plan.line("ubt.table7", rows, dict(dataset=name), role=f"retrieval_{name.lower()}", attack=basic)
     pair = ["No defense", "UBT"]
     for label, count in settings.poison_counts.items():
-        plan.line("ubt.table9", [*pair, "UBT, fitting half"], dict(backdoor_number=int(label)), attack=basic, count=count)
+        rows, labels = [*pair, "UBT, fitting half"], dict(backdoor_number=int(label))
+        plan.line("ubt.table9", rows, labels, attack=basic, count=count)
     for label, part in settings.data_sizes.items():
         plan.line("ubt.table10", pair, dict(dataset_size=label), attack=basic, **part)
 

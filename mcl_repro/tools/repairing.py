@@ -470,7 +470,7 @@ def _check_ubt(clip, settings):
                             f"and 1, not {settings['verdict']:g}")
     share = settings["trusted_share"]
     if share is not None and not 0 < share <= 1:
-        raise SettingsError(f"trusted_share lies between 0 and 1, not {share:g}; without it all but suspicious pairs are")
+        raise SettingsError(f"trusted_share lies between 0 and 1, not {share:g}; or leave it out")
     if settings["stop"] == "accuracy":
         raise SettingsError("the stop accuracy is not offered here: take unrelated or matching, or another reading")
     Recipe(**settings["overfit"])
