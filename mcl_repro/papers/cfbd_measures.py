@@ -326,14 +326,17 @@ def judged_detectors(
     detection=None, # artefact with a detection of CFBD
     density=None,   # artefact of `density_scan`; one of the two is there
 ):
-    "Cells: how well scores rank the poisoned pairs of a set."
-    cells = []
+    "Cells: how well scores rank the poisoned pairs of a set; `radius`: medians of k-dist by size of batch."
+    cells, radius = [], []
     for name, size, score in detector_scores(detection, density):
         flags, labels = _truth(poisoned, len(score)), dict(score=name, batch=size)
         first = np.argsort(-score, kind="stable")[:flags.sum()]
         cells += [share(placements(score, flags), metric="AUROC", **labels),
                   share(flags[first], metric="precision of the first n", **labels)]
-    return dict(cells=keep_cells(work, cells))
+        if name == "k-dist":
+            medians = [float(np.median(score[kind])) for kind in (flags, ~flags)]
+            radius.append(dict(batch=size, poisoned=medians[0], benign=medians[1]))
+    return dict(cells=keep_cells(work, cells), radius=radius)
 
 # %% ../../nbs/papers/cfbd_measures.ipynb #b6de4fec
 def faulty_subset(

@@ -177,6 +177,7 @@ def test_detectors_of_one_set_are_judged_alike(made):
     assert cells(judged, score="DAO", metric="AUROC", batch=64) == [0.]
     assert cells(judged, score="SLOF", metric="precision of the first n", batch=64) == [100.]
     assert cells(judged, score="similarity, low", metric="AUROC") == [100.]
+    assert judged.result["radius"][1] == dict(batch=128, poisoned=0., benign=1.)
     fine = 100 * placements(made.found.correlation, made.flags).mean()
     assert cells(judged, score="CFBD, fine", metric="AUROC") == [pytest.approx(fine, abs=1e-6)]
     alone = run(made.folder/"alone", measures.judged_detectors, poisoned=poisoned, detection=detection)
