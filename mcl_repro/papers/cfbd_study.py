@@ -6,7 +6,8 @@
 __all__ = ['TABLES', 'OWN_TABLES', 'OUTPUTS', 'COMPARED', 'CHOSEN', 'SCANS_OF', 'SIX', 'FIGURES_OF_SCANS', 'FED_BY',
            'detection_steps', 'unlearned_node', 'cfbd_defences', 'plan_training', 'plan_training_sets',
            'plan_poison_rates', 'printed_attacks', 'isolated_pairs', 'scan_nodes', 'measured_scan', 'plan_scans',
-           'plan_verdicts', 'plan_strain', 'plan_unlearning', 'cfbd_plan', 'plan_overview']
+           'plan_verdicts', 'plan_strain', 'density_sets', 'judged_sets', 'plan_density', 'plan_unlearning',
+           'cfbd_plan', 'plan_overview']
 
 # %% ../../nbs/papers/cfbd_study.ipynb #e3c00004
 from types import SimpleNamespace
@@ -16,12 +17,14 @@ import pandas as pd
 from .baselines import abl_isolation, roclip
 from .cfbd import as_printed, cfbd_nodes, mapping_node, with_q_chosen
 from mcl_repro.papers.cfbd_measures import (
-    caption_likeness, captions_naming, faulty_subsets, judged_scan, mixture_fits, other_choices, pair_evidence,
-    picture_changes, scan_verdict, subset_sizes,
+    caption_likeness, captions_naming, faulty_subsets, judged_detectors, judged_scan, mixture_fits, other_choices,
+    pair_evidence, picture_changes, scan_verdict, subset_sizes,
 )
-from .cleanclip import cleaned_clip
+from .cleanclip import cleaned_clip, scratch_clip
 from .plan import Experiments
-from .scan_sets import pair_embeddings, planted_embeddings, robustness, robustness_pool, scan
+from mcl_repro.papers.scan_sets import (
+    density_scan, pair_embeddings, planted_embeddings, robustness, robustness_pool, scan,
+)
 from .stages import attack_settings, finetuned_clip, poisoned_pairs
 from .ubt import ubt_nodes, unlearned
 from ..report.printed import paper_table
@@ -43,6 +46,8 @@ OWN_TABLES = {   # id without `cfbd.` -> title, what tells a cell from another, 
     "fit": _own_table("How far the mixture is from the consistencies", "K", "below", columns=["below"]),
     "regions": _own_table("What is taken for benign", "K", "gamma", "metric", columns=["gamma"]),
     "sizes": _own_table("What the size of the poisoned subset does", "attack", "q", "metric"),
+    "density": _own_table("A peer's scores of local density beside CFBD's", "metric", "model", "score", "poison",
+                          columns=["poison"]),
     "unlearning": _own_table("Detection by CFBD, unlearning by UBT", "attack", "defense", "metric",
                              columns=["attack", "metric"]),
 }
@@ -50,7 +55,7 @@ OWN_TABLES = {   # id without `cfbd.` -> title, what tells a cell from another, 
 OUTPUTS = [f"cfbd.{name}" for name in (   # all tables and figures, in the order of the notebook
     "fig3", "fig1", "fig2", "separation", "table1", "table2", "chosen", "kept", "table3", "false_positives", "table4",
     "verdicts", "fig5", "precision", "roc", "table5", "fig4", "fig7a", "fit", "fig6", "regions", "sizes", "choices",
-    "unlearning", "robustness", "guard",
+    "unlearning", "robustness", "guard", "density", "neighbours",
 )]
 
 # %% ../../nbs/papers/cfbd_study.ipynb #e3c00009
@@ -301,6 +306,53 @@ def plan_strain(
         parts.strained = [lab.node(robustness, **inputs, **points, draws=1, first=draw) for draw in range(draws)]
     experiments.ask(both, *parts.strained)
 
+# %% ../../nbs/papers/cfbd_study.ipynb #af2bf378
+def density_sets(
+    experiments: Experiments, # whose parts have the attacks of Table 3
+    settings, # a profile
+    seed: int,
+) -> list: # of chain and its model, the one trained from scratch last
+    "Poisoned sets at several rates under the first attack of Table 3, and what was trained on them."
+    attack, scratch, cleaning = experiments.parts.rated[0], settings.cleaning.scratch, settings.cleanclip
+    tuned = [experiments.chain(attack, seed, count=count) for count in settings.cfbd.density.counts]
+    whole = experiments.chain(attack, seed, pairs="scratch_pairs", count=scratch.count)
+    options = {name: cleaning[name] for name in ("synonyms", "letterless", "image_policy")}     # the same node as there
+    model = experiments.lab.node(scratch_clip, model=experiments.model.name, poisoned=whole.poisoned,
+                                 recipe=dict(scratch.recipe, seed=seed), self_supervised_weight=0., **options)
+    return [*((chain, chain.victim) for chain in tuned), (whole, model)]
+
+def judged_sets(
+    experiments: Experiments,
+    settings, # a profile
+    seed: int,
+) -> dict: # (model, role of the pairs, count) -> node; model: `clean`, `fine-tuned`, `from scratch`, `measured`
+    "All detectors on all sets of `density_sets`, judged; `measured`: what the trained model does."
+    options, judged = dict(settings.cfbd.density.scores, seed=seed), {}
+
+    def judge(chain, clip, **found):
+        if clip is not None:
+            found["density"] = experiments.lab.node(density_scan, clip=clip, poisoned=chain.poisoned, **options)
+        return experiments.lab.node(judged_detectors, poisoned=chain.poisoned, **found)
+
+    for chain, model in density_sets(experiments, settings, seed):
+        tuned, which = model is chain.victim, (chain.pairs, chain.count)
+        judged["clean", *which] = judge(chain, experiments.clean if tuned else None, detection=chain.detect)
+        judged["fine-tuned" if tuned else "from scratch", *which] = judge(chain, model)
+        judged["measured", *which] = experiments.measure(model, chain)
+    return judged
+
+def plan_density(
+    experiments: Experiments,
+    settings, # a profile
+):
+    "A peer's scores and CFBD's. `parts.density`: seed -> `judged_sets`."
+    parts, lab = experiments.parts, experiments.lab
+    parts.density = {}
+    for output, seeds in (("cfbd.density", experiments.seeds("cfbd.density")), ("cfbd.neighbours", lab.seeds[:1])):
+        for seed in seeds if parts.rated and experiments.wants(output) else ():
+            parts.density.setdefault(seed, judged_sets(experiments, settings, seed))
+            experiments.ask(output, *parts.density[seed].values())
+
 # %% ../../nbs/papers/cfbd_study.ipynb #e3c00020
 FED_BY = ["No Defense", "CFBD (coarse-to-fine-grained)", "UBT", "CFBD -> UBT"]
 
@@ -343,6 +395,7 @@ def cfbd_plan(
     plan_verdicts(experiments, settings)
     plan_strain(experiments, settings)
     plan_unlearning(experiments, settings)
+    plan_density(experiments, settings)
     return experiments
 
 # %% ../../nbs/papers/cfbd_study.ipynb #e3c00023

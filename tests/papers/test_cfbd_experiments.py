@@ -10,6 +10,7 @@ from mcl_repro.core.errors import SettingsError
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.status import with_inputs
 from mcl_repro.papers.cfbd_study import cfbd_plan, CHOSEN, COMPARED, FED_BY, OUTPUTS, OWN_TABLES, plan_overview, TABLES
+from mcl_repro.papers.cleanclip import cleanclip_plan
 from mcl_repro.report.printed import headline_tables, printed_entries
 
 NOTEBOOK = Path(__file__).resolve().parents[2]/"nbs"/"papers"/"cfbd.ipynb"
@@ -90,6 +91,8 @@ def test_lines_are_those_of_the_tables_of_models(lab):
     ("cfbd.fig6", "cfbd_measures.subset_sizes", "cfbd_measures.pair_evidence"),
     ("cfbd.unlearning", "ubt.ubt_unlearn", "baselines.roclip"),
     ("cfbd.guard", "scan_sets.robustness", "scan_sets.scan"),
+    ("cfbd.density", "cleanclip.scratch_clip", "baselines.abl_isolation"),
+    ("cfbd.neighbours", "scan_sets.density_scan", "scan_sets.scan"),
 ])
 def test_a_table_or_figure_alone_needs_less(lab, output, there, missing):
     part = planned(lab, output)
@@ -100,6 +103,18 @@ def test_a_table_or_figure_alone_needs_less(lab, output, there, missing):
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_alone_it_reads_what_it_reads_among_all(lab, output):
     assert planned(lab, output).readers.get(output) == cfbd_plan(lab, lab.profile).readers.get(output)
+
+
+def test_the_peers_scores_read_models_that_other_plans_train_too(lab):
+    plan = cfbd_plan(lab, lab.profile, tables=["cfbd.density"])
+    counts, scratch = lab.profile.cfbd.density.counts, lab.profile.cleaning.scratch.count
+    sets = [("finetune", count) for count in counts] + [("scratch_pairs", scratch)]
+    models = {"clean": sets, "fine-tuned": sets[:-1], "from scratch": sets[-1:], "measured": sets}
+    assert set(plan.parts.density[0]) == {(model, *which) for model, those in models.items() for which in those}
+    cleaning = cleanclip_plan(lab, lab.profile)
+    trained = {node for node in with_inputs(plan.nodes) if node.stage.name in ("cleanclip.scratch_clip",
+                                                                              "stages.finetuned_clip")}
+    assert trained <= set(with_inputs(cleaning.nodes))     # smoke's counts are those of CleanCLIP's sweep
 
 
 def test_one_attack_needs_less_and_the_first_is_the_one_of_the_figures(lab):

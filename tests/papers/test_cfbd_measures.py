@@ -9,8 +9,9 @@ from mcl_repro.measures.metrics import bootstrap_interval, detection_quality, de
 from mcl_repro.papers.cfbd import detect, fit_mixture, save_detection
 from mcl_repro.papers import cfbd_measures as measures
 from mcl_repro.papers.cfbd_measures import (
-    caption_cosines, curve_of, found_cells, keep_cells, measured, poisoned_rows, precisions, share, verdict, with_all,
+    curve_of, found_cells, keep_cells, measured, poisoned_rows, precisions, share, verdict, with_all,
 )
+from mcl_repro.papers.scan_sets import caption_cosines
 
 N, POISONED = 1500, 60
 
@@ -161,3 +162,25 @@ def test_likeness_of_captions(made):
     assert stored["cosines"].shape == (20, 20) and stored["counts"].shape == (2, 2, 70)
     assert stored["cosines"][:10, :10].mean() > stored["cosines"][10:, 10:].mean() + .3
     assert artefact.result == dict(poisoned=POISONED, benign=N - POISONED, shown=10)
+
+
+def test_detectors_of_one_set_are_judged_alike(made):
+    folder, sizes = made.folder/"density", [64, 128]
+    folder.mkdir()
+    ranked = np.stack([made.flags, ~made.flags]).astype(np.float32)
+    np.savez(folder/"scores.npz", similarity=-ranked[0], k_dist=ranked, slof=ranked, dao=-ranked)
+    density = SimpleNamespace(path=folder, result=dict(batches=sizes))
+    poisoned, detection = made.scan["changed"], made.all["detection"]
+    judged = run(made.folder/"judged", measures.judged_detectors, poisoned=poisoned, detection=detection,
+                 density=density)
+    assert cells(judged, score="k-dist", metric="AUROC") == [100., 0.]
+    assert cells(judged, score="DAO", metric="AUROC", batch=64) == [0.]
+    assert cells(judged, score="SLOF", metric="precision of the first n", batch=64) == [100.]
+    assert cells(judged, score="similarity, low", metric="AUROC") == [100.]
+    assert judged.result["radius"][1] == dict(batch=128, poisoned=0., benign=1.)
+    fine = 100 * placements(made.found.correlation, made.flags).mean()
+    assert cells(judged, score="CFBD, fine", metric="AUROC") == [pytest.approx(fine, abs=1e-6)]
+    alone = run(made.folder/"alone", measures.judged_detectors, poisoned=poisoned, detection=detection)
+    low = 100 * placements(-made.found.consistency.original, made.flags).mean()
+    assert cells(alone, score="similarity, low", metric="AUROC") == [pytest.approx(low, abs=1e-6)]
+    assert {row["score"] for row in found_cells([alone])} == {"CFBD, coarse", "CFBD, fine", "similarity, low"}

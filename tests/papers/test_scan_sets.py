@@ -9,11 +9,12 @@ from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import SettingsError
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.profiles import load_profile
+from mcl_repro.measures.density import density_scores
 from mcl_repro.papers.scan_sets import (
-    pair_embeddings, Planted, planted, planted_embeddings, planted_mistakes, robustness, robustness_points,
-    robustness_pool, scan, strained_points,
+    caption_cosines, density_scan, pair_embeddings, Planted, planted, planted_embeddings, planted_mistakes, robustness,
+    robustness_points, robustness_pool, scan, strained_points,
 )
-from mcl_repro.papers.stages import clean_clip, load_clip, poisoned_pairs
+from mcl_repro.papers.stages import arrays, clean_clip, load_clip, poisoned_pairs
 from mcl_repro.model.training import training_set
 
 SETTINGS = load_profile("smoke")
@@ -67,6 +68,19 @@ def test_planted_slices_like_an_array(where):
     whole[rows] = new
     assert (Planted(clean, rows, new)[where] == whole[where]).all()
     assert not np.shares_memory(Planted(clean, rows, new)[where], clean)
+
+
+def test_local_density_of_a_poisoned_set_is_that_of_its_images(made):
+    lab, clean, embeddings, changed, _ = made
+    images, texts = (part[:] for part in planted(lab.run(embeddings), lab.run(changed)))
+    bad = lab.node(poisoned_pairs, pairs=lab.role("scan"), attack=ATTACK, target="banana", count=12, image_size=32)
+    left = lab.run(lab.node(density_scan, clip=clean, poisoned=bad, batches=[100, 300], k=8, seed=3))
+    stored = arrays(left, "scores")
+    for i, size in enumerate((100, 300)):
+        for name, expected in density_scores(images, 8, size, 3)._asdict().items():
+            np.testing.assert_allclose(stored[name][i], expected, rtol=1e-2, atol=1e-2)     # half precision
+    np.testing.assert_allclose(stored["similarity"], caption_cosines(images, texts), atol=2e-3)
+    assert left.result == dict(pairs=300, images=300, batches=[100, 300])
 
 
 def test_mistakes_keep_no_caption_in_its_place():
