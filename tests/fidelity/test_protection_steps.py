@@ -9,10 +9,13 @@ import torch
 
 from mcl_repro.lab.profiles import load_profile
 from mcl_repro.model.clip import build_clip, tokenize
+from mcl_repro.papers import mem
 from mcl_repro.papers.mem import (
     allowed_tokens, hotflip, noise_step, Search, surrogate_loss, trigger_gradient, trigger_losses, update_noise,
+    word_candidates,
 )
 from mcl_repro.attacks.protection import with_triggers
+from mcl_repro.attacks.semantic import MASKED
 from mcl_repro.model.training import Batch
 from plain_clip import (
     array, before_unit, caption_features, captions, CLOSE, contrastive, contrastive_slopes, linear_clip,
@@ -163,6 +166,21 @@ def test_hotflip_takes_the_swaps_that_promise_most(clip):
         for place in range(3):
             promised = {e: float((table[e] - table[now[b, place]]) @ gradient[b, place]) for e in allowed}
             assert found[b, place].tolist() == sorted(promised, key=promised.get)[:4]
+
+
+def test_words_that_are_proposed_are_ranked_alike(clip, monkeypatch):
+    "The best three of five, for a place whose right side the language model does not see yet (MEM with BERT)."
+    rng, table, seen = np.random.default_rng(0), array(clip.model.token_embedding.weight), []
+    gradient, now = rng.normal(size=(6, 3, 5)), rng.integers(0, 40, (6, 3))
+    words = np.stack([rng.choice(40, 5, replace=False) for _ in range(6)])
+    monkeypatch.setattr(mem, "semantic_candidates", lambda *given: seen.append(given[3]) or words)
+    search = Search(candidates=3, word_candidates=5)
+    propose = word_candidates(tensor(gradient), tensor(table), None, None, [""] * 6, search)
+    found = propose(1, torch.from_numpy(now))
+    assert (seen[0][:, 0] == now[:, 0]).all() and (seen[0][:, 1:] == MASKED).all()
+    for b in range(6):
+        promised = {e: float((table[e] - table[now[b, 1]]) @ gradient[b, 1]) for e in words[b]}
+        assert found[b].tolist() == sorted(promised, key=promised.get)[:3]
 
 
 def test_a_trigger_may_be_any_token_but_start_end_and_padding():
