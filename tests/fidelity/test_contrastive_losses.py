@@ -1,0 +1,171 @@
+"""Losses of CLIP, CleanCLIP, ABL, RoCLIP and CFBD's mapping network: their formulas term by term, on the same tensors.
+
+The self-supervised and the supervised loss of CleanCLIP are compared so in papers/test_cleanclip, BadCLIP's two terms
+in attacks/test_optimised_triggers, the gradients that add up in MEM's public code in papers/test_mem.
+"""
+from collections import deque
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mcl_repro.model.clip import Clip, info_nce
+from mcl_repro.model.training import Batch, contrastive_loss, step_rows, TrainingSet
+from mcl_repro.papers import baselines, cleanclip
+from mcl_repro.papers.baselines import abl_loss, attach_pool, roclip_loss
+from mcl_repro.papers.cfbd import mapping_loss, MappingNetwork
+from mcl_repro.papers.cleanclip import cleanclip_loss
+from plain_clip import (
+    before_unit, caption_features, captions, CLOSE, contrastive, contrastive_slopes, cross_entropy, linear_clip,
+    open_clip, picture_features, pictures, random_units, scale_of, tensor, unit,
+)
+
+
+@pytest.fixture
+def clip():
+    return linear_clip()
+
+
+def batch_of(images, tokens, step=0):
+    return Batch(images, tokens, torch.arange(len(tokens)), step)
+
+
+def embedded(clip, images, tokens):
+    return unit(picture_features(clip, images)), unit(caption_features(clip, tokens))
+
+
+def slopes(clip, loss):
+    "Derivatives of a loss after the two linear maps and the logit scale, None where there is none."
+    parameters = clip.model.image, clip.model.text, clip.model.logit_scale
+    return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def through_pictures(clip, images, slope):
+    "The derivative after W of something with the derivative `slope` after unit-length picture embeddings."
+    no_map = SimpleNamespace(model=SimpleNamespace(image=np.eye(images[0].numel())))
+    return picture_features(no_map, images).T @ before_unit(picture_features(clip, images), slope)
+
+
+# ---- CLIP
+
+@pytest.mark.parametrize("scale", [1., 14.3, 100.])
+def test_the_contrastive_loss_is_the_mean_of_both_directions(scale):
+    u, v = random_units(9, 7, 0), random_units(9, 7, 1)
+    v[4] = u[4]                                     # one pair that fits, one that is as wrong as can be
+    v[5] = -u[5]
+    value = info_nce(tensor(u), tensor(v), scale).item()
+    assert value == pytest.approx(contrastive(u, v, scale), abs=1e-5)
+    assert abs(cross_entropy(u, v, scale) - cross_entropy(v, u, scale)) > 1e-3      # the directions are two numbers
+    theirs = open_clip.ClipLoss()(tensor(u), tensor(v), torch.tensor(scale)).item()
+    assert value == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1., 14.3, 100.])
+def test_the_slopes_of_the_contrastive_loss(scale):
+    u, v, s = tensor(random_units(9, 7, 0)), tensor(random_units(9, 7, 1)), torch.tensor(scale, dtype=torch.float64)
+    for x in (u, v, s):
+        x.requires_grad_()
+    found = torch.autograd.grad(info_nce(u, v, s), (u, v, s))
+    for ours, plain in zip(found, contrastive_slopes(u.detach().numpy(), v.detach().numpy(), scale)):
+        np.testing.assert_allclose(ours.numpy(), plain, **CLOSE)
+
+
+def test_a_clip_is_trained_with_the_contrastive_loss_of_its_towers(clip):
+    images, tokens = pictures(8), captions(8)
+    loss = contrastive_loss(clip, batch_of(images, tokens))
+    u, v = embedded(clip, images, tokens)
+    assert loss.item() == pytest.approx(contrastive(u, v, scale_of(clip)), abs=1e-5)
+    at_u, _, at_scale = contrastive_slopes(u, v, scale_of(clip))
+    image, _, scale = slopes(clip, loss)
+    np.testing.assert_allclose(image, through_pictures(clip, images, at_u), **CLOSE)
+    assert scale.item() == pytest.approx(at_scale * scale_of(clip), abs=1e-5)       # after the logarithm of the scale
+
+
+# ---- CleanCLIP
+
+@pytest.mark.parametrize("weights", [(1., 1.), (.5, 2.), (0., 1.)])
+def test_cleanclip_is_four_terms_of_one_temperature(clip, monkeypatch, weights):
+    "L1 (CE(I,T) + CE(T,I))/2 + L2 (CE(I,I') + CE(T,T'))/2, and every term moves the one scale."
+    monkeypatch.setattr(cleanclip, "augment_images", lambda images, policy, seed: images.flip(-1))
+    images, tokens, views = pictures(8), captions(8), captions(8, seed=1)
+    loss = cleanclip_loss(lambda batch: views, *weights)(clip, batch_of(images, tokens))
+    (u, v), (au, av), s = embedded(clip, images, tokens), embedded(clip, images.flip(-1), views), scale_of(clip)
+    def plain(s):
+        ours, theirs = contrastive(u, v, s), (cross_entropy(u, au, s) + cross_entropy(v, av, s)) / 2
+        return weights[0] * ours + weights[1] * theirs
+    assert loss.item() == pytest.approx(plain(s), abs=1e-5)
+    step = 1e-4
+    at_log_scale = (plain(s * np.exp(step)) - plain(s * np.exp(-step))) / (2 * step)
+    assert slopes(clip, loss)[2].item() == pytest.approx(at_log_scale, abs=1e-5)
+    backwards = (cross_entropy(au, u, s) + cross_entropy(av, v, s)) / 2             # the direction that is not there
+    assert abs(backwards - (cross_entropy(u, au, s) + cross_entropy(v, av, s)) / 2) > 1e-3
+
+
+# ---- ABL
+
+@pytest.mark.parametrize("target", [-1., 0., 1.])
+@pytest.mark.parametrize("kind, weight", [("info_nce", 1.), ("constraint", 1.), ("constraint", .3)])
+def test_abl_descends_on_the_rest_and_ascends_or_constrains(clip, kind, weight, target):
+    "InfoNCE(rest) - w InfoNCE(isolated), or + w mean of (<u,v> + u_t)^2 as in CleanCLIP's code."
+    images, tokens, isolated = pictures(8), captions(8), (pictures(11, seed=1), captions(11, seed=1))
+    loss = abl_loss(TrainingSet(*isolated, torch.arange(11), 4), kind, weight, target, batch_size=5, seed=3)
+    loss = loss(clip, batch_of(images, tokens, step=2))
+    rows, s = step_rows(11, 5, 3, 2), scale_of(clip)
+    (u, v), (a, b) = embedded(clip, images, tokens), embedded(clip, *(x[rows] for x in isolated))
+    fit = [float(x @ y) for x, y in zip(a, b)]
+    other = -contrastive(a, b, s) if kind == "info_nce" else sum((c + target)**2 for c in fit) / 5
+    assert loss.item() == pytest.approx(contrastive(u, v, s) + weight * other, abs=1e-5)
+    if kind == "constraint":
+        at_a = weight * 2 / 5 * (np.array(fit) + target)[:, None] * b
+    else:
+        at_a = -weight * contrastive_slopes(a, b, s)[0]
+    expected = through_pictures(clip, images, contrastive_slopes(u, v, s)[0])
+    expected = expected + through_pictures(clip, isolated[0][rows], at_a)
+    np.testing.assert_allclose(slopes(clip, loss)[0], expected, **CLOSE)
+
+
+# ---- RoCLIP
+
+def test_roclip_over_epochs_is_nearest_captions_from_a_queue(clip, monkeypatch):
+    """Epochs 2 and 4 of three steps match: every image with the nearest caption of the pool, in both directions, then
+    the batch's own captions go in and the oldest fall out.
+    """
+    monkeypatch.setattr(baselines, "augment_images", lambda images, policy, seed: images.flip(-1))
+    images, tokens = pictures(30), captions(30)
+    attach_pool(clip, TrainingSet(images, tokens, torch.arange(30), 4), 7)
+    queue, loss, s = deque(clip.model.caption_pool.double().numpy(), maxlen=7), roclip_loss(3), scale_of(clip)
+    for step in range(12):
+        rows = slice(5 * (step % 6), 5 * (step % 6) + 5)
+        found = loss(clip, batch_of(images[rows], tokens[rows], step))
+        u, v = embedded(clip, images[rows].flip(-1), tokens[rows])
+        ordinary = step // 3 in (0, 2)
+        if not ordinary:
+            nearest = np.stack([max(queue, key=lambda p: float(p @ one)) for one in u])
+            queue.extend(v)
+            v = nearest
+        at_images, at_texts, _ = slopes(clip, found)
+        assert found.item() == pytest.approx(contrastive(u, v, s), abs=1e-5), step
+        at_u = contrastive_slopes(u, v, s)[0]
+        np.testing.assert_allclose(at_images, through_pictures(clip, images[rows].flip(-1), at_u), **CLOSE)
+        assert (at_texts is not None) == ordinary                                   # captions of a pool do not learn
+        oldest_first = clip.model.caption_pool.roll(-int(clip.model.caption_pool_next), 0)
+        np.testing.assert_allclose(oldest_first, np.array(queue), **CLOSE)
+
+
+# ---- CFBD
+
+@pytest.mark.parametrize("weight", [0., 1., .25])
+def test_the_mapping_network_and_its_loss(weight):
+    "norm(x + W2 relu(W1 x + b1) + b2); 1 - mean cosine, and InfoNCE with the captions of the batch."
+    network, x, t = MappingNetwork(6, 9, seed=2), random_units(8, 6, 0), random_units(8, 6, 1)
+    for p in (network.down.weight, network.down.bias):
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
+    network.double()
+    w1, b1, w2, b2 = (p.detach().numpy() for layer in (network.up, network.down) for p in (layer.weight, layer.bias))
+    mapped = unit(np.stack([row + w2 @ np.maximum(w1 @ row + b1, 0) + b2 for row in x]))
+    np.testing.assert_allclose(network(tensor(x)).detach(), mapped, **CLOSE)
+    batch = Batch(tensor(x), tensor(t), torch.arange(8), 0)
+    found = mapping_loss(weight)(Clip(network, None, 0, (), (), "network"), batch).item()
+    distance = 1 - sum(float(a @ b) for a, b in zip(mapped, t)) / 8
+    assert found == pytest.approx(distance + weight * contrastive(mapped, t, 14.3), abs=1e-5)
