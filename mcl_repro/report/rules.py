@@ -361,8 +361,8 @@ class ByReading:
         spec = self.spec
         if table not in spec["tables"] or labels.get("defense") != spec["method"]:
             return self.run.numbers(table, labels)
-        own = dict(reading=self.reading, attack=labels["attack"], metric=labels["metric"])
-        return self.run.numbers(spec["table"], own)
+        own = dict(labels, reading=self.reading)
+        return self.run.numbers(spec["table"], {factor: own[factor] for factor in self.run.factors(spec["table"])})
 
 # %% ../../nbs/report/rules.ipynb #490356fe
 class Term(NamedTuple):
