@@ -100,7 +100,7 @@ def embedded(clip, data):
 
 @pytest.mark.parametrize("weight, target", [(1., 1.), (2., 0.), (1., -1.)])
 def test_the_constraint_is_the_plain_formula(pairs, weight, target):
-    "Flagged pairs leave the contrastive loss; `flags` go by the row of the training set, not by the place in the batch."
+    "Flagged pairs leave the contrastive loss; `flags` go by rows of the training set, not by places in the batch."
     clip, data = toy(pairs)
     rows, flags = torch.arange(20, 35), torch.zeros(60, dtype=torch.bool)
     flags[[3, 21, 22, 30, 50]] = True
@@ -155,8 +155,11 @@ def test_the_constraint_trains_on_all_pairs_and_the_ascent_on_the_rest(artefact,
 
 
 def test_the_text_mask_changes_captions_of_isolated_pairs_only(artefact, tmp_path, monkeypatch):
-    seen, whole = [], baselines.train
-    monkeypatch.setattr(baselines, "train", lambda clip, data, *a, **k: (seen.append(data), whole(clip, data, *a, **k))[1])
+    seen, train = [], baselines.train
+    def watched(clip, data, *args, **kwargs):
+        seen.append(data)
+        return train(clip, data, *args, **kwargs)
+    monkeypatch.setattr(baselines, "train", watched)
     plain, masked = (
         artefact(tmp_path / str(mask), abl, recipe=ABL, share=0.2, text_mask=mask, start_layer=0)
         for mask in (False, True)
