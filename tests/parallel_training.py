@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from mcl_repro.papers.baselines import abl_loss, ASCENT, attach_pool, roclip_loss
+from mcl_repro.papers.baselines import ascent_loss, attach_pool, constraint_loss, roclip_loss
 from mcl_repro.model.clip import build_clip, embed_images
 from mcl_repro.papers.cleanclip import caption_views, cleanclip_loss
 from mcl_repro.data.registry import open_data
@@ -33,7 +33,7 @@ def losses(clip, pairs):
     return dict(
         contrastive=contrastive_loss, cleanclip=cleanclip_loss(caption_views(clip, pairs.captions)),
         roclip=roclip_loss(1, every=1), overfitting=overfitting_loss(torch.arange(len(data)) % 4 == 1),
-        **{f"abl_{a}": abl_loss(other, a, batch_size=9) for a in ASCENT},
+        abl=constraint_loss(torch.arange(len(data)) % 4 == 1), abl_ascent=ascent_loss(other, batch_size=9),
         **{f"unlearning_{f}": unlearning_loss(other, f, retention=0.5, batch_size=9) for f in FORGETTING},
     )
 

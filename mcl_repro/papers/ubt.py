@@ -33,7 +33,7 @@ from mcl_repro.model.training import (
     Batch, embed_batch, epoch_batches, read_batch, Recipe, rows_of, step_rows, StopWhen, train, training_set,
     TrainingSet,
 )
-from .baselines import abl, roclip
+from .baselines import abl, constraint_loss, roclip
 from .cfbd import cfbd_nodes, mapping_node
 from .cleanclip import cleaned_clip
 from .plan import Experiments
@@ -83,14 +83,7 @@ def overfitting_loss(suspicious: torch.Tensor, # bool [n], which pairs of the tr
                      normal_weight: float = 1. # lambda of Eq. 3; 0 leaves the contrastive term out
     ): # a loss (clip, batch) -> scalar tensor
     "The loss of Eq. 3 for `train`; its batches are those of all pairs, suspicious and normal ones mixed."
-    def loss(clip: Clip, batch: Batch):
-        u, v = embed_batch(clip, batch.images, batch.tokens, batch.length)
-        flagged = suspicious[batch.rows].to(u.device)
-        fit, normal = pair_constraint(u[flagged], v[flagged], target=-1.), ~flagged
-        if not normal_weight or not normal.any():
-            return fit
-        return fit + normal_weight * info_nce(u[normal], v[normal], clip.model.logit_scale.exp())
-    return loss
+    return constraint_loss(suspicious, target=-1., contrastive=normal_weight)
 
 # %% ../../nbs/papers/ubt.ipynb #cb14393a
 def fitted(pairs: TrainingSet, # the suspicious ones

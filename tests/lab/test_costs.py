@@ -122,10 +122,13 @@ def test_the_self_supervised_term_doubles_training(amounts, victim):
     assert both["augment", RN] == 400 and ("augment", RN) not in alone
 
 
-def test_abl_looks_at_all_pairs_and_trains_on_the_rest(amounts, victim, poisoned):
-    found = amounts(abl, clip=victim, poisoned=poisoned, recipe=RECIPE, share=.1, isolated_batch=4)
-    assert (found["image", RN], found["step", RN]) == (400, 2 * (360 // 64))
-    assert found["train", RN] == found["step", RN] * (64 + 4)
+def test_abl_looks_at_all_pairs_and_trains_on_them_or_for_an_ascent_on_the_rest(amounts, victim, poisoned):
+    given = dict(clip=victim, poisoned=poisoned, recipe=RECIPE, share=.1, isolated_batch=4)
+    all_of_them, rest = amounts(abl, **given), amounts(abl, unlearning="ascent", **given)
+    assert all_of_them["image", RN] == rest["image", RN] == 400
+    assert (all_of_them["step", RN], rest["step", RN]) == (2 * (400 // 64), 2 * (360 // 64))
+    assert all_of_them["train", RN] == all_of_them["step", RN] * 64
+    assert rest["train", RN] == rest["step", RN] * (64 + 4)
 
 
 def test_detection_is_matrix_products(lab, amounts, clean, poisoned):

@@ -11,15 +11,17 @@ import torch.nn.functional as F
 
 from mcl_repro.papers import baselines
 from mcl_repro.papers.baselines import (
-    abl, abl_loss, ASCENT, attach_pool, BASELINES_OUTPUTS, baselines_plan, detach_pool, isolate, matches,
-    nearest_captions, noise_losses, push_captions, roclip, roclip_loss,
+    abl, ascent_loss, attach_pool, BASELINES_OUTPUTS, baselines_plan, constraint_loss, detach_pool, isolate, matches,
+    nearest_captions, noise_losses, push_captions, roclip, roclip_loss, UNLEARNING,
 )
 from mcl_repro.model.clip import build_clip, embed_images, embed_tokens, read_tensors, save_clip
 from mcl_repro.data.registry import open_data, resolve
 from mcl_repro.core.errors import SettingsError, TrainingError
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.status import with_inputs
+from mcl_repro.papers.cfbd_study import cfbd_plan
 from mcl_repro.papers.stages import arrays, load_clip
+from mcl_repro.papers.ubt import ubt_plan
 from mcl_repro.model.training import read_batch, rows_of, step_rows, training_set
 from mcl_repro.model import training
 from mcl_repro.model.training import _step, _train_epoch
@@ -91,95 +93,130 @@ def test_a_share_that_leaves_one_side_empty_is_refused(share):
         isolate(np.zeros(200), share)
 
 
-@pytest.mark.parametrize("kind, weight, target", [
-    ("info_nce", 1., 1.),
-    ("info_nce", .3, 1.),
-    ("constraint", 1., 1.),
-    ("constraint", 2., 0.),
-    ("constraint", 1., -1.),
-])
-def test_the_loss_of_abl_is_the_plain_formula(pairs, kind, weight, target):
+def embedded(clip, data):
+    with torch.no_grad():
+        return embed_images(clip, data.images).double(), embed_tokens(clip, data.tokens).double()
+
+
+@pytest.mark.parametrize("weight, target", [(1., 1.), (2., 0.), (1., -1.)])
+def test_the_constraint_is_the_plain_formula(pairs, weight, target):
+    "Flagged pairs leave the contrastive loss; `flags` go by rows of the training set, not by places in the batch."
+    clip, data = toy(pairs)
+    rows, flags = torch.arange(20, 35), torch.zeros(60, dtype=torch.bool)
+    flags[[3, 21, 22, 30, 50]] = True
+    loss = constraint_loss(flags, weight, target)
+    with torch.no_grad():
+        value = loss(clip, read_batch(data, rows, "cpu")).item()
+        none_flagged = loss(clip, read_batch(data, torch.arange(4, 20), "cpu")).item()
+    u, v = embedded(clip, data)
+    scale = clip.model.logit_scale.exp().double().detach()
+    others = [r for r in rows.tolist() if r not in (21, 22, 30)]
+    constraint = sum((float(u[r] @ v[r]) + target)**2 for r in (21, 22, 30)) / 3
+    assert value == pytest.approx(naive_info_nce(u[others], v[others], scale) + weight * constraint, abs=1e-4)
+    assert none_flagged == pytest.approx(naive_info_nce(u[4:20], v[4:20], scale), abs=1e-4)
+
+
+@pytest.mark.parametrize("weight", [1., .3])
+def test_the_ascent_is_the_plain_formula(pairs, weight):
     clip, data = toy(pairs)
     batch, few = read_batch(data, torch.arange(12), "cpu", step=5), rows_of(data, range(30, 50))
     rows = step_rows(20, 8, 4, 5) + 30
     with torch.no_grad():
-        value = abl_loss(few, kind, weight, target, batch_size=8, seed=4)(clip, batch).item()
-        u = embed_images(clip, data.images).double()
-        v = embed_tokens(clip, data.tokens).double()
-        scale = clip.model.logit_scale.exp().double()
-    cosines = [float(u[r]@v[r]) for r in rows]
-    other = -naive_info_nce(u[rows], v[rows], scale) if kind == "info_nce" else sum((c + target)**2 for c in cosines)/8
-    assert value == pytest.approx(naive_info_nce(u[:12], v[:12], scale) + weight*other, abs=1e-4)
+        value = ascent_loss(few, weight, batch_size=8, seed=4)(clip, batch).item()
+    u, v = embedded(clip, data)
+    scale = clip.model.logit_scale.exp().double().detach()
+    ascent = -naive_info_nce(u[rows], v[rows], scale)
+    assert value == pytest.approx(naive_info_nce(u[:12], v[:12], scale) + weight * ascent, abs=1e-4)
 
 
-def test_ascent_lowers_and_descent_would_raise_what_is_isolated(pairs, artefact, tmp_path):
-    """After either form the isolated pairs fit less than before, beyond what the others lose; the public default target
-    -1 does the opposite.
-    """
+def test_unlearning_lowers_what_is_isolated_and_the_public_default_raises_it(pairs, artefact, tmp_path):
+    "By how much isolated pairs are more similar than the others, before and after."
     def gap(name, **options):
         done = artefact(tmp_path/name, abl, recipe=ABL, share=.2, isolated_batch=8, **options)
         model = load_clip(SimpleNamespace(path=done.path, result=done.result))
         rows = arrays(done, "isolation")
         now = (embed_images(model, pairs.images)*embed_tokens(model, training_set(model, pairs).tokens)).sum(1).numpy()
         return now[rows["isolated"]].mean() - now[rows["rest"]].mean(), rows
-    values = {
-        name: gap(name, **options)
-        for name, options in dict(
-            info_nce={}, constraint=dict(ascent="constraint"), public=dict(ascent="constraint", unlearn_target=-1.0)
-        ).items()
-    }
-    before = values["info_nce"][1]
+    asked = dict(constraint={}, unrelated=dict(unlearn_target=0.), ascent=dict(unlearning="ascent"),
+                 public=dict(unlearn_target=-1.))
+    gaps = {name: gap(name, **options) for name, options in asked.items()}
+    before = gaps["constraint"][1]
     start = before["similarities"][before["isolated"]].mean() - before["similarities"][before["rest"]].mean()
-    assert values["info_nce"][0] < start
-    assert values["constraint"][0] < start
-    assert values["constraint"][0] < values["public"][0]
-    assert {len(v[1]["isolated"]) for v in values.values()} == {12}
+    assert gaps["ascent"][0] < start and gaps["constraint"][0] < gaps["unrelated"][0] < start
+    assert gaps["constraint"][0] < gaps["public"][0]
+    assert {len(found["isolated"]) for _, found in gaps.values()} == {12}
     assert before["isolated"].tolist() == np.argsort(-before["similarities"], kind="stable")[:12].tolist()
 
 
-def test_the_text_mask_changes_captions_of_the_ascent_only(artefact, tmp_path):
+def test_the_constraint_trains_on_all_pairs_and_the_ascent_on_the_rest(artefact, tmp_path):
+    by = {name: artefact(tmp_path/name, abl, recipe=ABL, share=.2, unlearning=name).result for name in UNLEARNING}
+    assert (by["constraint"]["pairs"], by["constraint"]["steps"]) == (60, 2 * (60 // 16))
+    assert (by["ascent"]["pairs"], by["ascent"]["steps"]) == (48, 2 * (48 // 16))
+
+
+def test_the_text_mask_changes_captions_of_isolated_pairs_only(artefact, tmp_path, monkeypatch):
+    seen, train = [], baselines.train
+    def watched(clip, data, *args, **kwargs):
+        seen.append(data)
+        return train(clip, data, *args, **kwargs)
+    monkeypatch.setattr(baselines, "train", watched)
     plain, masked = (
         artefact(tmp_path / str(mask), abl, recipe=ABL, share=0.2, text_mask=mask, start_layer=0)
         for mask in (False, True)
     )
+    trained = [data.tokens.numpy() for data in seen]
     a, b = arrays(plain, "isolation"), arrays(masked, "isolation")
     assert (a["isolated"] == b["isolated"]).all() and (a["similarities"] == b["similarities"]).all()
     kept = [set(m[m > 0]) <= set(t) and (m > 0).sum() < (t > 0).sum() for t, m in zip(a["tokens"], b["tokens"])]
     assert np.mean(kept) > 0.9
     assert all(set(m[m > 0]) <= set(t) for t, m in zip(a["tokens"], b["tokens"]))
+    for tokens, found in zip(trained, (a, b)):
+        assert (tokens[found["isolated"]] == found["tokens"]).all()
+    assert (trained[0][a["rest"]] == trained[1][a["rest"]]).all()
     assert files(plain)["clip.safetensors"] != files(masked)["clip.safetensors"]
 
 
 def test_ascent_that_runs_away_is_stopped_with_a_line(artefact, tmp_path):
     with pytest.raises(TrainingError, match="is not a number at step"):
-        artefact(tmp_path/"a", abl, recipe=dict(ABL, learning_rate=1e30), share=.2)
+        artefact(tmp_path/"a", abl, recipe=dict(ABL, learning_rate=1e30), share=.2, unlearning="ascent")
     assert not (tmp_path/"a"/"out"/"clip.safetensors").exists()
 
 
-def test_unknown_terms_are_refused_before_training(artefact, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_step", lambda *a: pytest.fail("trained"))
-    with pytest.raises(SettingsError, match="unknown ascent 'erase': use one of info_nce, constraint"):
-        artefact(tmp_path/"a", abl, recipe=ABL, share=.2, ascent="erase")
-    assert set(ASCENT) == {"info_nce", "constraint"}
+def test_an_unknown_unlearning_is_refused_before_any_work(artefact, tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "load_clip", lambda *a: pytest.fail("worked"))
+    with pytest.raises(SettingsError, match="unknown unlearning 'erase': use one of constraint, ascent"):
+        artefact(tmp_path/"a", abl, recipe=ABL, share=.2, unlearning="erase")
 
 
 # ---- RoCLIP
 
-def test_matching_is_the_nearest_entry_and_the_pool_is_a_queue(pairs):
+def test_matching_is_the_nearest_entry(pairs):
     clip, data = toy(pairs)
     attach_pool(clip, data, 7, seed=2)
-    rng = torch.Generator().manual_seed(0)
-    queue = list(clip.model.caption_pool.clone())
-    assert torch.allclose(torch.stack(queue).norm(dim=1), torch.ones(7))
-    for count in (3, 3, 5, 7, 20, 1):
-        u, v = (F.normalize(torch.randn(count, len(queue[0]), generator=rng), dim=1) for _ in range(2))
-        expected = torch.stack([max(clip.model.caption_pool, key=lambda p: float(p@x)) for x in u])
-        assert torch.equal(nearest_captions(clip, u), expected)
-        push_captions(clip, v)
-        queue = (queue + list(v))[-7:]
-        assert sorted(p.tolist() for p in clip.model.caption_pool) == sorted(p.tolist() for p in queue)
+    pool = clip.model.caption_pool
+    assert torch.allclose(pool.norm(dim=1), torch.ones(7))
+    u = F.normalize(torch.randn(20, pool.shape[1], generator=torch.Generator().manual_seed(0)), dim=1)
+    assert torch.equal(nearest_captions(clip, u), torch.stack([max(pool, key=lambda p: float(p @ x)) for x in u]))
     detach_pool(clip)
     assert set(clip.model.state_dict()) == set(build_clip("smoke-RN").model.state_dict())
+
+
+def test_the_pool_is_a_queue_that_drops_what_does_not_fit_before_its_end(pairs):
+    "Entry by entry: a batch goes on where the last one ended, and at the end of the pool the rest of it is lost."
+    clip, data = toy(pairs)
+    attach_pool(clip, data, 7, seed=2)
+    expected, place = list(clip.model.caption_pool.clone()), 0
+    rng = torch.Generator().manual_seed(0)
+    for count in (3, 3, 5, 7, 20, 2, 4, 1, 1):
+        v = F.normalize(torch.randn(count, len(expected[0]), generator=rng), dim=1)
+        push_captions(clip, v)
+        for embedding in v:
+            expected[place], place = embedding, place + 1
+            if place == 7:
+                place = 0
+                break
+        assert torch.equal(clip.model.caption_pool, torch.stack(expected))
+        assert int(clip.model.caption_pool_next) == place
 
 
 def test_a_pool_of_captions_starts_with_captions(pairs):
@@ -214,7 +251,7 @@ def test_the_loss_of_roclip_is_the_plain_formula(pairs, monkeypatch):
         nearest = torch.stack([max(pool, key=lambda p: float(p@x)) for x in u])
         # step 5 is in the second epoch of three steps
         assert loss(clip, batch).item() == pytest.approx(naive_info_nce(u, nearest, scale), abs=1e-4)
-        assert torch.allclose(clip.model.caption_pool.double(), v[-9:], atol=1e-5)   # of twelve captions, the last nine
+        assert torch.allclose(clip.model.caption_pool.double(), v[:9], atol=1e-5)   # of twelve captions, the first nine
         batch.step = 2
         assert loss(clip, batch).item() == pytest.approx(naive_info_nce(u, v, scale), abs=1e-4)
 
@@ -244,7 +281,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("step", [4, 7, 10])   # in the second, third and fourth epoch of three steps
 def test_a_killed_training_finds_its_pool_again(artefact, tmp_path, monkeypatch, step):
-    # not a multiple of the batch: the queue stands in the middle
+    # not a multiple of the batch: a batch stands in the middle, the next one is cut at the end
     settings = dict(recipe=ROCLIP, pool_size=25, every=2)
     whole = artefact(tmp_path/"whole", roclip, **settings)
     count, one = [0], _step
@@ -258,7 +295,7 @@ def test_a_killed_training_finds_its_pool_again(artefact, tmp_path, monkeypatch,
         artefact(tmp_path/"broken", roclip, **settings)
     stored = read_tensors(tmp_path/"broken"/"scratch"/"checkpoint.safetensors")
     assert stored["model.caption_pool"].shape[0] == 25
-    assert int(stored["model.caption_pool_next"]) == (0 if step < 6 else 48 % 25)
+    assert int(stored["model.caption_pool_next"]) == (0 if step < 6 else 16)
     monkeypatch.setattr(training, "_step", one)
     epochs, epoch = [], _train_epoch
     monkeypatch.setattr(training, "_train_epoch", lambda state, *a: (epochs.append(state.epoch), epoch(state, *a))[1])
@@ -287,6 +324,8 @@ def test_the_pool_matters(artefact, tmp_path):
     (dict(every=5), "matching every 5 epochs never happens in 4: choose every from 1 to 4"),
     (dict(every=0), "matching every 0 epochs"),
     (dict(pool_start="empty"), "unknown start 'empty'"),
+    (dict(synonyms="auto"), "synonyms auto means another thing on every machine: pass synonyms=synonym_source"),
+    (dict(synonyms="roget"), "unknown source of synonyms 'roget': use auto, wordnet or builtin"),
 ])
 def test_bad_settings_of_roclip_are_refused_before_training(artefact, tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(training, "_step", lambda *a: pytest.fail("trained"))
@@ -306,7 +345,9 @@ def test_the_plan_computes_nothing_and_holds_all_that_is_shown(lab, monkeypatch)
     monkeypatch.setattr(lab, "run", lambda *a: pytest.fail("it computed"))
     plan = baselines_plan(lab, lab.profile)
     parts = plan.parts
-    assert list(parts.defences) == ["ABL", "ABL + Text Mask", "ABL, constraint", "RoCLIP"]
+    assert list(parts.defences) == [
+        "ABL", "ABL + Text Mask", "ABL, public default", "ABL, InfoNCE ascent", "RoCLIP", "RoCLIP, as in CFBD"
+    ]
     assert list(parts.models) == list(parts.measured) == ["clean CLIP", "No defense", *parts.defences]
     shown = [parts.chain.poisoned, parts.early, parts.noise, *parts.measured.values()]
     assert set(shown) < set(plan.nodes) and {parts.defences["ABL"], parts.defences["RoCLIP"]} < set(plan.nodes)
@@ -339,11 +380,32 @@ def test_the_losses_under_noise_are_those_of_one_step_at_a_time(tmp_path, clip):
     assert losses["EM"][2] < losses["EM"][1] < plain < losses["UAP"][1] < losses["UAP"][2]
 
 
-def test_the_variants_of_abl_differ_in_what_their_names_say(lab):
-    plain, masked, constraint, robust = baselines_plan(lab, lab.profile).parts.defences.values()
-    differing = lambda node: {k for k, v in node.settings.items() if v != plain.settings.get(k)}
-    assert differing(constraint) == {"ascent"} and "text_mask" in differing(masked) <= {"text_mask", "start_layer"}
-    assert robust.stage.name == "baselines.roclip" and "share" not in robust.settings
+def test_variants_differ_in_what_their_names_say(lab):
+    made = baselines_plan(lab, lab.profile).parts.defences
+    def differing(name, plain="ABL"):
+        usual = made[plain].settings
+        return {k for k, v in made[name].settings.items() if v != usual.get(k)}
+    assert differing("ABL, public default") == {"unlearn_target"} and differing("ABL, InfoNCE ascent") == {"unlearning"}
+    assert "text_mask" in differing("ABL + Text Mask") <= {"text_mask", "start_layer"}
+    assert made["ABL, public default"].settings["unlearn_target"] == -1
+    assert made["RoCLIP"].stage.name == "baselines.roclip" and "share" not in made["RoCLIP"].settings
+
+
+@pytest.mark.parametrize("profile", ["smoke", "mini"])
+def test_what_papers_share_is_one_node(tmp_path, profile):
+    "The baselines here are those of UBT's and CFBD's notebooks; RoCLIP alone has a recipe for each."
+    def plan_of(paper, make):
+        lab = Lab(profile, device="cpu", runs=tmp_path/"runs", progress=False, module=f"mcl_repro.papers.{paper}")
+        return make(lab, lab.profile)
+    here = plan_of("baselines", baselines_plan).parts
+    ubt, cfbd = plan_of("ubt", ubt_plan), plan_of("cfbd", cfbd_plan)
+    chains = ubt.chain("BadNet", 0), cfbd.chain("BadNets", 0)
+    assert chains[0].victim.key == chains[1].victim.key == here.chain.victim.key
+    def keys(name):
+        return [plan.defences[name](chain).key for plan, chain in zip((ubt, cfbd), chains)]
+    assert len(set(keys("CleanCLIP"))) == 1 and len(set(keys("RoCLIP"))) == 2
+    assert keys("RoCLIP") == [here.defences[name].key for name in ("RoCLIP", "RoCLIP, as in CFBD")]
+    assert ubt.defences["ABL"](chains[0]).key == here.defences["ABL"].key
 
 
 def test_another_attack_is_another_chain_and_an_unknown_one_is_refused(lab):

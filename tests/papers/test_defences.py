@@ -174,7 +174,7 @@ STEPS = {
         ubt_unlearn, lambda made, done: unlearning(made, done, dict(S.ubt.unlearn, mask="both"))
     ),
     "abl": (baselines.abl, isolating),
-    "abl, constraint": (baselines.abl, lambda made, done: isolating(made, done, ascent="constraint")),
+    "abl, ascent": (baselines.abl, lambda made, done: isolating(made, done, unlearning="ascent")),
     "abl, text mask": (baselines.abl, lambda made, done: isolating(made, done, text_mask=True)),
     "abl_isolation": (baselines.abl_isolation, lambda made, done: dict(clip=made.victim, count=S.poison.count)),
     "roclip": (baselines.roclip, lambda made, done: dict(plain(S.roclip), clip=made.clean)),

@@ -191,8 +191,12 @@ def test_a_paper_may_have_a_model_and_a_recipe_of_its_own(tmp_path, monkeypatch)
     monkeypatch.setenv("MCL_REPRO_DATA", str(tmp_path/"nothing"))
     # public weights need no data
     assert (ubt.clean.settings["pretrained"], ubt.clean.settings["pairs"]) == ("openai", None)
+    robust = [plan.settings.roclip.recipe for plan in (ubt, cfbd)]     # CFBD's, not printed, is the public code's
+    assert [(r.epochs, r.batch_size, r.learning_rate) for r in robust] == [(24, 128, 1e-6), (24, 512, 5e-5)]
     for name in ("mini", "smoke"):
-        assert load_profile(name).papers == {} and load_profile(name).poison.checkpoints is None
+        small = load_profile(name)
+        assert {paper: list(own) for paper, own in small.papers.items()} == {"cfbd": ["roclip"]}
+        assert small.poison.checkpoints is None
 
 
 def test_zero_shot_data_and_prompts():

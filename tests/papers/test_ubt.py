@@ -179,9 +179,7 @@ def first_argument(function):
 def check_node(node, parent, where):
     "That one piece of a defence looks at nothing secret."
     if isinstance(node, ast.Attribute):
-        # the rows of a batch are those of the training set, not of the poison
-        own = node.attr == "rows" and getattr(node.value, "id", "") == "batch"
-        assert own or node.attr not in SECRET, f"{where} uses .{node.attr}"
+        assert node.attr not in SECRET, f"{where} uses .{node.attr}"
     assert not isinstance(node, (ast.Import, ast.ImportFrom)), f"{where} imports on its own"
     if not isinstance(node, ast.Name):
         return
