@@ -1,9 +1,8 @@
-"""Losses of CLIP, CleanCLIP, ABL, RoCLIP and CFBD's mapping network: their formulas term by term, on the same tensors.
+"""Losses of CLIP, CleanCLIP, ABL, UBT, RoCLIP and CFBD's mapping network: formulas term by term, on the same tensors.
 
 The self-supervised and the supervised loss of CleanCLIP are compared so in papers/test_cleanclip, BadCLIP's two terms
 in attacks/test_optimised_triggers, the gradients that add up in MEM's public code in papers/test_mem.
 """
-from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +12,10 @@ import torch
 from mcl_repro.model.clip import Clip, info_nce
 from mcl_repro.model.training import Batch, contrastive_loss, step_rows, TrainingSet
 from mcl_repro.papers import baselines, cleanclip
-from mcl_repro.papers.baselines import abl_loss, attach_pool, roclip_loss
+from mcl_repro.papers.baselines import ascent_loss, attach_pool, constraint_loss, roclip_loss
 from mcl_repro.papers.cfbd import mapping_loss, MappingNetwork
 from mcl_repro.papers.cleanclip import cleanclip_loss
+from mcl_repro.papers.ubt import overfitting_loss, unlearning_loss
 from plain_clip import (
     before_unit, caption_features, captions, CLOSE, contrastive, contrastive_slopes, cross_entropy, linear_clip,
     open_clip, picture_features, pictures, random_units, scale_of, tensor, unit,
@@ -105,52 +105,109 @@ def test_cleanclip_is_four_terms_of_one_temperature(clip, monkeypatch, weights):
 # ---- ABL
 
 @pytest.mark.parametrize("target", [-1., 0., 1.])
-@pytest.mark.parametrize("kind, weight", [("info_nce", 1.), ("constraint", 1.), ("constraint", .3)])
-def test_abl_descends_on_the_rest_and_ascends_or_constrains(clip, kind, weight, target):
-    "InfoNCE(rest) - w InfoNCE(isolated), or + w mean of (<u,v> + u_t)^2 as in CleanCLIP's code."
+@pytest.mark.parametrize("weight, contrastive_weight", [(1., 1.), (.3, 1.), (1., 0.)])
+def test_flagged_pairs_leave_the_contrastive_loss_and_are_constrained(clip, target, weight, contrastive_weight):
+    "InfoNCE(rest of the batch) + w mean of (<u,v> + u_t)^2 over the flagged pairs, as in CleanCLIP's code."
+    images, tokens, flags = pictures(9), captions(9), np.isin(np.arange(9), (1, 4, 5))
+    loss = constraint_loss(torch.from_numpy(flags), weight, target, contrastive_weight)(clip, batch_of(images, tokens))
+    (u, v), s = embedded(clip, images, tokens), scale_of(clip)
+    fit = np.array([float(x @ y) for x, y in zip(u[flags], v[flags])])
+    rest = contrastive_weight * contrastive(u[~flags], v[~flags], s)
+    assert loss.item() == pytest.approx(rest + weight * sum((fit + target)**2) / 3, abs=1e-5)
+    at_u = np.zeros_like(u)
+    at_u[flags] = weight * 2 / 3 * (fit + target)[:, None] * v[flags]
+    at_u[~flags] = contrastive_weight * contrastive_slopes(u[~flags], v[~flags], s)[0]
+    np.testing.assert_allclose(slopes(clip, loss)[0], through_pictures(clip, images, at_u), **CLOSE)
+
+
+@pytest.mark.parametrize("weight", [1., .3])
+def test_abl_by_ascent_descends_on_the_rest_and_ascends_on_isolated_pairs(clip, weight):
+    "InfoNCE(rest) - w InfoNCE(isolated)."
     images, tokens, isolated = pictures(8), captions(8), (pictures(11, seed=1), captions(11, seed=1))
-    loss = abl_loss(TrainingSet(*isolated, torch.arange(11), 4), kind, weight, target, batch_size=5, seed=3)
+    loss = ascent_loss(TrainingSet(*isolated, torch.arange(11), 4), weight, batch_size=5, seed=3)
     loss = loss(clip, batch_of(images, tokens, step=2))
     rows, s = step_rows(11, 5, 3, 2), scale_of(clip)
     (u, v), (a, b) = embedded(clip, images, tokens), embedded(clip, *(x[rows] for x in isolated))
-    fit = [float(x @ y) for x, y in zip(a, b)]
-    other = -contrastive(a, b, s) if kind == "info_nce" else sum((c + target)**2 for c in fit) / 5
-    assert loss.item() == pytest.approx(contrastive(u, v, s) + weight * other, abs=1e-5)
-    if kind == "constraint":
-        at_a = weight * 2 / 5 * (np.array(fit) + target)[:, None] * b
-    else:
-        at_a = -weight * contrastive_slopes(a, b, s)[0]
+    assert loss.item() == pytest.approx(contrastive(u, v, s) - weight * contrastive(a, b, s), abs=1e-5)
     expected = through_pictures(clip, images, contrastive_slopes(u, v, s)[0])
-    expected = expected + through_pictures(clip, isolated[0][rows], at_a)
+    expected = expected + through_pictures(clip, isolated[0][rows], -weight * contrastive_slopes(a, b, s)[0])
     np.testing.assert_allclose(slopes(clip, loss)[0], expected, **CLOSE)
+
+
+# ---- UBT
+
+def beside(clip, step):
+    "Product pairs, the normal pairs that a step draws beside them, and the embeddings of both."
+    images, tokens, normal = pictures(6), captions(6), (pictures(11, seed=1), captions(11, seed=1))
+    rows = step_rows(11, 5, 3, step)
+    drawn = tuple(x[rows] for x in normal)
+    data = TrainingSet(*normal, torch.arange(11), 4)
+    return (images, tokens), drawn, data, embedded(clip, images, tokens), embedded(clip, *drawn)
+
+
+def test_overfitting_pulls_suspicious_pairs_together(clip):
+    "Eq. 3: mean of (<u,v> - 1)^2 over the suspicious pairs of a batch, and lambda times InfoNCE of the others."
+    images, tokens, flags = pictures(9), captions(9), np.isin(np.arange(9), (0, 3))
+    found = overfitting_loss(torch.from_numpy(flags), 2.5)(clip, batch_of(images, tokens)).item()
+    u, v = embedded(clip, images, tokens)
+    fit = [float(x @ y) for x, y in zip(u[flags], v[flags])]
+    rest = contrastive(u[~flags], v[~flags], scale_of(clip))
+    assert found == pytest.approx(sum((c - 1)**2 for c in fit) / 2 + 2.5 * rest, abs=1e-5)
+
+
+@pytest.mark.parametrize("forget", ["constraint", "cosine", "info_nce", "against_normal", "unrelated"])
+@pytest.mark.parametrize("retention", [1., .25])
+def test_unlearning_is_its_form_and_the_contrastive_loss_of_normal_pairs(clip, forget, retention):
+    "Eq. 7 by each reading: w times the form on product pairs, and retention times InfoNCE on normal pairs."
+    (images, tokens), _, data, (u, v), (a, b) = beside(clip, step=2)
+    loss = unlearning_loss(data, forget, .5, 3., retention, batch_size=5, seed=3)
+    s, cosines = scale_of(clip), np.array([float(x @ y) for x, y in zip(u, v)])
+    both_u, both_v = np.concatenate([u, a]), np.concatenate([v, b])
+    def towards(x, gallery, own):       # mean of -log of a row's own place among the gallery
+        return np.mean([np.log(np.exp(s * (gallery @ one)).sum()) - s * float(one @ gallery[i])
+                        for i, one in zip(own, x)])
+    expected = {
+        "constraint": np.mean((cosines + .5)**2),
+        "cosine": np.mean(cosines),
+        "info_nce": -contrastive(u, v, s),
+        "against_normal": -(towards(u, both_v, range(6)) + towards(v, both_u, range(6))) / 2,
+        "unrelated": np.mean([np.log1p(np.exp(s * (c - np.mean(b @ x)))) for c, x in zip(cosines, u)]),
+    }[forget]
+    found = loss(clip, batch_of(images, tokens, step=2)).item()
+    assert found == pytest.approx(3 * expected + retention * contrastive(a, b, s), abs=1e-5)
 
 
 # ---- RoCLIP
 
-def test_roclip_over_epochs_is_nearest_captions_from_a_queue(clip, monkeypatch):
+def test_roclip_over_epochs_is_nearest_captions_from_a_ring(clip, monkeypatch):
     """Epochs 2 and 4 of three steps match: every image with the nearest caption of the pool, in both directions, then
-    the batch's own captions go in and the oldest fall out.
+    the batch's own captions go in over the oldest; where the ring ends, the rest of the batch is dropped.
     """
     monkeypatch.setattr(baselines, "augment_images", lambda images, policy, seed: images.flip(-1))
     images, tokens = pictures(30), captions(30)
     attach_pool(clip, TrainingSet(images, tokens, torch.arange(30), 4), 7)
-    queue, loss, s = deque(clip.model.caption_pool.double().numpy(), maxlen=7), roclip_loss(3), scale_of(clip)
+    ring, place, loss, s = list(clip.model.caption_pool.double().numpy()), 0, roclip_loss(3), scale_of(clip)
     for step in range(12):
         rows = slice(5 * (step % 6), 5 * (step % 6) + 5)
         found = loss(clip, batch_of(images[rows], tokens[rows], step))
         u, v = embedded(clip, images[rows].flip(-1), tokens[rows])
         ordinary = step // 3 in (0, 2)
         if not ordinary:
-            nearest = np.stack([max(queue, key=lambda p: float(p @ one)) for one in u])
-            queue.extend(v)
+            nearest = np.stack([max(ring, key=lambda p: float(p @ one)) for one in u])
+            for one in v:
+                ring[place] = one
+                place += 1
+                if place == 7:
+                    place = 0
+                    break
             v = nearest
         at_images, at_texts, _ = slopes(clip, found)
         assert found.item() == pytest.approx(contrastive(u, v, s), abs=1e-5), step
         at_u = contrastive_slopes(u, v, s)[0]
         np.testing.assert_allclose(at_images, through_pictures(clip, images[rows].flip(-1), at_u), **CLOSE)
         assert (at_texts is not None) == ordinary                                   # captions of a pool do not learn
-        oldest_first = clip.model.caption_pool.roll(-int(clip.model.caption_pool_next), 0)
-        np.testing.assert_allclose(oldest_first, np.array(queue), **CLOSE)
+        np.testing.assert_allclose(clip.model.caption_pool, np.array(ring), **CLOSE)
+        assert int(clip.model.caption_pool_next) == place
 
 
 # ---- CFBD

@@ -61,11 +61,11 @@ def test_places_of_a_patch_of_16_on_224(placement, corners):
 
 
 def test_noise_at_a_random_place():
-    "A corner from 0 to 224 - 16, both ends possible, and the channel's mean + N(0, 1) of the whole range."
+    "A corner from 0 to 224 - 16 - 1, both ends possible, and the channel's mean + N(0, 1) of the whole range."
     x = images(224, 3)
     found, rng = BadNets().apply(x, np.random.default_rng(8)), np.random.default_rng(8)
     for image, changed in zip(x, found):
-        r, c = rng.integers(0, 209), rng.integers(0, 209)
+        r, c = rng.integers(0, 208), rng.integers(0, 208)
         noise = rng.standard_normal((16, 16, 3))
         expected = image.astype(float)
         expected[r:r + 16, c:c + 16] = 255 * (image.astype(float).mean((0, 1)) / 255 + noise)
