@@ -139,11 +139,11 @@ def test_a_row_that_would_mislead_is_refused(change, says):
 
 
 def test_a_row_of_ours_is_marked_and_stands_in_its_group():
-    row = dict(attack="SIG", defense="UBT + retention", metric="CA", value=70.)
+    row = dict(attack="SIG", defense="UBT, k = 0.01%", metric="CA", value=70.)
     with pytest.raises(SettingsError, match="extra=True"):
         tidy("ubt.table1", [row])
     df = tidy("ubt.table1", [row | {"extra": True}])
-    at = df.index[df.defense == "UBT + retention"].item()
+    at = df.index[df.defense == "UBT, k = 0.01%"].item()
     assert (df.attack[at - 1], df.attack[at + 1]) == ("SIG", "SSBA")
     assert pd.isna(df.paper_value[at]) and "extra" not in df
 
