@@ -334,11 +334,11 @@ PICTURE, _DRAWN = "readme.png", "ubt.table1"     # in `results`, and the table t
 _KINDS = {
     "No defense": ("#d55e00", "o", "no defence"),
     "UBT": ("#0173b2", "o", "UBT"),
-    "UBT + retention": ("#029e73", "D", "UBT + retention (ours)"),
+    "UBT, k = 0.01%": ("#029e73", "D", "UBT with a tenth of the pairs"),
 }
 
 def _arrows(ax, points, title):
-    """An arrow for each attack, from no defence to UBT; a diamond where our variant of it ends.
+    """An arrow for each attack, from no defence to UBT; a diamond where a variant of it ends.
 
     `points`: defence, attack -> (ASR, CA).
     """
