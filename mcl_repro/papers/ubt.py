@@ -7,12 +7,12 @@ __all__ = ['STOPS', 'FORGETTING', 'BESIDE_NORMAL', 'MASKS', 'UBT_TABLES', 'UBT_O
            'overfitting_loss', 'fitted', 'ubt_overfit', 'most_similar', 'looks_poisoned', 'ubt_select', 'images_of',
            'words_of', 'cartesian_pairs', 'stop_level', 'forgotten', 'accuracy_lost', 'forget_constraint',
            'forget_cosine', 'forget_info_nce', 'forget_against_normal', 'forget_unrelated', 'unlearning_loss',
-           'most_fitting', 'ordinary_rows', 'masked_pairs', 'left_alone', 'train_product', 'ubt_unlearn',
-           'selection_settings', 'ubt_nodes', 'unlearned', 'reading_settings', 'unlearned_chain', 'detected_chain',
-           'ubt_variants', 'compared_defences', 'attack_lines', 'two_attacks', 'compared_attacks', 'data_lines',
-           'over_seeds', 'ask_found', 'plan_selection', 'kl_to_retrained', 'plan_divergence', 'plan_isolation',
-           'plan_overfitting', 'plan_path', 'plan_readings', 'plan_relevance', 'plan_bound', 'plan_sweep',
-           'timed_steps', 'plan_times', 'plan_amounts', 'ask_beside', 'ubt_plan']
+           'ordinary_rows', 'masked_pairs', 'left_alone', 'train_product', 'ubt_unlearn', 'selection_settings',
+           'ubt_nodes', 'unlearned', 'reading_settings', 'unlearned_chain', 'detected_chain', 'ubt_variants',
+           'compared_defences', 'attack_lines', 'two_attacks', 'compared_attacks', 'data_lines', 'over_seeds',
+           'ask_found', 'plan_selection', 'kl_to_retrained', 'plan_divergence', 'plan_isolation', 'plan_overfitting',
+           'plan_path', 'plan_readings', 'plan_relevance', 'plan_bound', 'plan_sweep', 'timed_steps', 'plan_times',
+           'plan_amounts', 'ask_beside', 'ubt_plan']
 
 # %% ../../nbs/papers/ubt.ipynb #8426ad2d
 from types import SimpleNamespace
@@ -296,22 +296,18 @@ def unlearning_loss(normal: TrainingSet,          # ordinary pairs
     return loss
 
 # %% ../../nbs/papers/ubt.ipynb #cee454cb
-def most_fitting(similarities: np.ndarray, # [n], under the clean model
-                 share: float              # of all pairs, in (0, 1]
+def ordinary_rows(similarities: np.ndarray, # [n], under the clean model
+                  suspicious: int,          # how many pairs are
+                  margin: float = 1.        # how many more are left out, in sizes of the suspicious set
     ) -> np.ndarray: # rows, ascending
-    "The pairs that the clean model finds most similar. Raises SettingsError for a wrong share."
-    count = round(share * len(similarities))
-    if not 0 < count <= len(similarities):
+    "The pairs that unlearning holds on to. Raises SettingsError where nothing is left, or for a negative margin."
+    left_out = suspicious + round(margin * suspicious)
+    if margin < 0 or left_out >= len(similarities):
         raise SettingsError(
-            f"a trusted share of {share:g} of {len(similarities)} pairs is not possible: choose one in (0, 1]"
+            f"margin {margin:g} leaves nothing to hold on to, or is negative: {suspicious} of {len(similarities)} "
+            "pairs are suspicious"
         )
-    return np.sort(np.argsort(-similarities, kind="stable")[:count])
-
-def ordinary_rows(split: dict,        # arrays of `ubt_split`
-                  share: float | None # of all pairs that is trusted; None: all that are not suspicious
-    ) -> np.ndarray: # rows, ascending
-    "The pairs that unlearning holds on to."
-    return split["normal"] if share is None else most_fitting(split["similarities"], share)
+    return np.sort(np.argsort(similarities, kind="stable")[left_out:])
 
 # %% ../../nbs/papers/ubt.ipynb #4f886f89
 MASKS = ("text", "image", "both", "none")
@@ -383,7 +379,7 @@ def ubt_unlearn(work, *,
                 target: float = 1.,                # of the constraint
                 forget_weight: float = 1.,         # of what is to be forgotten
                 retention: float = 1.,             # weight of the contrastive loss on ordinary pairs
-                trusted_share: float | None = None, # of pairs that are ordinary; None: those not suspicious
+                margin: float = 1.,                # see `ordinary_rows`
                 stop: str = "none",                # one of STOPS
                 watched: DataRef | None = None,    # labelled images, for the stop `accuracy`
                 most_lost: float = .02,            # of their accuracy, for the same
@@ -400,7 +396,8 @@ def ubt_unlearn(work, *,
     pairs = defender_pairs(poisoned)
     whole = images_of(training_set(model, pairs.select(selected)), range(len(selected)))
     images, tokens = masked_pairs(selection, whole, mask, count)
-    normal = training_set(model, pairs.select(ordinary_rows(arrays(split, "split"), trusted_share)))
+    found = arrays(split, "split")
+    normal = training_set(model, pairs.select(ordinary_rows(found["similarities"], len(found["suspicious"]), margin)))
     callbacks = _ends(model, images, tokens, normal, stop, watched, most_lost, steps)
     size, seed = recipe["batch_size"], recipe.get("seed", 0)
     loss = unlearning_loss(normal, forget, target, forget_weight, retention, size, seed)
@@ -424,7 +421,7 @@ def _ubt_unlearn_cost(s):
     work = StageWork(may_stop=may_stop, usually=.25 if may_stop else 1.)
     work.train(s, steps * size, dict(s.recipe, epochs=1), beside=beside)
     counts = s.counts("poisoned").items
-    ordinary = round(counts * (1 - s.split.settings.get("share", 0) if s.trusted_share is None else s.trusted_share))
+    ordinary = round(counts * (1 - (1 + s.margin) * s.split.settings.get("share", 0)))
     work.read(s, "poisoned", images=k + (ordinary if beside or levels else 0), pairs=k * k + ordinary)
     if s.stop == "accuracy":
         watched = s.counts("watched")
@@ -516,7 +513,7 @@ def ubt_variants(plan # an `Experiments`
     return {
         "UBT": variant(),
         "UBT, k = 0.01%": variant(count=settings.few_count),
-        "UBT, fitting half": variant(trusted_share=.5),
+        "UBT, without a margin": variant(margin=0.),
         "CFBD -> UBT": lambda chain: detected_chain(plan, chain),
         "GA": variant(mask="none"),
         "Image Mask + GA": variant(mask="image"),
@@ -585,7 +582,7 @@ def data_lines(plan # an `Experiments`
         plan.line("ubt.table7", rows, dict(dataset=name), role=f"retrieval_{name.lower()}", attack=basic)
     pair = ["No defense", "UBT"]
     for label, count in settings.poison_counts.items():
-        rows, labels = [*pair, "UBT, fitting half"], dict(backdoor_number=int(label))
+        rows, labels = [*pair, "UBT, without a margin"], dict(backdoor_number=int(label))
         plan.line("ubt.table9", rows, labels, attack=basic, count=count)
     for label, part in settings.data_sizes.items():
         plan.line("ubt.table10", pair, dict(dataset_size=label), attack=basic, **part)

@@ -358,8 +358,8 @@ def product_rows(count: int, # pairs of the product
 def unlearn(clip: Clip, found: Suspects, pairs: Pairs, settings: dict, recipe: dict, seed: int = 0, progress=None,
             checkpoint=None) -> dict:
     "UBT's unlearning of the selected pairs (its Eqs. 6 and 7), in place."
-    split = dict(similarities=found.similarities, normal=found.normal)
-    normal = training_set(clip, pairs.select(ordinary_rows(split, settings["trusted_share"])))
+    held = ordinary_rows(found.similarities, len(found.suspicious), settings["margin"])
+    normal = training_set(clip, pairs.select(held))
     product = cartesian_pairs(found.images.to(clip.device), found.cut)
     epoch = max(settings["steps"] // recipe["epochs"], 1)*recipe["batch_size"]
     data = rows_of(product, product_rows(len(product), epoch, seed))
@@ -371,7 +371,8 @@ def unlearn(clip: Clip, found: Suspects, pairs: Pairs, settings: dict, recipe: d
     loss = unlearning_loss(normal, **form, batch_size=recipe["batch_size"], seed=seed)
     history = train(clip, data, Recipe(**recipe), loss=loss, callbacks=callbacks, checkpoint=checkpoint,
                     progress=_noted(progress, "unlearning"))
-    return dict(steps=history[-1]["step"], loss=[round(h["loss"], 6) for h in history])
+    shares = dict(held=len(held) / len(found.similarities))
+    return dict(shares, steps=history[-1]["step"], loss=[round(h["loss"], 6) for h in history])
 
 # %% ../../nbs/tools/repairing.ipynb #318e5992
 def _words(clip, tokens):
@@ -404,10 +405,7 @@ def _unlearned_sentence(clip_name, facts, recipe, settings):
             f"{recipe['learning_rate']:g}")
     if not settings["retention"]:
         return f"{said}, and held on to nothing."
-    share = settings["trusted_share"]
-    if share is None:
-        return f"{said}, while holding on to the pairs that {clip_name} does not find suspicious."
-    return f"{said}, while holding on to the {share:.0%} of the pairs that {clip_name} finds most similar."
+    return f"{said}, while holding on to the {facts['held']:.0%} of the pairs that {clip_name} finds most similar."
 
 def repair_ubt(clip, pairs, *, reference, recipe, settings, seed=0, progress=None, checkpoint=None, **other):
     "UBT: find pairs that look poisoned, and unlearn them; a model that does not look poisoned is left as it is."
@@ -426,7 +424,7 @@ def repair_ubt(clip, pairs, *, reference, recipe, settings, seed=0, progress=Non
     return dict(facts, selected=_ubt_table(clip, found), done=done)
 
 # %% ../../nbs/tools/repairing.ipynb #47489ecf
-_UNNAMED = dict(verdict=0.95, forget_weight=1.0, trusted_share=None, stop="none", mask="text")   # by a profile
+_UNNAMED = dict(verdict=0.95, forget_weight=1.0, margin=1.0, stop="none", mask="text")   # by a profile
 
 def _ubt_sizes(ubt, recipe, size, count, suspicious):
     "How many pairs to select, the same share as in the profile, and how many steps to unlearn them."
@@ -468,9 +466,8 @@ def _check_ubt(clip, settings):
     if not 0 < settings["verdict"] < 1:
         raise SettingsError("verdict is the share of ordinary pairs that the selected ones must surpass, between 0 "
                             f"and 1, not {settings['verdict']:g}")
-    share = settings["trusted_share"]
-    if share is not None and not 0 < share <= 1:
-        raise SettingsError(f"trusted_share lies between 0 and 1, not {share:g}; or leave it out")
+    if not (1 + settings["margin"])*settings["suspicious_share"] < 1 or settings["margin"] < 0:
+        raise SettingsError(f"margin {settings['margin']:g} leaves nothing to hold on to, or is negative")
     if settings["stop"] == "accuracy":
         raise SettingsError("the stop accuracy is not offered here: take unrelated or matching, or another reading")
     Recipe(**settings["overfit"])

@@ -14,7 +14,7 @@ from mcl_repro.papers.baselines import isolate
 from mcl_repro.papers.cfbd import (
     benign_level, benign_region, coarse_split, fine_threshold, fit_mixture, gaussian, guard_level, Mixture,
 )
-from mcl_repro.papers.ubt import cartesian_pairs, looks_poisoned, most_fitting, most_similar, split_suspicious
+from mcl_repro.papers.ubt import cartesian_pairs, looks_poisoned, most_similar, ordinary_rows, split_suspicious
 from plain_clip import CLOSE
 
 
@@ -109,7 +109,7 @@ def test_thresholds_of_the_fine_stage(alpha):
 # ---- UBT and ABL: which pairs
 
 def test_suspicious_selected_trusted_and_isolated():
-    "Lowest share under the clean model, its k highest under the overfitted one; the highest share for trust and ABL."
+    "Lowest share under the clean model, its k highest under the overfitted one; all beyond a margin to hold on to; ABL the highest."
     rng = np.random.default_rng(0)
     clean, overfitted = rng.normal(size=500), rng.normal(size=500)
     low_first, high_first = (sorted(range(500), key=lambda i: sign * clean[i]) for sign in (1, -1))
@@ -117,7 +117,7 @@ def test_suspicious_selected_trusted_and_isolated():
     assert suspicious.tolist() == low_first[:20] and normal.tolist() == sorted(low_first[20:])
     chosen = most_similar(overfitted, suspicious, 6)
     assert chosen.tolist() == sorted(low_first[:20], key=lambda i: -overfitted[i])[:6]
-    assert most_fitting(clean, .3).tolist() == sorted(high_first[:150])
+    assert ordinary_rows(clean, 20, 1.5).tolist() == sorted(low_first[50:])
     isolated, rest = isolate(clean, .01)
     assert isolated.tolist() == high_first[:5] and rest.tolist() == sorted(high_first[5:])
 

@@ -37,7 +37,7 @@ ATTACK = dict(name="badnets", pattern="checker", placement="corner", patch_share
 OVERFIT = dict(epochs=2, batch_size=32, learning_rate=1e-3)
 UNLEARN = dict(epochs=3, batch_size=16, learning_rate=1e-3, frozen_batchnorm=True)   # 6 x 6 pairs: two steps an epoch
 ASCENT = dict(forget="cosine", retention=0., stop="unrelated")
-HALF = dict(trusted_share=.5)
+BARE = dict(margin=0.)
 
 
 @stage
@@ -65,7 +65,7 @@ def graph(lab):
         as_if_poisoned, selection=lab.node(ubt_select, overfitted=overfitted, poisoned=poisoned, split=split, count=6)
     )
     unlearn = lab.node(
-        ubt_unlearn, clip=victim, poisoned=poisoned, split=split, selection=selection, recipe=UNLEARN, **HALF
+        ubt_unlearn, clip=victim, poisoned=poisoned, split=split, selection=selection, recipe=UNLEARN, **BARE
     )
     return SimpleNamespace(
         clean=clean, poisoned=poisoned, victim=victim, split=split, selection=selection, unlearn=unlearn
@@ -130,7 +130,7 @@ def defend(folder, made, poisoned):
             recipe=UNLEARN, **options,
         )
         for name, options in (
-            ("constraint", {}), ("ascent", ASCENT), ("whole captions", dict(HALF, mask="none")),
+            ("constraint", {}), ("ascent", ASCENT), ("whole captions", dict(BARE, mask="none")),
         )
     ]
     return [s.result for s in stages], {

@@ -105,7 +105,7 @@ def test_what_cannot_work_is_refused_before_any_work(no_work, tmp_path, change, 
 @pytest.mark.parametrize("settings, says", [
     (dict(mask="image"), "mask is text"),
     (dict(verdict=1.), "verdict is the share"),
-    (dict(trusted_share=0.), "trusted_share lies between"),
+    (dict(margin=-1.), "margin -1 leaves nothing"),
     (dict(reading="oral"), "unknown reading of Eq. 7"),
     (dict(suspicious_share=.01), "too few for ubt"),
     (dict(relevance_start_layer=7), "start_layer: 7"),
