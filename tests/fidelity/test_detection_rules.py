@@ -109,7 +109,7 @@ def test_thresholds_of_the_fine_stage(alpha):
 # ---- UBT and ABL: which pairs
 
 def test_suspicious_selected_trusted_and_isolated():
-    "Lowest share under the clean model, its k highest under the overfitted one, what is held on to; ABL's highest share."
+    "The least similar under the clean model, k of them under the overfitted one, what is held on to; ABL's choice."
     rng = np.random.default_rng(0)
     clean, overfitted = rng.normal(size=500), rng.normal(size=500)
     low_first, high_first = (sorted(range(500), key=lambda i: sign * clean[i]) for sign in (1, -1))
