@@ -8,11 +8,11 @@ __all__ = ['STOPS', 'FORGETTING', 'BESIDE_NORMAL', 'MASKS', 'UBT_TABLES', 'UBT_O
            'words_of', 'cartesian_pairs', 'stop_level', 'forgotten', 'accuracy_lost', 'forget_constraint',
            'forget_cosine', 'forget_info_nce', 'forget_against_normal', 'forget_unrelated', 'unlearning_loss',
            'ordinary_rows', 'masked_pairs', 'left_alone', 'train_product', 'ubt_unlearn', 'selection_settings',
-           'ubt_nodes', 'unlearned', 'reading_settings', 'unlearned_chain', 'detected_chain', 'ubt_variants',
-           'compared_defences', 'attack_lines', 'two_attacks', 'compared_attacks', 'data_lines', 'over_seeds',
-           'ask_found', 'plan_selection', 'kl_to_retrained', 'plan_divergence', 'plan_isolation', 'plan_overfitting',
-           'plan_path', 'plan_readings', 'plan_relevance', 'plan_bound', 'plan_sweep', 'timed_steps', 'plan_times',
-           'plan_amounts', 'ask_beside', 'ubt_plan']
+           'ubt_nodes', 'unlearned', 'reading_settings', 'unlearned_chain', 'detected_chain', 'least_steps',
+           'ubt_variants', 'compared_defences', 'attack_lines', 'two_attacks', 'compared_attacks', 'data_lines',
+           'over_seeds', 'ask_found', 'plan_selection', 'kl_to_retrained', 'plan_divergence', 'plan_isolation',
+           'plan_overfitting', 'plan_path', 'plan_readings', 'plan_relevance', 'plan_bound', 'plan_sweep',
+           'timed_steps', 'plan_times', 'plan_amounts', 'ask_beside', 'ubt_plan']
 
 # %% ../../nbs/papers/ubt.ipynb #8426ad2d
 from types import SimpleNamespace
@@ -504,6 +504,14 @@ def detected_chain(plan, # an `Experiments`
     return unlearned(plan.lab, chain.poisoned, chain.victim, found, settings.ubt.unlearn, chain.seed)
 
 # %% ../../nbs/papers/ubt.ipynb #898d8dff
+def least_steps(plan # an `Experiments`
+    ) -> int:
+    "Steps of unlearning on the smallest of Table X's sets: the product grows with the square of the selected pairs."
+    settings, size = plan.settings.ubt, plan.lab.size
+    smallest = min(size(part["pairs"]) for part in settings.data_sizes.values())
+    selected, recipe = round(settings.unlearn_count * smallest / size("finetune")), settings.unlearn.recipe
+    return recipe["epochs"] * (selected**2 // min(recipe["batch_size"], selected**2))
+
 def ubt_variants(plan # an `Experiments`
     ) -> dict: # printed name -> function of a chain that gives a node
     "The paper's method and everything that differs from it in one respect."
@@ -514,6 +522,7 @@ def ubt_variants(plan # an `Experiments`
         "UBT": variant(),
         "UBT, k = 0.01%": variant(count=settings.few_count),
         "UBT, without a margin": variant(margin=0.),
+        "UBT, steps of the least data": lambda chain: unlearned_chain(plan, chain, steps=least_steps(plan)),
         "CFBD -> UBT": lambda chain: detected_chain(plan, chain),
         "GA": variant(mask="none"),
         "Image Mask + GA": variant(mask="image"),
@@ -585,7 +594,8 @@ def data_lines(plan # an `Experiments`
         rows, labels = [*pair, "UBT, without a margin"], dict(backdoor_number=int(label))
         plan.line("ubt.table9", rows, labels, attack=basic, count=count)
     for label, part in settings.data_sizes.items():
-        plan.line("ubt.table10", pair, dict(dataset_size=label), attack=basic, **part)
+        rows, labels = [*pair, "UBT, steps of the least data"], dict(dataset_size=label)
+        plan.line("ubt.table10", rows, labels, attack=basic, **part)
 
 # %% ../../nbs/papers/ubt.ipynb #c054500b
 def over_seeds(plan,        # an `Experiments`

@@ -1056,7 +1056,7 @@ def repair(model, # to repair: see `as_clip`; it is not changed
     """Take a backdoor out of a copy of a CLIP, and measure what that did to clean quality.
 
     SettingsError and DataError, before any long work, for what cannot work. Nothing looks at a trigger or at attack
-    success. Sources: UBT (arXiv 2409.19526) with this project's retention, CleanCLIP (arXiv 2303.03323), CFBD.
+    success. Sources: UBT (arXiv 2409.19526; how Eq. 7 is read: `papers.ubt`), CleanCLIP (arXiv 2303.03323), CFBD.
     """
     way, began = _method(method), time.monotonic()
     given = dict(pairs=pairs, reference=reference, trusted=trusted, images=images)
