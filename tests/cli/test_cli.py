@@ -227,7 +227,7 @@ def test_a_shell_completes_what_plug_ins_can_add():
     (("status", "--profile", "minni"), "unknown profile 'minni'; known: mini, smoke, paper"),
     (("run", "--device", "gpu"), "unknown device 'gpu'; known: auto, cpu, cuda"),
     (("claims", "--verdict", "proved"),
-     "unknown verdict 'proved'; known: reproduced, contradicted, undecided, not_testable"),
+     "unknown verdict 'proved'; known: reproduced, contradicted, undecided, depends_on_our_reading, not_testable"),
     (("settings", "uvt"), "unknown paper 'uvt'; known: ubt, mem, cleanclip, cfbd"),
 ])
 def test_a_value_that_is_none_of_a_closed_set_is_told_what_there_is(words, says):

@@ -236,7 +236,7 @@ def test_no_defence_looks_at_what_a_defender_does_not_have(made, tmp_path, monke
             assert load_clip(done[name]).name == SETTINGS.model.name
             repaired, victim = (load_clip(at).model.state_dict() for at in (done[name], made.victim))
             assert all(torch.equal(v, victim[k]) for k, v in repaired.items()) is (name in SAME_CLIP)
-    assert len(done) == 24 and sum((d.path/"clip.safetensors").exists() for d in done.values()) == 15
+    assert len(done) == 25 and sum((d.path/"clip.safetensors").exists() for d in done.values()) == 16
 
 
 def test_every_stage_of_the_defences_is_run():
