@@ -276,6 +276,7 @@ def _flipped(claim, rules, run, verdict):
             continue
     return None
 
+# %% ../../nbs/report/claims.ipynb #206a9857
 def judge(
     claim: Claim,          # of `read_claims`
     run: Run,              # a run's cells
