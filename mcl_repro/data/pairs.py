@@ -580,7 +580,8 @@ def open_world(
     mark = world_fingerprint(split, count, seed)
     kind, scenes = world.SPLITS[split], world.scenes(split, count, seed)
     images = WorldImages(scenes, mark)
-    name = f"world:{split}:{len(scenes)}"
+    name, _, version = split.partition("@")
+    name = f"world{version}:{name}:{len(scenes)}"
     ids = list(scenes.ids)
     k = kind.captions_per_image
     if kind.kind == "labelled":

@@ -182,8 +182,11 @@ def _split_source(source:str) -> tuple[str, int|None]:
 
 # %% ../../nbs/data/registry.ipynb #6e010be6
 def _parse(source:str) -> tuple[str, str, int|None, int]:
-    "Name, split, count and seed of `name:split[:count]` or `world:split[:count[:seed]]`."
+    "Name, split, count and seed of `name:split[:count]` or `world:split[:count[:seed]]`; `world1:` is version 1."
     name, *rest = source.split(":")
+    if name == "world1" and rest:
+        from mcl_repro.data.world import first_version
+        name, rest[0] = "world", first_version(rest[0])
     if not 1 <= len(rest) <= (3 if name == "world" else 2) or not all(rest):
         if name in known_datasets():
             raise DataError(
