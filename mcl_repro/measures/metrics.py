@@ -6,7 +6,8 @@
 __all__ = ['TIES', 'STATISTICS', 'label_ranks', 'correct', 'clean_accuracy', 'attack_hits', 'attack_success_rate',
            'RetrievalRanks', 'retrieval_ranks', 'hits', 'hit_rate', 'median_rank', 'recalls', 'caption_recall',
            'retrieval_attack_hits', 'retrieval_asr', 'prediction_kl', 'detection_rates', 'detection_quality',
-           'placements', 'Items', 'Estimate', 'bootstrap_interval', 'paired_bootstrap', 'resamples', 'combine_seeds']
+           'placements', 'Items', 'Estimate', 'wilson_interval', 'bootstrap_interval', 'paired_bootstrap', 'resamples',
+           'combine_seeds']
 
 # %% ../../nbs/measures/metrics.ipynb #a808ca86
 from dataclasses import dataclass
@@ -432,6 +433,29 @@ def _resampled(items: tuple, # one or two arrays [n] over the same items
 # %% ../../nbs/measures/metrics.ipynb #48306c5d
 STATISTICS = {"mean": np.mean, "median_rank": median_rank}
 
+def _is_share(x: np.ndarray, statistic) -> bool:
+    "Whether a number is a share of items: the mean of outcomes that are 0 or 1."
+    return statistic is np.mean and bool(((x == 0) | (x == 1)).all())
+
+def wilson_interval(hits: int, # items that have it
+                    n: int, # items, from 1
+                    level: float=.95 # of the interval
+                   ) -> tuple: # lower and upper end in [0, 1], never equal
+    "Wilson's interval of a share (1927): none of zero width, as the bootstrap's of 0 hits or of n"
+    from scipy.stats import binomtest
+    found = binomtest(int(hits), int(n)).proportion_ci(level, method="wilson")
+    return float(found.low), float(found.high)
+
+def _ends(x, statistic, level, count, seed, groups) -> tuple:
+    "Both ends of an interval: Wilson's for a share of items, else the percentile bootstrap's."
+    if _is_share(x, statistic) and groups is None:
+        return wilson_interval(x.sum(), len(x), level)
+    low, high = np.quantile(_resampled((x,), statistic, count, seed, groups), [(1 - level)/2, (1 + level)/2])
+    if low == high and _is_share(x, statistic):     # whole groups count once
+        members = len(np.unique(groups))
+        return wilson_interval(round(x.mean()*members), members, level)
+    return low, high
+
 def bootstrap_interval(outcomes, # [n], one outcome per test item (hits, ranks, divergences)
                        statistic: Callable=np.mean, # of an array with axis=-1, for example `median_rank`
                        level: float=.95, # share of resamples inside the interval
@@ -439,11 +463,13 @@ def bootstrap_interval(outcomes, # [n], one outcome per test item (hits, ranks, 
                        seed: int=0, # of the draws
                        groups=None # [n], items drawn together, for example the image of each caption
                       ) -> Estimate:
-    "The statistic with its percentile bootstrap interval over test items; the same seed gives the same interval"
+    """The statistic with its interval over test items; the same seed gives the same interval.
+
+    The percentile bootstrap; for the share of items that are hits Wilson's interval."""
     x = _array(outcomes, "outcomes", 1).astype(np.float64)
     if not 0 < level < 1:
         raise SettingsError(f"level: must lie between 0 and 1, got {level}")
-    low, high = np.quantile(_resampled((x,), statistic, count, seed, groups), [(1 - level)/2, (1 + level)/2])
+    low, high = _ends(x, statistic, level, count, seed, groups)
     estimate = Estimate(float(statistic(x, axis=-1)), float(low), float(high))
     if name := next((k for k, f in STATISTICS.items() if f is statistic), None):
         estimate.items = Items(x, name, None if groups is None else np.asarray(groups))
@@ -499,6 +525,7 @@ def resamples(items: Items, # of one number
              ) -> np.ndarray: # [1 + count]: the number itself, then the number on every resample
     """A number and its resamples, on draws that all numbers over the same items share.
 
+    Where no item is a hit, or every one, draws would all be equal: then they come from Jeffreys' posterior.
     `SettingsError` for a statistic that is not known.
     """
     x = _array(items.outcomes, "outcomes", 1).astype(np.float64)
@@ -508,6 +535,9 @@ def resamples(items: Items, # of one number
     weights = _draws(len(x), groups, count, seed)
     if items.statistic == "mean":
         drawn = (weights.astype(np.float32) @ x.astype(np.float32)).astype(np.float64)/weights.sum(1)
+        if _is_share(x, np.mean) and x.min() == x.max():
+            members = len(x) if groups is None else len(np.unique(items.groups))
+            drawn = np.random.default_rng(seed).beta(x[0]*members + .5, (1 - x[0])*members + .5, count)
     else:
         parts = np.array_split(weights, max(1, weights.size//2**22))
         drawn = np.concatenate([np.floor(_weighted_median(x, part)) + 1 for part in parts])

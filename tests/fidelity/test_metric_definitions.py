@@ -142,11 +142,14 @@ def test_the_interval_is_scipys_percentile_bootstrap(name):
     np.testing.assert_allclose(found[1:3], percentile((x.astype(np.float32),), statistic, 700, 4), **CLOSE)
 
 
-def test_the_interval_of_a_share_is_that_of_the_binomial():
-    "Of a share in n items resamples are binomial counts; enough of them give its quantiles."
-    hits = np.arange(60) < 13
-    found = metrics.bootstrap_interval(hits, count=200_000, seed=0)
-    np.testing.assert_allclose(found[1:3], stats.binom.ppf([.025, .975], 60, 13 / 60) / 60, **CLOSE)
+def test_the_interval_of_a_share_is_wilsons():
+    "Wilson 1927: all shares whose score test at 5% does not refuse what was found."
+    for hits, n in ((13, 60), (0, 60), (60, 60)):
+        z, p = stats.norm.ppf(.975), hits / n
+        middle, reach = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        ends = (middle - reach) / (1 + z**2 / n), (middle + reach) / (1 + z**2 / n)
+        found = metrics.bootstrap_interval(np.arange(n) < hits)
+        np.testing.assert_allclose(found[1:3], ends, atol=1e-9)
 
 
 def test_the_paired_interval_is_scipys():
