@@ -350,7 +350,7 @@ def _rights(sources) -> str:
     "What may be done with the results: ours where the data are generated, with a warning where they are not."
     text = ("Code and results are under the Apache License 2.0: what is computed from the generated data of the "
             "embedded world is our own work. Data sets are named, not included.")
-    real = sorted({source.partition(":")[0] for source in sources} - {"world", ""})
+    real = sorted({source.partition(":")[0] for source in sources} - {"world", "world1", ""})
     if not real:
         return text
     return (f"{text} This run also used {', '.join(real)}: figures may show pictures of it, "

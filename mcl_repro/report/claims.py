@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUDITS', 'Comparison', 'unit_word', 'Judgement', 'audit', 'judge', 'claim_page', 'judge_claims', 'count_of',
-           'counts_said', 'ClaimsView', 'show_claims', 'read_judged', 'show_inconsistencies', 'audit_all']
+           'counts_said', 'verdicts_said', 'ClaimsView', 'show_claims', 'read_judged', 'show_inconsistencies',
+           'audit_all']
 
 # %% ../../nbs/report/claims.ipynb #41fa5bcd
 import math
@@ -20,6 +21,7 @@ from ..core.errors import SettingsError, StoreError
 from ..core.files import read_json, write_atomically
 from ..core.words import near
 from .page import VERDICTS
+from .preconditions import read_met, read_preconditions
 from .printed import printed_entries
 from mcl_repro.report.rules import (
     ByReading, check_files, Claim, MissingRows, pair_cells, PRINTED, read_claims, read_readings, rule_pairs, rule_text,
@@ -41,6 +43,9 @@ class Comparison:
     ci_high: float = math.nan
     all_low: float = math.nan   # interval that holds for all margins of the rule at once
     all_high: float = math.nan
+    effect: float = math.nan        # how far the left side is from no effect, where that is known
+    effect_low: float = math.nan    # 90% interval of the effect
+    effect_high: float = math.nan
 
 AUDITS = ("holds", "partly", "fails", "not_checkable")
 
@@ -119,6 +124,20 @@ def _seeds_of(source, pairs) -> int:
     "How many seeds the cells of some comparisons have."
     return max((len(source.numbers(*cell)) for pair in pairs for cell in pair_cells(pair)), default=1)
 
+def _effect(source, seeds, pair) -> tuple:
+    "The size of an effect and its 90% interval, in the direction that is claimed; not a number where it is unknown."
+    if pair.reference is None or pair.relation == "between":
+        return (math.nan,)*3
+    try:
+        found = _series(source, seeds, pair.effect)
+    except MissingRows:     # the model without an effect was not measured
+        return (math.nan,)*3
+    value = float(found[:, 0].mean())
+    if found.shape[1] == 1:
+        return (value,)*3
+    own, _ = _intervals(found[None], level=.9)
+    return value, *map(float, own[0])
+
 def _evaluated(source, pairs, whole) -> list[Comparison]:
     "The comparisons of one rule on a source."
     if not pairs:
@@ -137,6 +156,7 @@ def _evaluated(source, pairs, whole) -> list[Comparison]:
         if printed:
             state, ends = "holds" if state == "holds" else "fails", []
         bound, margin = _bound_text(pair.relation, right), float(margins[i, :, 0].mean())
+        ends = [*ends, *[math.nan]*(4 - len(ends)), *_effect(source, seeds, pair)]
         made.append(Comparison(_said(pair.free), float(left), bound, margin, state, pair.unit, *ends))
     return made
 
@@ -250,44 +270,116 @@ def audit(
 # %% ../../nbs/report/claims.ipynb #206a9856
 _LEVELS = "It speaks of the height of a number, which depends on data and model; profile paper decides it."
 
+def _printed_rule(claim, rule):
+    "What the printed cells say of a rule: labels -> comparison, and whether it holds; None where none is printed."
+    try:
+        pairs = rule_pairs(PRINTED, rule, claim.id)
+        made = _evaluated(PRINTED, pairs, True)
+    except MissingRows:
+        return {}, None
+    if not pairs:
+        return {}, None
+    return {c.text: c for c in made}, _outcome(rule, made)
+
+def _carried(rule, pairs, printed, outcome):
+    "The comparisons that can be asked for: those whose printed cells hold; none of a rule that print fails as a whole."
+    if outcome is None:
+        return pairs
+    if rule.get("how_many", "all") != "all":
+        return pairs if outcome == "holds" else []
+    return [pair for pair in pairs if _said(pair.free) not in printed or printed[_said(pair.free)].state == "holds"]
+
+def _softened(comparison, printed):
+    """'holds', 'fails' (next to no effect) or 'open' by the size of an effect instead of the rule's bound.
+
+    No effect: the upper end of its 90% interval is below a third of the printed one (Simonsohn's small telescopes).
+    Where the effect is unknown, or print has none in that direction, a comparison fails if it misses the bound by
+    more than print keeps from it."""
+    theirs = printed.effect if printed else 0.
+    if comparison.state == "holds":
+        return "holds"
+    if math.isnan(comparison.effect) or math.isnan(theirs) or (printed and theirs <= 0):
+        kept = max(printed.margin, 0.) if printed else 0.
+        return "fails" if comparison.state == "fails" and comparison.ci_high < -kept else "open"
+    if comparison.effect_high < theirs/3:
+        return "fails"
+    return "holds" if comparison.effect_low > 0 else "open"
+
+# %% ../../nbs/report/claims.ipynb #7b7058e7
+def _rule_verdict(rule, comparisons, printed, outcome) -> str:
+    "What one rule says, one of the first four verdicts."
+    if outcome == "holds":
+        return "replicated"
+    states = [_softened(comparison, printed.get(comparison.text)) for comparison in comparisons]
+    softened = _outcome(rule, [replace(c, state=state) for c, state in zip(comparisons, states)])
+    return {"holds": "in_direction", "fails": "not_replicated", "open": "inconclusive"}[softened]
+
+def _together(verdicts) -> str:
+    "The verdict of a claim from those of its rules: the worst one."
+    return max(verdicts, key=("replicated", "in_direction", "inconclusive", "not_replicated").index)
+
 def _judged(claim, rules, run):
-    "The rules with their comparisons and outcomes, the number of seeds, and the verdict."
-    found, seeds = [], 1
+    "Rules with comparisons and outcomes, the number of seeds, and the verdict; without any, the paper disagrees."
+    found, seeds, verdicts = [], 1, []
     for rule in rules:
-        pairs = rule_pairs(run, rule, claim.id)
+        printed, carried = _printed_rule(claim, rule)
+        pairs = _carried(rule, rule_pairs(run, rule, claim.id), printed, carried)
+        if not pairs:
+            continue
         whole = _needed(rule, len(pairs)) == (len(pairs), len(pairs))
         comparisons = tuple(_evaluated(run, pairs, whole))
         found.append((rule, comparisons, _outcome(rule, comparisons)))
         seeds = max(seeds, _seeds_of(run, pairs))
-    outcomes = [outcome for _, _, outcome in found]
-    return found, seeds, "contradicted" if "fails" in outcomes else "undecided" if "open" in outcomes else "reproduced"
+        verdicts.append(_rule_verdict(rule, comparisons, printed, found[-1][2]))
+    return found, seeds, _together(verdicts) if verdicts else "paper_disagrees"
+
+_TURNED = {"replicated": ("not_replicated",), "in_direction": ("not_replicated",),
+           "not_replicated": ("replicated", "in_direction")}
 
 def _flipped(claim, rules, run, verdict):
     "The first reading that the text allows and that turns a certain verdict round, with its verdict; None without one."
     readings = read_readings().get(claim.paper)
-    if not readings or verdict == "undecided" or not set(claim.tables) & set(readings["tables"]):
+    if not readings or verdict not in _TURNED or not set(claim.tables) & set(readings["tables"]):
         return None
-    turned = {"reproduced": "contradicted", "contradicted": "reproduced"}[verdict]
     for reading in readings["allowed"]:
         try:
-            if _judged(claim, rules, ByReading(run, claim.paper, reading))[2] == turned:
-                return reading, turned
+            other = _judged(claim, rules, ByReading(run, claim.paper, reading))[2]
         except (MissingRows, KeyError):     # not every cell was measured by this reading
             continue
+        if other in _TURNED[verdict]:
+            return reading, other
     return None
 
 # %% ../../nbs/report/claims.ipynb #206a9857
-def judge(
-    claim: Claim,          # of `read_claims`
-    run: Run,              # a run's cells
-    profile: str = "mini", # of the run: "paper" decides rules about levels, "smoke" is not judged
-) -> Judgement:            # one of `VERDICTS`
-    "Do our cells carry the sentence? Raises `StoreError` for a file that was changed since it was written."
+def _unmet(claim, met) -> str:
+    "Why a claim cannot be judged here: the preconditions that it needs and that are not met, or not measured; or \"\"."
+    known, lacking = read_preconditions(), {False: [], None: []}
+    for id in claim.needs:
+        state = met.get((claim.paper, id))
+        if state is not True:
+            lacking[state].append(f"{id} ({known[id].fact.rstrip('.')})")
+    words = {False: "not met", None: "not measured"}
+    return "; ".join(f"{words[state]}: {', '.join(ids)}" for state, ids in lacking.items() if ids)
+
+def _cannot(claim, rules, profile, met) -> str:
+    "Why nothing has to be compared; \"\" where something has."
     if claim.untestable:
-        return Judgement(claim.id, "not_testable", why=claim.untestable)
-    rules = [rule for rule in claim.rules if profile == "paper" or not rule.get("levels")]
+        return claim.untestable
     if not rules:
-        return Judgement(claim.id, "not_testable", why=_LEVELS)
+        return _LEVELS
+    unmet = "" if met is None or profile == "smoke" else _unmet(claim, met)
+    return f"Preconditions {unmet}." if unmet else ""
+
+def judge(
+    claim: Claim,              # of `read_claims`
+    run: Run,                  # a run's cells
+    profile: str = "mini",     # of the run: "paper" decides rules about levels, "smoke" is not judged
+    met: dict | None = None,   # of `read_met`; None: the preconditions are not asked for
+) -> Judgement:                # one of `VERDICTS`
+    "Do our cells carry the sentence? Raises `StoreError` for a file that was changed since it was written."
+    rules = [rule for rule in claim.rules if profile == "paper" or not rule.get("levels")]
+    if why := _cannot(claim, rules, profile, met):
+        return Judgement(claim.id, "not_testable", why=why)
     try:
         found, seeds, verdict = _judged(claim, rules, run)
         other = _flipped(claim, rules, run, verdict)
@@ -296,16 +388,21 @@ def judge(
     if profile == "smoke":
         return Judgement(claim.id, "not_testable", tuple(found), "Profile smoke is too small to be judged.", seeds)
     if other:
-        said = f"{verdict} as we read {read_readings()[claim.paper]['of']}, {other[1]} as {other[0]}"
+        words = [name.replace("_", " ") for name in (verdict, other[1])]
+        said = f"{words[0]} as we read {read_readings()[claim.paper]['of']}, {words[1]} as {other[0]}"
         return Judgement(claim.id, "depends_on_our_reading", tuple(found), said, seeds)
+    if not found:
+        return Judgement(claim.id, verdict, why="The printed cells do not carry the sentence, so ours are not asked.")
+    if profile == "paper" and verdict == "not_replicated":
+        verdict = "contradicted"
     return Judgement(claim.id, verdict, tuple(found), n_seeds=seeds)
 
 # %% ../../nbs/report/claims.ipynb #574210d3
 def _record(claim, printed, ours) -> dict:
     "A claim's row of claims.csv."
-    row = dict(id=claim.id, paper=claim.paper, audit=printed.verdict, verdict=ours.verdict)
+    row = dict(id=claim.id, paper=claim.paper, needs=" ".join(claim.needs), audit=printed.verdict, verdict=ours.verdict)
     numbers = dict.fromkeys(("margin", "ci_low", "ci_high", "unit", "comparisons", "intervals"), "")
-    if ours.verdict != "not_testable":
+    if ours.decisive is not None and ours.verdict != "not_testable":
         decisive = ours.decisive
         for name in ("margin", "ci_low", "ci_high"):
             value = getattr(decisive, name)
@@ -378,9 +475,9 @@ def judge_claims(
         papers = {claim.paper for claim in read_claims().values()}
         raise SettingsError(near(paper, papers, "paper with claims"))
     folder = Path(folder)
-    run, rows, files = Run(folder), [], []
+    run, met, rows, files = Run(folder), read_met(folder), [], []
     for claim in claims:
-        printed, ours = audit(claim), judge(claim, run, profile)
+        printed, ours = audit(claim), judge(claim, run, profile, met)
         rows.append(_record(claim, printed, ours))
         files.append(write_atomically(folder/"claims"/f"{claim.id}.html", claim_page(claim, printed, ours)))
     table = pd.DataFrame(rows)
@@ -415,6 +512,14 @@ def counts_said(
     "Counts in words."
     return ", ".join(f"{count} {value.replace('_', ' ')}" for value, count in counts.items())
 
+def verdicts_said(
+    counts: dict,  # of `count_of`, by verdict
+) -> str:          # "150 of 179 can be tested here: 60 replicated, ..."
+    "How many claims can be tested, first, and what became of those."
+    total, known = sum(counts.values()), {word: n for word, n in counts.items() if word != "not_testable"}
+    tested = sum(known.values())
+    return f"{tested} of {total} can be tested here" + (f": {counts_said(known)}" if known else "")
+
 class ClaimsView:
     "Claims that Jupyter shows as a table; `str()` gives it as Markdown."
     def __init__(self, rows):
@@ -423,11 +528,11 @@ class ClaimsView:
         self.counts, self.audits = count_of(rows, "verdict", VERDICTS), count_of(rows, "audit", AUDITS)
 
     def _repr_html_(self):
-        return page_templates().get_template("claims.html.j2").module.standalone(self.rows, self.counts, self.audits)
+        shown = page_templates().get_template("claims.html.j2").module
+        return shown.standalone(self.rows, verdicts_said(self.counts), self.audits)
 
     def _repr_markdown_(self):
-        printed, ours = counts_said(self.audits), counts_said(self.counts)
-        lines = [f"{len(self.rows)} claims. On the printed numbers: {printed}. On ours: {ours}.", "",
+        lines = [f"{verdicts_said(self.counts)}. On the printed numbers: {counts_said(self.audits)}.", "",
                  markdown_line(["claim", "what it says", "printed", "ours", "evidence"]), "|" + "---|"*5]
         for row in self.rows:
             audit, verdict = row["audit"].replace("_", " "), row["verdict"].replace("_", " ")
@@ -461,7 +566,9 @@ def read_judged(
     found, known = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records"), read_claims()
     for row in found:
         if row.get("id") not in known or row.get("verdict") not in VERDICTS:
-            raise StoreError(f"{path}: {row.get('id')!r} is not a claim with a verdict; run the notebooks again")
+            what = f"{row.get('id')} {row.get('verdict')!r}"
+            raise StoreError(f"{path.name}: {what} is no claim with a verdict that this version knows; "
+                             "run the notebooks again")
     return found
 
 # %% ../../nbs/report/claims.ipynb #897f31e4

@@ -15,10 +15,10 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.errors import SettingsError
+from ..core.errors import SettingsError, StoreError
 from ..core.files import package_yaml, read_json
 from ..core.words import near
-from .claims import AUDITS, count_of, counts_said, read_judged
+from .claims import AUDITS, count_of, read_judged, verdicts_said
 from .page import VERDICTS
 from .printed import paper_names, printed_entries
 from .rules import read_claims
@@ -64,7 +64,8 @@ def headline_cells(
     frame = read_table(path)
     keep = frame.value.notna()
     for factor, labels in about["only"].items():
-        keep = keep & frame[factor].isin(labels)
+        if factor in frame:     # which a table of an earlier version may lack
+            keep = keep & frame[factor].isin(labels)
     part = frame[keep]
     if about["down"]:
         layout = dict(rows=tuple(about["down"]), columns=tuple(about["across"]), unknown="")
@@ -131,6 +132,13 @@ def findings_figure(
     return fig
 
 # %% ../../nbs/report/findings.ipynb #ecf0de39
+def _judged(folder):
+    "The claims as they were judged, and what is wrong with the file; no claim then."
+    try:
+        return read_judged(folder), ""
+    except StoreError as error:
+        return [], str(error)
+
 class Findings:
     "What a run came to on one paper, in short. Jupyter shows it as text."
     def __init__(
@@ -142,7 +150,8 @@ class Findings:
         self.paper = paper
         self.folder = Path(folder) if folder else published_folder()
         self.run = run or published_run(self.folder, paper)
-        self.claims = [row for row in read_judged(self.folder) if row["paper"] == paper]
+        judged, self.trouble = _judged(self.folder)
+        self.claims = [row for row in judged if row["paper"] == paper]
         self.counts = count_of(self.claims, "verdict", VERDICTS)
         self.cells = headline_cells(paper, self.folder)
 
@@ -182,9 +191,9 @@ def _table(self: Findings) -> list:
 def _repr_markdown_(self: Findings):
     if not self.claims and self.cells is None:
         return _NOTHING
-    verdicts = ""
+    verdicts = self.trouble
     if self.claims:
-        verdicts = f"**{len(self.claims)} claims**: {counts_said(self.counts)}. Those that the paper is known for:"
+        verdicts = f"**{len(self.claims)} claims**: {verdicts_said(self.counts)}. Those that the paper is known for:"
     parts = [self.origin(), *self._table(), verdicts, "\n".join(self.sentences())]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -239,7 +248,7 @@ def glance(
 ) -> str:                # Markdown
     "Results at a glance: printed cells, claims by verdict, and a table for each paper."
     folder = Path(folder)
-    judged = read_judged(folder)
+    judged, trouble = _judged(folder)
     words = [f"printed: {audit.replace('_', ' ')}" for audit in AUDITS]
     words += [f"ours: {verdict.replace('_', ' ')}" for verdict in VERDICTS]
     head = ["paper", "printed cells with ours beside", "claims", *words]
@@ -250,4 +259,4 @@ def glance(
         if claims:
             lines.append(_glance_line(paper, name, claims, folder))
             tables.append(headline_table(paper, folder))
-    return "\n".join([*lines, "", *(f"{table}\n" for table in filter(None, tables))])
+    return "\n".join([*lines, trouble, *(f"{table}\n" for table in filter(None, tables))])

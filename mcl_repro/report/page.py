@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.errors import SettingsError
+from ..core.errors import SettingsError, StoreError
 from ..core.files import package_yaml, read_json, write_atomically
+from .preconditions import preconditions_of
 from .printed import headline_tables, LAYOUTS, paper_names, printed_entries, table_spec
 from .tables import own_table_spec, page_templates, printed_name, read_table, table_grid
 
 # %% ../../nbs/report/page.ipynb #e3823af3
-VERDICTS = ("reproduced", "contradicted", "undecided", "depends_on_our_reading", "not_testable")
+VERDICTS = (
+    "replicated", "in_direction", "not_replicated", "inconclusive", "depends_on_our_reading", "paper_disagrees",
+    "contradicted", "not_testable",
+)
 
 @dataclass
 class _Paper:
@@ -32,6 +36,7 @@ class _Paper:
     claims: list
     to_do: list     # printed tables that no file was found for, and that no run is making
     coming: list = field(default_factory=list)     # what a run is making, see below
+    preconditions: list = field(default_factory=list)     # rows of preconditions.csv
 
     @property
     def headline(self) -> list:
@@ -65,6 +70,11 @@ class _Paper:
     def printed_tables(self) -> int:
         "How many tables the paper prints."
         return sum(table["paper"] == self.id for table in printed_entries("tables").values())
+
+    @property
+    def testable(self) -> int:
+        "How many claims could be tested on this run."
+        return sum(claim["verdict"] != "not_testable" for claim in self.claims)
 
     @property
     def verdicts(self) -> dict:
@@ -192,7 +202,8 @@ def _section_view(section) -> dict:
         "seconds": sum(stage.get("seconds") or 0 for stage in stages),
         "peak": max([stage.get("peak_memory_mb") or 0 for stage in stages], default=0),
         "cut": max(cut, key=lambda stage: stage["captions_cut"], default=None),
-        "stand_ins": sorted(role for role, of in data.items() if str(of.get("source", "")).startswith("world:")),
+        "stand_ins": sorted(role for role, of in data.items()
+                            if str(of.get("source", "")).startswith(("world:", "world1:"))),
         "flat": _flat(section.get("settings") or {}),
     }
 
@@ -288,6 +299,14 @@ def _without_place(coming) -> set:
     placed = {*printed_entries("tables"), *headline_tables()}
     return {entry["id"] for entry in coming} - placed
 
+def _add_preconditions(papers, folder, problems):
+    "Give every paper what the run measured of its preconditions; what cannot be read is noted in `problems`."
+    for paper in papers:
+        try:
+            paper.preconditions = preconditions_of(folder, paper.id).to_dict("records")
+        except (StoreError, OSError, ValueError) as error:
+            problems.append(f"preconditions/{paper.id}.csv: {error}")
+
 def _read_run(folder, progress=None) -> dict:
     "Everything that the page shows, read from a run's folder."
     problems = []
@@ -298,6 +317,7 @@ def _read_run(folder, progress=None) -> dict:
     tables, figures = _with_forests(tables, figures)
     coming, again = _still_to_come(progress or {}, {entry["id"] for entry in (*tables, *figures)})
     papers = _papers(notebooks, tables, figures, claims, coming)
+    _add_preconditions(papers, folder, problems)
     shown = [paper for paper in papers
              if paper.tables or paper.figures or paper.notebook or paper.claims or paper.coming]
     by_id = {entry["id"]: entry for entry in (*tables, *coming)}

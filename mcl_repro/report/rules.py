@@ -37,7 +37,7 @@ SUMMARIES = {
     "slope_over": _slope,
 }
 RELATIONS = ("below", "above", "at_most", "at_least", "between")
-_RULE = ("of", "minus", "over", *SUMMARIES, *RELATIONS, "how_many", "levels")
+_RULE = ("of", "minus", "over", *SUMMARIES, *RELATIONS, "how_many", "levels", "reference")
 
 def relation_of(
     rule: dict,
@@ -54,6 +54,17 @@ def _check_bound(id, relation, bound):
     elif not isinstance(bound, (int, float, dict)):
         raise SettingsError(f"{id}: {relation} wants a number or a selection, not {bound!r}")
 
+_FLOORS = {"ASR": .3, "CA": .1, "Hit@10": 1, "AUROC": .5}
+
+def _check_floor(id, rule, relation):
+    "Raises `SettingsError` for a bound that no model could reach, or that every model does."
+    metric, bound = rule["of"].get("metric"), rule[relation]
+    floor = _FLOORS.get(metric) if isinstance(metric, str) else None
+    is_height = not {"minus", "over", "slope_over"} & set(rule) and type(bound) in (int, float)
+    if floor is not None and is_height and bound < floor:
+        raise SettingsError(f"{id}: {relation} {bound:g} is below what a model that was never poisoned, or that "
+                            f"guesses, has in {metric}: {floor:g}")
+
 def _check_rule(id, rule):
     "The rule; raises `SettingsError` unless it has exactly one relation and only known entries."
     if not isinstance(rule, dict) or not isinstance(rule.get("of"), dict) or "table" not in rule["of"]:
@@ -67,6 +78,7 @@ def _check_rule(id, rule):
     if sum(name in rule for name in SUMMARIES) > 1:
         raise SettingsError(f"{id}: a rule has at most one of {', '.join(SUMMARIES)}")
     _check_bound(id, found[0], rule[found[0]])
+    _check_floor(id, rule, found[0])
     return rule
 
 # %% ../../nbs/report/rules.ipynb #cf8c39d1
@@ -85,6 +97,7 @@ class Claim:
     reading: str = ""     # how the sentence is understood
     untestable: str = ""  # why no rule can decide it
     see: tuple = ()       # ids of inconsistencies
+    needs: tuple = ()     # ids of the preconditions without which it cannot be judged
 
     @property
     def tables(self) -> list:
@@ -93,7 +106,7 @@ class Claim:
         return list(dict.fromkeys(part["table"] for part in parts if isinstance(part, dict) and "table" in part))
 
 # %% ../../nbs/report/rules.ipynb #4d569af0
-_CLAIM = ("rules", "reading", "untestable", "see")
+_CLAIM = ("rules", "reading", "untestable", "see", "needs")
 
 def _check_entry(id, entry, known, errors):
     "Raises `SettingsError` for an entry of the rules' files that is not well-formed."
@@ -105,6 +118,11 @@ def _check_entry(id, entry, known, errors):
         raise SettingsError(f"{id}: a claim has either rules or a reason why it is untestable")
     for rule in entry.get("rules", ()):
         _check_rule(id, rule)
+    paper, preconditions = id.partition(".")[0], package_yaml("report/papers/preconditions.yaml")
+    required = [name for name, entry in preconditions.items() if paper in entry["papers"]]
+    for precondition in entry.get("needs", ()):
+        if precondition not in required:
+            raise SettingsError(f"{id}: {near(precondition, required, 'precondition of this paper')}")
     for error in entry.get("see", ()):
         if error not in errors:
             raise SettingsError(f"{id}: {near(error, errors, 'inconsistency')}")
@@ -114,7 +132,7 @@ def _claim(printed, entry) -> Claim:
     rules, see = tuple(entry.get("rules", ())), tuple(entry.get("see", ()))
     return Claim(printed["id"], printed["paper"], printed["where"], printed["statement"], printed["kind"],
                  tuple(printed["involves"]), printed["check"], printed.get("note") or "", rules,
-                 entry.get("reading", ""), entry.get("untestable", ""), see)
+                 entry.get("reading", ""), entry.get("untestable", ""), see, tuple(entry.get("needs", ())))
 
 @cache
 def read_claims() -> dict:  # id -> `Claim`, in the papers' order
@@ -370,6 +388,7 @@ class Term(NamedTuple):
     free: dict        # factor -> label
     value: Callable   # of a function (table, labels) -> array
     unit: str
+    plain: Callable   # the same without `times` and `plus`
 
 def _fits(row, wanted):
     "Whether a row has the labels that a selection names, or others than those that it excludes."
@@ -433,7 +452,8 @@ def _terms(source, selection, id) -> list[Term]:
     times, plus = selection.get("times", 1), selection.get("plus", 0)
     def term(row):
         labels = {factor: row[factor] for factor in free}
-        return Term(labels, lambda look: times*look(table, row) + plus, source.unit(table, row))
+        return Term(labels, lambda look: times*look(table, row) + plus, source.unit(table, row),
+                    lambda look: look(table, row))
     return [term(row) for row in found]
 
 # %% ../../nbs/report/rules.ipynb #0f1d126e
@@ -453,20 +473,19 @@ def _join(left, right, what) -> list[tuple]:
 
 def _over(terms, how) -> Term:
     "One term in place of several."
-    return Term({}, lambda look: how(np.stack([term.value(look) for term in terms])), terms[0].unit)
+    return Term({}, lambda look: how(np.stack([term.value(look) for term in terms])), terms[0].unit,
+                lambda look: how(np.stack([term.plain(look) for term in terms])))
 
 def _summed(pairs, factors, how) -> list[tuple]:
-    "Of pairs as in `_join` (a right term may be None) one in place of all labels of `factors`."
+    "Of pairs as in `_join`, also with more terms or None among them, one in place of all labels of `factors`."
     factors = [factors] if isinstance(factors, str) else factors
     groups = {}
-    for free, left, right in pairs:
+    for free, *terms in pairs:
         kept = tuple((name, label) for name, label in free.items() if name not in factors)
-        groups.setdefault(kept, []).append((left, right))
-    made = []
-    for kept, group in groups.items():
-        left, right = zip(*group)
-        made.append((dict(kept), _over(left, how), None if right[0] is None else _over(right, how)))
-    return made
+        groups.setdefault(kept, []).append(terms)
+    def whole(terms):
+        return None if terms[0] is None else _over(terms, how)
+    return [(dict(kept), *map(whole, zip(*group))) for kept, group in groups.items()]
 
 # %% ../../nbs/report/rules.ipynb #1afab216
 class Pair(NamedTuple):
@@ -476,6 +495,7 @@ class Pair(NamedTuple):
     right: object    # a `Term`, a number or two
     relation: str
     unit: str
+    reference: object = None   # a `Term`, or a number: what `left` would be without any effect; None where unknown
 
     def margin(self, look):
         "An array: of the number, then of the resamples."
@@ -485,15 +505,70 @@ class Pair(NamedTuple):
         right = self.right.value(look) if isinstance(self.right, Term) else self.right
         return right - left if self.relation in ("below", "at_most") else left - right
 
+    def effect(self, look):
+        "How far the left side is from `reference` in the direction that is claimed: an array; None where unknown."
+        if self.reference is None or self.relation == "between":
+            return None
+        is_term = isinstance(self.reference, Term)
+        away = self.left.plain(look) - (self.reference.plain(look) if is_term else self.reference)
+        return -away if self.relation in ("below", "at_most") else away
+
 def _combined(left, right, name, id) -> list[Term]:
     "Terms less, or divided by, their partners."
     combine = {"minus": np.subtract, "over": np.divide}[name]
     def term(free, one, other):
         return Term(free, lambda look: combine(one.value(look), other.value(look)),
-                    one.unit if name == "minus" else "ratio")
+                    one.unit if name == "minus" else "ratio", lambda look: combine(one.plain(look), other.plain(look)))
     return [term(*pair) for pair in _join(left, right, id)]
 
+
 # %% ../../nbs/report/rules.ipynb #fd2ad9f2
+_UNDEFENDED = {"defense": ("No defense", "No Defense"), "method": ("Clean",)}
+
+def _undefended(source, of):
+    "The selection that stands for no effect at all, where a table has one that the rule does not speak of; or None."
+    factors = source.factors(of["table"]) or ()
+    for factor, labels in _UNDEFENDED.items():
+        named = of.get(factor)
+        if factor not in factors or named is None or isinstance(named, dict) or set(_label_list(named)) & set(labels):
+            continue
+        there = {row[factor] for row in source.rows(of["table"])}
+        found = [label for label in labels if label in there]
+        return {factor: found[0]} if found else None
+    return None
+
+def _reference(source, rule, relation, terms_of):
+    "What the left side is where there is no effect: terms, a number, or None where that is not known."
+    bound = rule[relation]
+    if "reference" in rule:
+        given = rule["reference"]
+        return terms_of(given) if isinstance(given, dict) else given
+    if isinstance(bound, dict):
+        return terms_of(bound)
+    if "over" in rule:
+        return 1
+    if "minus" in rule or "slope_over" in rule:
+        return 0 if relation in ("above", "at_least") or bound == 0 else None
+    other = _undefended(source, rule["of"])
+    try:
+        return terms_of(other) if other else None
+    except (MissingRows, SettingsError):
+        return None
+
+# %% ../../nbs/report/rules.ipynb #5c231ea1
+def _pairs_of(left, right, reference, id) -> list[tuple]:
+    "Labels, left term, right term, and reference term (None where the last two are numbers or unknown)."
+    pairs = _join(left, right, id) if right else [(term.free, term, None) for term in left]
+    if not isinstance(reference, list):
+        return [(*pair, None) for pair in pairs]
+    if reference is right:
+        return [(free, one, other, other) for free, one, other in pairs]
+    found = []
+    for free, one, other in pairs:
+        joined = _join([one], reference, id)
+        found.append((free, one, other, joined[0][2] if len(joined) == 1 else None))
+    return found
+
 def rule_pairs(
     source,      # `Printed` or `Run`
     rule: dict,  # of a `Claim`
@@ -514,12 +589,17 @@ def rule_pairs(
     right = terms_of(bound) if isinstance(bound, dict) else None
     if not left or right == []:
         return []
-    pairs = _join(left, right, id) if right else [(term.free, term, None) for term in left]
+    reference = right if right else _reference(source, rule, relation, terms_of)
+    pairs = _pairs_of(left, right, reference, id)
     for name, how in SUMMARIES.items():
         if name in rule:
             pairs = _summed(pairs, rule[name], how)
-    return [Pair(free, one, bound if other is None else other, relation, one.unit) for free, one, other in pairs]
+    def made(free, one, other, away):
+        away = reference if isinstance(reference, (int, float)) else away
+        return Pair(free, one, bound if other is None else other, relation, one.unit, away)
+    return [made(*pair) for pair in pairs]
 
+# %% ../../nbs/report/rules.ipynb #1c470008
 def pair_cells(
     pair: Pair,
 ) -> list[tuple]:  # (table, labels)

@@ -82,7 +82,7 @@ def folder(tmp_path):
                 )
             )
         )
-    (run / "claims.csv").write_text("id,paper,audit,verdict,margin,evidence\nubt.c1,ubt,holds,reproduced,,\n")
+    (run / "claims.csv").write_text("id,paper,audit,verdict,margin,evidence\nubt.c1,ubt,holds,replicated,,\n")
     (run / "index.html").write_text("<p>report</p>")
     wrote = lambda p: sorted(f.relative_to(run).as_posix() for f in run.glob(f"[tf]*/{p}.*"))
     notebook(

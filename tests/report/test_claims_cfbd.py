@@ -102,6 +102,50 @@ def test_every_claim_has_an_entry():
     assert {id for id, c in CLAIMS.items() if c.untestable} == {"cfbd.c05", "cfbd.c20"}
 
 
+def test_what_claims_need_is_asked_for_where_the_sentence_hangs_on_it():
+    assert all(bool(c.needs) == bool(c.rules) for c in CLAIMS.values())
+    by_detection = {"P7", "P9", "P12", "P22", "P24"}
+    for id, c in CLAIMS.items():
+        said = str(c.rules)
+        if "cfbd.table3" in c.tables and "'CFBD'" in said:
+            assert by_detection | {"P4"} <= set(c.needs), id
+        if "cfbd.table2" in c.tables:
+            assert {"P5", "P6"} <= set(c.needs), id
+        assert ("P11" in c.needs) == ("(coarse-grained)" in said and "cfbd.kept" not in c.tables), id
+        for method, needed in (("RoCLIP", "P14"), ("CleanCLIP", "P15")):
+            assert (needed in c.needs) == (method in said), id
+    assert {id for id, c in CLAIMS.items() if "P8" in c.needs} == {"cfbd.c24", "cfbd.c63"}
+
+
+def test_most_claims_can_be_judged_without_what_a_small_run_cannot_have():
+    "All four papers: closeness of the weights, overlap, times, steps of a hacker and of a search are out of reach."
+    unmet = {"P2", "P10", "P16", "P19", "P20"}
+    decided = [c for c in read_claims().values() if c.rules and not all(r.get("levels") for r in c.rules)]
+    assert sum(not unmet & set(c.needs) for c in decided) >= 130
+
+
+def table3(folder, cfbd, abl):
+    "A run whose detectors find these shares of a thousand poisoned pairs."
+    rows = []
+    for row in paper_table("cfbd.table3").to_dict("records"):
+        labels = {f: row[f] for f in printed_entries("tables")["cfbd.table3"]["factors"]} | {"metric": "TPR"}
+        share = cfbd if row["method"] == "CFBD" else abl
+        x = np.arange(1000) < 1000*share
+        rows.append(labels | dict(value=100*x.mean(), ci_low=0, ci_high=100, unit="%", items=[Items(x, scale=100)]))
+    write_table(tidy("cfbd.table3", rows), "cfbd.table3", folder, "made up")
+    return Run(folder, 200)
+
+
+def test_a_detector_that_finds_nothing_is_no_rival(tmp_path):
+    at_work, idle = table3(tmp_path/"at work", .99, .2), table3(tmp_path/"idle", .99, 0)
+    for id in ("cfbd.c01", "cfbd.c48"):
+        assert judge(CLAIMS[id], at_work).verdict == "replicated"
+        assert judge(CLAIMS[id], idle).verdict != "replicated"
+    assert judge(CLAIMS["cfbd.c02"], at_work).verdict == "replicated"
+    assert judge(CLAIMS["cfbd.c02"], table3(tmp_path/"half", .5, .2)).verdict == "in_direction"
+    assert judge(CLAIMS["cfbd.c02"], table3(tmp_path/"guess", .01, .2)).verdict == "not_replicated"
+
+
 @pytest.mark.parametrize("id", [id for id, c in CLAIMS.items() if c.rules])
 def test_every_rule_finds_cells_and_no_row_of_ours(id, run):
     for rule in CLAIMS[id].rules:
@@ -111,7 +155,7 @@ def test_every_rule_finds_cells_and_no_row_of_ours(id, run):
         cells = [labels for p in pairs for _, labels in pair_cells(p)]
         assert all("q chosen" not in label for labels in cells for label in labels.values())
     only_levels = all(r.get("levels") for r in CLAIMS[id].rules)
-    decided = judge(CLAIMS[id], run).verdict in ("reproduced", "contradicted", "undecided")
+    decided = judge(CLAIMS[id], run).verdict != "not_testable"
     assert decided != only_levels
 
 
@@ -148,7 +192,9 @@ def test_detection_rates():
     assert (
         len(cfbd) == 20 and cfbd.min() == 98.02 > 98 and (cfbd >= 99.5).sum() == states("cfbd.c46").count("holds") == 2
     )
-    assert (abl < 50).sum() == states("cfbd.c01").count("holds") == 19
+    found = audit(CLAIMS["cfbd.c01"]).rules
+    carried = [sum(c.state == "holds" for c in made) for _, made, _ in found]
+    assert carried == [(abl < 50).sum(), (abl > 3).sum()] == [19, 20]
     assert [value("table3", method="ABL", attack="BadNets", poison_rate=r) for r in (0.6, 0.5, 0.4, 0.3)] == [
         54.66, 45.41, 47.65, 29.57,
     ] and set(states("cfbd.c49")) == {"holds"}

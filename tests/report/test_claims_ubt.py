@@ -75,7 +75,7 @@ def own_cells(right):
         {
             (m, a): {"AUROC": x, "poison among the chosen": p}
             for a in ATTACKS[:2]
-            for m, x, p in (("ABL", 70, pick(3, 80)), ("UBT", pick(99, 60), 100))
+            for m, x, p in (("ABL", 70, pick(3, 80)), ("UBT", pick(99, 45), 100))
         },
     )
     yield (
@@ -89,13 +89,13 @@ def own_cells(right):
     )
     yield (
         "separation_sizes", ["dataset_size"],
-        {(n,): apart(0.9, 0.4, pick(98, 70)) for n in ("250K", "500K", "750K", "1M")},
+        {(n,): apart(0.9, 0.4, pick(98, 45)) for n in ("250K", "500K", "750K", "1M")},
     )
     yield (
         "separation_counts",
         ["backdoor_number"],
         {
-            (n,): apart(0.9 + pick(1, -1) * n / 1e5, 0.4, pick(98, 70)) | {"poison among the selected": pick(100, 60)}
+            (n,): apart(0.9 + pick(1, -1) * n / 1e5, 0.4, pick(98, 45)) | {"poison among the selected": pick(100, 15)}
             for n in (750, 1000, 1500, 2000, 3000, 5000)
         },
     )
@@ -103,7 +103,7 @@ def own_cells(right):
         "trigger_relevance",
         ["attack"],
         {
-            (a,): {"relevance beyond chance": pick(5, 0.1) if a in ("BadNet", "TrojVQA") else pick(0.2, 2)}
+            (a,): {"relevance beyond chance": pick(5, -0.1) if a in ("BadNet", "TrojVQA") else pick(0.2, 2)}
             for a in ATTACKS
         },
     )
@@ -144,6 +144,21 @@ def test_every_claim_has_rules_or_a_reason():
     assert len(CLAIMS) == 71 and {id for id, c in CLAIMS.items() if c.untestable} == UNTESTABLE
     assert all(bool(c.rules) != bool(c.untestable) for c in CLAIMS.values())
     assert all(len(c.untestable) > 40 for c in CLAIMS.values() if c.untestable), "a reason is a sentence"
+
+
+def test_what_claims_need_is_asked_for_where_the_sentence_hangs_on_it():
+    assert all(bool(c.needs) == bool(c.rules) for c in CLAIMS.values())
+    def asks(claim, word):
+        return word in json.dumps(claim.rules)
+    for id, c in CLAIMS.items():
+        assert ("P16" in c.needs) == asks(c, "total_time"), id
+        if asks(c, '"KL"') or asks(c, "KL of weights"):
+            assert "P2" in c.needs, id
+        if "ubt.table3" in c.tables:    # those whose cells are compared
+            named = [m for m in ("CleanCLIP", "RoCLIP") if asks(c, m)]
+            assert {dict(CleanCLIP="P15", RoCLIP="P14")[m] for m in named} <= set(c.needs), id
+        if "ubt.table1" in c.tables and asks(c, "ASR"):
+            assert {"P1", "P4", "P5", "P6", "P25"} <= set(c.needs), id
 
 
 def test_rules_speak_of_the_papers_method_only():
@@ -251,19 +266,23 @@ def test_a_run_that_measured_the_printed_numbers_is_judged_as_the_audit(printed)
         if c.untestable or not set(c.tables) <= set(PRINTED):
             continue
         made = judge(c, run, "paper")
-        assert made.verdict == ("reproduced" if audit(c).verdict == "holds" else "contradicted"), (id, made.evidence)
+        printed_too = audit(c)
+        carried = [x for x in printed_too.comparisons if x.state == "holds"]
+        assert made.verdict == "replicated" and printed_too.verdict in ("holds", "partly"), (id, made.evidence)
+        if printed_too.verdict == "partly":     # what print itself fails is not asked
+            assert len(made.comparisons) == len(carried) < len(printed_too.comparisons), id
 
 
 def test_levels_are_not_asked_of_stand_ins(printed):
     "Without them ABL's wrong end value and CleanCLIP's wrong drop do no harm: what is left is the relation."
     run = Run(printed, count=4)
-    assert [judge(CLAIMS[id], run, "mini").verdict for id in ("ubt.c27", "ubt.c54")] == ["reproduced"]*2
+    assert [judge(CLAIMS[id], run, "mini").verdict for id in ("ubt.c27", "ubt.c54")] == ["replicated"]*2
     assert all(any(not r.get("levels") for r in c.rules) for c in CLAIMS.values() if c.rules), (
         "every claim with rules has one that stand-ins can decide"
     )
 
 
-@pytest.mark.parametrize("right, verdict", [(True, "reproduced"), (False, "contradicted")])
+@pytest.mark.parametrize("right, verdict", [(True, "replicated"), (False, "not_replicated")])
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_figures_are_judged_on_tables_of_our_own(right, verdict, seeds, tmp_path):
     run = Run(own_run(printed_run(tmp_path, seeds), right, seeds), count=4)
@@ -272,6 +291,49 @@ def test_figures_are_judged_on_tables_of_our_own(right, verdict, seeds, tmp_path
         id: j.evidence for id, j in judged.items()
     }
     assert {j.n_seeds for j in judged.values()} == {seeds}
+
+
+def changed_run(folder, table, change):
+    "The printed cells, but for those of a table that `change` (of labels and value) gives another value."
+    printed_run(folder)
+    cells = []
+    for row in paper_table(table).to_dict("records"):
+        labels = {k: v for k, v in row.items() if k not in ("paper_value", "printed", "unit")}
+        cells.append(as_measured(labels, change(labels, row["paper_value"]), row["unit"], 1))
+    write_table(tidy(table, cells), table, folder, "made up")
+    return Run(folder, count=4)
+
+
+def test_nobody_is_outdone_who_does_nothing(tmp_path):
+    "UBT is 52 points below RoCLIP also where RoCLIP leaves all attacks as they were: that is no gain over a defence."
+    undefended = {a: value("ubt.table3", "ASR", defense="No defense", attack=a)[0] for a in ATTACKS[:4]}
+    def idle(labels, number):
+        of_roclip = labels["defense"] == "RoCLIP" and labels["metric"] == "ASR"
+        return undefended[labels["attack"]] if of_roclip else number
+    run = changed_run(tmp_path, "ubt.table3", idle)
+    made = judge(CLAIMS["ubt.c32"], run)
+    assert made.verdict != "replicated" and [outcome for *_, outcome in made.rules] == ["holds", "open"]
+    assert judge(CLAIMS["ubt.c31"], run).verdict == "replicated"
+
+
+@pytest.mark.parametrize("auroc, verdict", [(70, "replicated"), (99, "not_replicated")])
+def test_few_poisoned_among_one_per_cent_is_no_failure_of_the_ranking(auroc, verdict, tmp_path):
+    "Where 0.3% is poisoned, most of the 1% that ABL isolates are clean even if it ranks all poison first."
+    rows = [as_measured(dict(method=m, attack=a, metric=k), v, "%", 1) for a in ATTACKS[:2]
+            for m, numbers in (("ABL", (auroc, 30)), ("UBT", (99, 100)))
+            for k, v in zip(("AUROC", "poison among the chosen"), numbers)]
+    factors = ["method", "attack", "metric"]
+    table = tidy("ubt.separation_abl", rows, dict(title="ranked", factors=factors))
+    write_table(table, "ubt.separation_abl", tmp_path, "made up")
+    assert judge(CLAIMS["ubt.c26"], Run(tmp_path, count=4)).verdict == verdict
+
+
+def test_a_clean_model_is_rejected_where_it_comes_back_as_it_was(tmp_path):
+    def verdict(name, loss):
+        def change(labels, number):
+            return number - loss if (labels["defense"], labels["metric"]) == ("UBT", "CA") else number
+        return judge(CLAIMS["ubt.c52"], changed_run(tmp_path/name, "ubt.table5", change)).verdict
+    assert verdict("same", 0) == "replicated" and verdict("unlearned", 1.5) == "not_replicated"
 
 
 def test_a_run_of_some_attacks_only_leaves_the_rest_open(tmp_path):

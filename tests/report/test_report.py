@@ -220,10 +220,11 @@ def test_page_with_next_to_nothing_and_with_damage(run, tmp_path_factory):
 
 
 def test_claims_stand_beside_their_sentences(run):
-    row = dict(id="ubt.c01", paper="ubt", audit="holds", verdict="contradicted", margin="-3", evidence="ubt.table3")
+    row = dict(id="ubt.c01", paper="ubt", audit="holds", verdict="not_replicated", margin="-3", evidence="ubt.table3")
     pd.DataFrame([row]).to_csv(run/"claims.csv", index=False)
     text = write_report(run).read_text(encoding="utf-8")
-    assert "UBT has the lowest attack success rate" in text and "contradicted" in text and "1 claim," in text
+    assert "UBT has the lowest attack success rate" in text and "not replicated" in text
+    assert "<b>1 of 1</b> claim can be tested" in text
 
 
 def test_nothing_half_written_is_left(run, monkeypatch):
