@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'PAPERS', 'RUNS', 'PROFILE', 'NOTEBOOKS', 'WHAT_TO_RUN', 'ENGINES', 'ENGINE_HELP', 'JOBS_HELP', 'VERDICTS',
-           'run', 'plan', 'report', 'publish', 'status', 'clean', 'settings', 'claims', 'make_parser', 'main']
+           'run', 'plan', 'report', 'publish', 'status', 'clean', 'settings', 'preconditions', 'claims', 'make_parser',
+           'main']
 
 # %% ../../nbs/cli/main.ipynb #33b4d3f5
 import argparse
@@ -21,7 +22,7 @@ from ..core.options import add_device, complete, one_of, Parser
 from ..core.words import columns, duration, near, one_line, parse_pairs
 
 # %% ../../nbs/cli/main.ipynb #b202586c
-PROFILES = ("mini", "smoke", "paper")
+PROFILES = ("mini", "smoke", "paper", "photos")
 PAPERS = ("ubt", "mem", "cleanclip", "cfbd")
 RUNS = option("--runs", default="runs", metavar="FOLDER", help="where results are (default: runs)")
 PROFILE = choice("--profile", "profile", PROFILES, default="mini", help="how large a run (default: mini)")
@@ -218,8 +219,31 @@ def settings(args):
     print(columns(shown.to_dict("records"), names))
     print("\n" + count_settings(shown).to_string())
 
+# %% ../../nbs/cli/main.ipynb #d49413d2
+@command("preconditions", "what the papers' claims need of data and models, and whether a run has it",
+         choice("paper", "paper", PAPERS, nargs="?", metavar="PAPER", help=f"only those of {', '.join(PAPERS)}"),
+         PROFILE, RUNS)
+def preconditions(args):
+    "The preconditions that a run measured, of a paper or of all."
+    import csv
+    from pathlib import Path
+    file = Path(args.runs)/args.profile/"preconditions.csv"
+    if not file.exists():
+        again = " ".join(["mcl_repro run", *filter(None, [args.paper]), "--profile", args.profile])
+        raise SettingsError(f"no preconditions were measured in {file.parent} yet; run first: {again}")
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["paper"] == (args.paper or row["paper"])]
+    print(columns(rows, ["id", "paper", "met", "measured", "printed", "unit", "fact"]))
+    counts = {met: sum(row["met"] == met for row in rows) for met in ("yes", "no", "not measured")}
+    met, unmet, unknown = counts.values()
+    print(f"{len(rows)} preconditions: {met} met, {unmet} not met, {unknown} not measured")
+
+
 # %% ../../nbs/cli/main.ipynb #ea48e8af
-VERDICTS = ("reproduced", "contradicted", "undecided", "depends_on_our_reading", "not_testable")
+VERDICTS = (
+    "replicated", "in_direction", "not_replicated", "inconclusive", "depends_on_our_reading", "paper_disagrees",
+    "contradicted", "not_testable",
+)
 
 def _published_claims(profile) -> list:
     "The published verdicts of a profile, said to be such; [] where there are none."
@@ -319,7 +343,7 @@ def make_parser(
                     epilog="Start with: mcl_repro run ubt. Every command explains itself with --help.")
     parser.add_argument("--version", action="version", version=f"mcl_repro {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    for call in (run, status, clean, report, publish, plan, claims, settings):
+    for call in (run, status, clean, report, publish, plan, claims, preconditions, settings):
         call.add_to(commands)
     add_data_commands(commands)
     add_commands(commands)

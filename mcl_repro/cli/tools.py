@@ -275,7 +275,7 @@ FORMATS = ("csv", "flickr", "coco", "webdataset")
 @_with_example(
     "protect", "make pairs hard to learn from, before they are published", _pairs(),
     *_model_options("the surrogate: a CLIP that the protection is made with"), OUT, *ALL_HAVE,
-    option("--method", help="of mem.methods in profiles.yaml (default: MEM-3, shuffled throughout)"),
+    option("--method", help="of mem.methods in profiles.yaml (default: MEM-3)"),
     choice("--format", "format", FORMATS, default="csv", help="of what is published (default: csv)"),
     flag("--keep-size", "publish photos at their own size (csv only)"),
     option("--test", metavar="PAIRS", help="clean pairs: train on both sets and say whether a model learns less"),

@@ -177,7 +177,9 @@ def _command(name, standard, extra, asked) -> str:
     "The command that gives the same run again."
     words = ["mcl_repro", "run", name, "--profile", standard["profile"]]
     for kind in ("tables", "figures"):
-        words += [word for id in asked.get(kind, ()) for word in (f"--{kind[:-1]}", id)]
+        ids = asked.get(kind, ())
+        given = [id for id in ids if not id.endswith(".preconditions")] or ids     # they follow from the tables
+        words += [word for id in given for word in (f"--{kind[:-1]}", id)]
     for k in ("device", "jobs", "seeds"):
         if standard[k] != STANDARD[k]:
             words += [f"--{k}", str(standard[k])]

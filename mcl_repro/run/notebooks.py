@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'STANDARD', 'notebooks_folder', 'find_notebooks', 'choose_notebooks', 'notebook_parameters',
-           'check_parameters', 'chosen_outputs', 'asked_of', 'imported_modules', 'used_modules', 'used_files',
-           'exported_module', 'notebook_modules', 'hash_of', 'source_key', 'library_key']
+           'check_parameters', 'with_needs', 'chosen_outputs', 'asked_of', 'imported_modules', 'used_modules',
+           'used_files', 'exported_module', 'notebook_modules', 'hash_of', 'source_key', 'library_key']
 
 # %% ../../nbs/run/notebooks.ipynb #5c713fbb
 import ast
@@ -143,6 +143,19 @@ def check_parameters(
                                 f"not {found} ({value!r})")
     return given
 
+# %% ../../nbs/run/notebooks.ipynb #7222119a
+def with_needs(
+    paper:str,  # its name
+    asked:dict, # `tables` and `figures`: ids
+)->dict:        # the same, with the paper's preconditions where a claim that needs some can be judged on these tables
+    "What was asked for and what its claims need. The plan says which preconditions these are."
+    tables, own = asked.get("tables", []), f"{paper}.preconditions"
+    judged = [claim for claim in read_claims().values() if claim.tables and set(claim.tables) <= set(tables)]
+    if own in tables or not any(claim.needs for claim in judged):
+        return asked
+    return {**asked, "tables": [*tables, own]}
+
+
 # %% ../../nbs/run/notebooks.ipynb #14acd4d4
 def chosen_outputs(
     tables=(),  # ids, such as `ubt.table1`
@@ -178,7 +191,7 @@ def asked_of(
     for paper, path in chosen.items():
         if lacks := [k for k, ids in outputs.get(paper, {}).items() if ids and k not in notebook_parameters(path)]:
             raise SettingsError(f"paper {paper!r} has no {lacks[0]} to choose from; leave --{lacks[0][:-1]} out")
-    return {paper: {k: ids for k, ids in outputs.get(paper, {}).items() if ids} for paper in chosen}
+    return {paper: with_needs(paper, {k: ids for k, ids in outputs.get(paper, {}).items() if ids}) for paper in chosen}
 
 # %% ../../nbs/run/notebooks.ipynb #61f164c3
 _DATA = {".json", ".txt", ".yaml"}

@@ -136,7 +136,7 @@ def test_a_role_may_be_given_by_a_path_relative_to_where_one_stands(finished):
 # ---- wrong words: refused before anything runs, and what there was is untouched
 
 @pytest.mark.parametrize("words, says", [
-    (("--profile", "huge"), "unknown profile 'huge'; known: mini, smoke, paper"),
+    (("--profile", "huge"), "unknown profile 'huge'; known: mini, smoke, paper, photos"),
     (("--force", {"paper": "mme"}), "unknown paper 'mme'; known: ubt"),
     (("--param", "sise=2"), r"no parameter 'sise' \(did you mean size\?\)"),
     (("--param", "size=large"), "parameter 'size' of notebook 'ubt' is float .default 1.0., not str .'large'."),

@@ -66,7 +66,8 @@ def test_help_is_quick_and_loads_nothing_heavy():
     assert heavy.stdout.splitlines()[-1] == "[]"
 
 
-COMMANDS = ["", "run", "plan", "status", "clean", "report", "publish", "claims", "settings", "data", "data list",
+COMMANDS = ["", "run", "plan", "status", "clean", "report", "publish", "claims", "settings",
+            "preconditions", "data", "data list",
             "data show", "data fetch", "data verify", "data add", "data cc3m", "data links", "data ids", "data faces",
             "data croissant", "scan", "repair", "protect", "attack", "measure", "train"]
 
@@ -81,7 +82,7 @@ def test_every_command_explains_itself(words, capsys):
 def test_every_command_is_in_the_help(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.M)
+    listed = re.findall(r"^    (\w+)(?: |$)", capsys.readouterr().out, re.M)
     assert set(listed) == {words.split()[0] for words in COMMANDS if words}
 
 
@@ -202,10 +203,11 @@ def completions(line):
 
 @pytest.mark.parametrize("line, offered", [
     ("mcl_repro cl", ["clean", "claims"]),
-    ("mcl_repro run --profile ", ["mini", "smoke", "paper"]),
+    ("mcl_repro run --profile ", ["mini", "smoke", "paper", "photos"]),
     ("mcl_repro run --dev", ["--device"]),
     ("mcl_repro plan --device c", ["cpu", "cuda"]),
-    ("mcl_repro claims --verdict not", ["not_testable"]),
+    ("mcl_repro claims --verdict not", ["not_replicated", "not_testable"]),
+    ("mcl_repro preconditions ", ["-h", "--help", "--profile", "--runs", "ubt", "mem", "cleanclip", "cfbd"]),
     ("mcl_repro settings ", ["-h", "--help", "ubt", "mem", "cleanclip", "cfbd"]),
     ("mcl_repro data links here --split ", ["train", "validation"]),
     ("mcl_repro protect a.csv --format w", ["webdataset"]),
@@ -224,10 +226,12 @@ def test_a_shell_completes_what_plug_ins_can_add():
 
 
 @pytest.mark.parametrize("words, says", [
-    (("status", "--profile", "minni"), "unknown profile 'minni'; known: mini, smoke, paper"),
+    (("status", "--profile", "minni"), "unknown profile 'minni'; known: mini, smoke, paper, photos"),
     (("run", "--device", "gpu"), "unknown device 'gpu'; known: auto, cpu, cuda"),
     (("claims", "--verdict", "proved"),
-     "unknown verdict 'proved'; known: reproduced, contradicted, undecided, depends_on_our_reading, not_testable"),
+     "unknown verdict 'proved'; known: replicated, in_direction, not_replicated, inconclusive, "
+     "depends_on_our_reading, paper_disagrees, contradicted, not_testable"),
+    (("preconditions", "uvt"), "unknown paper 'uvt'; known: ubt, mem, cleanclip, cfbd"),
     (("settings", "uvt"), "unknown paper 'uvt'; known: ubt, mem, cleanclip, cfbd"),
 ])
 def test_a_value_that_is_none_of_a_closed_set_is_told_what_there_is(words, says):

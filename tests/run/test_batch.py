@@ -311,7 +311,7 @@ from pathlib import Path
 from mcl_repro.report.tables import tidy, write_table
 if False:
     from mcl_repro.tiny import tiny_plan
-asked = tables or ["ubt.table1", "ubt.table2"]
+asked = [t for t in tables if "table" in t] or ["ubt.table1", "ubt.table2"]
 with open(Path(runs)/"views", "a") as told:
     told.write(" ".join(asked) + "\\n")
 for table in asked:
