@@ -103,7 +103,7 @@ def counts_of(
     ref,        # a `DataRef`, also of data that are not here
 )->Counts:
     "How large a data set is, without opening a picture."
-    if ref.source.startswith("world:"):
+    if ref.source.startswith(("world:", "world1:")):
         return _of_world(ref.source)
     if is_absent(ref):
         return _expected(ref.source)
@@ -235,7 +235,7 @@ def reading(
     name:str,   # of a setting
 )->str:
     "The kind of work that getting its pictures is: `draw` for the embedded world, `decode` for files."
-    return "draw" if self.data(name).source.startswith("world:") else "decode"
+    return "draw" if self.data(name).source.startswith(("world:", "world1:")) else "decode"
 
 # %% ../../nbs/lab/costs.ipynb #53b2cd15
 @patch
@@ -308,7 +308,7 @@ def _data_in(value):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _data_in(part)
 
-WORLD_TOKENS = 1706   # of all captions of the embedded world; other rows of the table are kept once for all models
+WORLD_TOKENS = 2115   # of all captions of the embedded world; other rows of the table are kept once for all models
 
 COSTS = {}   # name of a stage -> function (Setting) -> StageWork
 

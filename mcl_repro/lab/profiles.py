@@ -118,12 +118,12 @@ def load_profile(
     if name not in profiles:
         raise SettingsError(f"unknown profile {name!r}; known: {', '.join(profiles)}")
     profile = copy.deepcopy(profiles[name])
-    known = profile.setdefault("roles", {})
-    for role, source in (roles or {}).items():
+    profile = merge_settings(profile, profile.get("papers", {}).get(paper, {}))
+    known = profile["roles"] = dict(profile.get("roles", {}))
+    for role, source in (roles or {}).items():     # what is given replaces a paper's own roles and settings as well
         if role not in known:
             raise SettingsError(f"unknown role {role!r} for profile {name!r}; known: {', '.join(known) or 'none'}")
         known[role] = str(source)
-    profile = merge_settings(profile, profile.get("papers", {}).get(paper, {}))
     for key, value in (settings or {}).items():
-        _replace(profile, key, value, name)    # what is given replaces a paper's own settings as well
+        _replace(profile, key, value, name)
     return _attributes(profile)

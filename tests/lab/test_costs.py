@@ -107,6 +107,8 @@ def test_ubt_overfits_on_mixed_batches_and_may_ask_after_each_epoch_whether_to_e
     shared = dict(clip=clean, poisoned=poisoned, split=split)
     found = amounts(ubt_overfit, recipe=dict(RECIPE, epochs=1), **shared)
     assert (found["step", RN], found["train", RN], found.get(("image", RN))) == (400 // 64, 400 // 64 * 64, None)
+    found = amounts(ubt_overfit, recipe=dict(RECIPE, epochs=1), normal=100, **shared)
+    assert found["train", RN] == 140 // 64 * 64     # 40 are suspicious
     found = amounts(ubt_overfit, recipe=dict(RECIPE, epochs=3), until=.8, **shared)
     assert (found["image", RN], found["text", RN]) == (3 * 40, 3 * 40)
     overfitted = lab.node(ubt_overfit, recipe=RECIPE, **shared)

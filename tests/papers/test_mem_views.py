@@ -7,7 +7,7 @@ from mcl_repro.core.errors import SettingsError
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.status import with_inputs
 from mcl_repro.papers import mem
-from mcl_repro.papers.mem import IN_TABLE, MEM_OUTPUTS, MEM_TABLES, mem_plan, SHUFFLED
+from mcl_repro.papers.mem import IN_TABLE, MEM_OUTPUTS, MEM_TABLES, mem_plan
 
 
 def planned(folder, *wanted, seeds=1, seed_all=False, **chosen):
@@ -37,7 +37,7 @@ def test_a_plan_computes_nothing_and_holds_all_that_is_shown(tmp_path, monkeypat
 
 def test_each_output_is_read_by_itself_and_all_of_them_are_the_whole_plan(tmp_path):
     whole, alone = planned(tmp_path).readers, {}
-    for output in MEM_OUTPUTS:
+    for output in ["mem.preconditions", *MEM_OUTPUTS]:
         plan = planned(tmp_path, output)
         alone |= plan.readers
         assert set(plan.readers) <= {output}
@@ -50,7 +50,7 @@ def test_each_output_is_read_by_itself_and_all_of_them_are_the_whole_plan(tmp_pa
 def test_lines_are_the_same_alone_and_together(tmp_path):
     whole = planned(tmp_path)
     tables = list(dict.fromkeys(line.table for line in whole.lines))
-    assert set(tables) < set(MEM_TABLES) and len(tables) == 6
+    assert set(tables) < set(MEM_TABLES) and len(tables) == 7
     for table in tables:
         wanted = [(line.labels, line.found, line.models) for line in whole.lines if line.table == table]
         assert [(line.labels, line.found, line.models) for line in planned(tmp_path, table).lines] == wanted
@@ -75,12 +75,13 @@ def test_one_table_or_figure_needs_no_more_than_it_reads(tmp_path, output, neede
 def test_a_table_does_not_ask_for_data_of_another(tmp_path):
     for output, roles in (("mem.table4", {"faces_train", "faces_test", "pretrain", "mem_pretrain"}),
                           ("mem.variants", {"mem_flickr8k_train", "mem_flickr8k_test"}),
-                          ("mem.survival", {"mem_coco_train", "mem_coco_test"}), ("mem.fig3", set())):
+                          ("mem.survival", {"mem_flickr8k_train", "mem_flickr8k_test"}), ("mem.fig3", set())):
         assert set(planned(tmp_path, output).lab._roles) <= roles
 
 
 def test_only_table_1_repeats_over_seeds_unless_all_are_asked_to(tmp_path):
-    for seed_all, repeated in ((False, {"mem.table1"}), (True, {line.table for line in planned(tmp_path).lines})):
+    every = {line.table for line in planned(tmp_path).lines} - {"mem.controls"}     # which are of one training
+    for seed_all, repeated in ((False, {"mem.table1"}), (True, every)):
         plan = planned(tmp_path, seeds=3, seed_all=seed_all)
         assert {line.table for line in plan.lines if len(line.found) == 3} == repeated
         assert len({key[-1] for key in plan.parts.looks}) == len({key[-1] for key in plan.parts.curves}) == (
@@ -90,11 +91,11 @@ def test_only_table_1_repeats_over_seeds_unless_all_are_asked_to(tmp_path):
 
 def test_who_does_nothing_to_what_he_found_is_the_model_of_table_1(tmp_path):
     plan = planned(tmp_path)
-    largest, lines = plan.parts.largest, {}
+    first, lines = plan.parts.first, {}
     for line in plan.lines:
         lines[line.table, *line.labels.values()] = line.found
-    for method, pairs in ((SHUFFLED, "protected"), ("Clean", "clean")):
-        assert lines["mem.survival", "nothing", pairs] == lines["mem.table1", method, largest]
+    for method, pairs in (("MEM-3", "protected"), ("Clean", "clean")):
+        assert lines["mem.survival", "nothing", pairs] == lines["mem.table1", method, first]
     assert len({tuple(found) for key, found in lines.items() if key[0] == "mem.survival"}) == 18     # nothing else is
 
 
@@ -103,7 +104,8 @@ def test_ranks_are_noted_after_every_epoch_only_where_curves_show_them(tmp_path)
     for line in planned(tmp_path).lines:
         watched.setdefault(line.table, set()).add(line.models[0].settings.get("test") is not None)
     assert watched == {"mem.table1": {True, False}, "mem.table2": {True, False}, "mem.table3": {True, False},
-                       "mem.table4": {False}, "mem.survival": {True, False}, "mem.variants": {False}}
+                       "mem.table4": {False}, "mem.survival": {True, False}, "mem.variants": {False},
+                       "mem.controls": {True, False}}
 
 
 def test_a_plan_of_some_data_sets_and_methods(tmp_path):
@@ -119,7 +121,7 @@ def test_all_looks_are_at_one_example(tmp_path):
     (first, *others) = looks.values()
     assert first.settings.get("example") is None and all(node.settings["example"] == first for node in others)
     triggers = {key[:2]: node.settings["protection"] for key, node in looks.items()}
-    assert triggers["Clean", True] == triggers["EM", True] == triggers["MEM-3", True] != triggers[SHUFFLED, True]
+    assert triggers["Clean", True] == triggers["EM", True] == triggers["MEM-3", True] != triggers["MEM-3", False]
     assert not any(protection for (method, with_trigger), protection in triggers.items() if not with_trigger)
 
 
