@@ -10,8 +10,8 @@ __all__ = ['RULES', 'LEVELS', 'REFERENCES', 'KEEP', 'read_rows', 'one_thread', '
            'mean_direction', 'direction_cosines', 'textual_correlation', 'leave_one_out', 'caption_core',
            'benign_level', 'fine_threshold', 'chance_likeness', 'guard_level', 'Detection', 'fine_stage', 'detect',
            'embed_pairs', 'GatheredRows', 'write_embeddings', 'cfbd_detect', 'detection_cost', 'cfbd_choose_q',
-           'save_detection', 'load_detection', 'kept_rows', 'cfbd_filtered_clip', 'cfbd_select', 'mapping_node',
-           'detection_node', 'cfbd_nodes', 'as_printed', 'with_q_chosen']
+           'save_detection', 'load_detection', 'kept_rows', 'cfbd_filtered_clip', 'least_consistent', 'cfbd_select',
+           'mapping_node', 'detection_node', 'cfbd_nodes', 'as_printed', 'with_q_chosen']
 
 # %% ../../nbs/papers/cfbd.ipynb #7089b61b
 import math
@@ -985,17 +985,21 @@ def load_detection(
     return Detection(*parts, stored["core"], stored["correlation"], *numbers, attacked, flagged)
 
 # %% ../../nbs/papers/cfbd.ipynb #a531fda6
-KEEP = ("full", "coarse")
+KEEP = ("full", "coarse", "random")
 
 def kept_rows(
     found: Detection,   # of `detect`
-    keep: str = "full", # `full`: all but the flagged pairs; `coarse`: D_b only
+    keep: str = "full", # `full`: all but the flagged pairs; `coarse`: D_b only; `random`: as many pairs as D_b, any
+    seed: int = 0,      # of the random pairs
 ) -> np.ndarray: # ascending
-    "Rows to train on (CFBD section 2.1)."
+    "Rows to train on (CFBD section 2.1). Random pairs show what the size of D_b alone costs."
     if keep not in KEEP:
         raise SettingsError(f"unknown choice {keep!r} of what to keep: use one of {', '.join(KEEP)}")
     if keep == "coarse":
         return found.split.benign
+    if keep == "random":
+        rng = np.random.default_rng([seed, 16])
+        return np.sort(rng.choice(len(found.correlation), len(found.split.benign), replace=False))
     return np.setdiff1d(np.arange(len(found.correlation)), found.flagged)
 
 @stage
@@ -1008,7 +1012,7 @@ def cfbd_filtered_clip(
     keep: str = "full", # see `kept_rows`
 ):
     "Fine-tune a CLIP on the pairs that CFBD keeps."
-    rows = kept_rows(load_detection(detection), keep)
+    rows = kept_rows(load_detection(detection), keep, recipe.get("seed", 0))
     return train_and_save(work, load_clip(clip, work.device), defender_pairs(poisoned).select(rows), recipe)
 
 # %% ../../nbs/papers/cfbd.ipynb #c05713a3
@@ -1016,6 +1020,16 @@ def cfbd_filtered_clip(
 def _cfbd_filtered_clip_cost(s):
     "Epochs over the set; what detection leaves out is not known beforehand."
     return StageWork().read(s, "poisoned", s.recipe["epochs"]).train(s, s.counts("poisoned").items, s.recipe)
+
+# %% ../../nbs/papers/cfbd.ipynb #46832ff6
+def least_consistent(
+    found: Detection, # of `detect`
+    count: int,       # pairs, at most
+) -> np.ndarray: # rows, largest c first
+    "The flagged pairs whose captions fit worst (largest c of Eq. 4); of D_p where the guard sees no attack."
+    candidates = found.flagged if found.attacked else found.split.poisoned
+    return candidates[np.argsort(-found.consistency.value[candidates], kind="stable")[:count]]
+
 
 # %% ../../nbs/papers/cfbd.ipynb #abd4ba2e
 @stage
@@ -1033,8 +1047,7 @@ def cfbd_select(
     if count < 1:
         raise SettingsError(f"cannot select {count} pairs: raise count")
     model, found = load_clip(clip, work.device), load_detection(detection)
-    candidates = found.flagged if found.attacked else found.split.poisoned
-    selected = candidates[np.argsort(-found.correlation[candidates], kind="stable")[:count]]
+    selected = least_consistent(found, count)
     chosen = read_batch(training_set(model, defender_pairs(poisoned)), torch.from_numpy(selected), "cpu")
     masked, pictures = _masked(model, chosen, start_layer, image_layer, image_share)
     np.savez(work.out/"selection.npz", similarities=found.correlation, selected=selected, tokens=chosen.tokens.numpy(),
@@ -1096,12 +1109,14 @@ def cfbd_nodes(
     seed: int = 0,       # of the mixture and of training
     recipe: dict = None, # of the training on what is kept; default: the profile's `finetune`
     victim=None,         # node with the CLIP trained on all pairs, for `select`
-) -> dict: # nodes by name: detect, full, coarse, and with a victim select
+) -> dict: # nodes by name: detect, full, coarse, random, and with a victim select
     "Detection, training on what it keeps, and the pairs it hands to unlearning."
     recipe = dict(recipe or lab.profile["finetune"], seed=seed)
+    small = recipe | settings.get("coarse_recipe", {})     # for the few pairs of D_b
     inputs = dict(clip=clean, poisoned=poisoned)
     found = detection_node(lab, inputs, mapping, settings["detect"], seed)
-    trained = {keep: lab.node(cfbd_filtered_clip, **inputs, detection=found, recipe=recipe, keep=keep) for keep in KEEP}
+    trained = {keep: lab.node(cfbd_filtered_clip, **inputs, detection=found, keep=keep,
+                              recipe=recipe if keep == "full" else small) for keep in KEEP}
     nodes = dict(detect=found, **trained)
     if victim is not None:
         nodes["select"] = lab.node(cfbd_select, clip=victim, poisoned=poisoned, detection=found, **settings["select"])

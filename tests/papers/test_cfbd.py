@@ -511,10 +511,26 @@ def test_what_is_kept_is_trained_on(staged):
     assert full.result["pairs"] == 400 - len(found.flagged) and coarse.result["pairs"] == len(found.split.benign)
     chosen, split = arrays(select, "selection"), arrays(select, "split")
     assert chosen["selected"].shape == (6,)
+    candidates = found.flagged if found.attacked else found.split.poisoned
+    assert (chosen["selected"] == candidates[np.argsort(-found.consistency.value[candidates], kind="stable")[:6]]).all()
     assert chosen["tokens"].shape == chosen["masked"].shape
     assert chosen["masked_images"].shape == (6, 32, 32, 3)
     assert select.result["poisoned"] == found.attacked
     assert (split["similarities"][found.flagged] == -1).all() and len(split["normal"]) == 400 - len(found.flagged)
+
+
+def test_training_on_few_pairs_has_a_recipe_of_its_own(staged):
+    nodes = cfbd.cfbd_nodes(
+        staged.lab, staged.clean, staged.poisoned, staged.mapping,
+        dict(detect=dict(q=20, components=2), coarse_recipe=dict(epochs=7)), seed=3,
+    )
+    epochs = {keep: nodes[keep].settings["recipe"]["epochs"] for keep in cfbd.KEEP}
+    usual = staged.lab.profile.finetune.epochs
+    assert epochs == dict(full=usual, coarse=7, random=7) and nodes["coarse"].settings["recipe"]["seed"] == 3
+    found = cfbd.load_detection(staged.found)
+    drawn = [cfbd.kept_rows(found, "random", seed) for seed in (0, 0, 1)]
+    assert (drawn[0] == drawn[1]).all() and not (drawn[0] == drawn[2]).all()
+    assert all(len(set(rows)) == len(found.split.benign) for rows in drawn)
 
 
 @pytest.mark.parametrize("attacked", [True, False])

@@ -51,7 +51,7 @@ def test_a_plan_names_everything_once_and_computes_nothing(lab):
     assert [output for output in OUTPUTS if output not in plan.readers] == ["cfbd.fig3"]     # a drawing
     assert len(parts.at_rate) == len(parts.isolated) == 4 * len(parts.rated)
     assert set(parts.judged) == {(a, name, 0) for a in parts.fed for name in FED_BY}
-    assert len(parts.verdicts) == len(lab.profile.cfbd.scan_targets) * (len(plan.attacks) + 1)
+    assert len(parts.verdicts) == len(lab.profile.cfbd.scan_targets) * (len(plan.attacks) + 2)
     assert len(parts.strained) == lab.profile.cfbd.robustness.points.draws
 
 
@@ -73,7 +73,7 @@ def test_lines_are_those_of_the_tables_of_models(lab):
     counts = {table: sum(line.table == table for line in plan.lines) for table in ("cfbd.table1", "cfbd.table2",
                                                                                   "cfbd.table3", "cfbd.chosen")}
     assert counts == {"cfbd.table1": attacks * (len(COMPARED) + 1), "cfbd.table2": attacks * len(COMPARED),
-                      "cfbd.table3": 0, "cfbd.chosen": attacks * len(CHOSEN)}
+                      "cfbd.table3": 0, "cfbd.chosen": len(lab.profile.cfbd.chosen_attacks) * len(CHOSEN)}
     overview = plan_overview(plan).reads
     assert overview["cfbd.table4"] == len(plan.readers["cfbd.table4"]) and overview.iloc[-1] == len(plan.nodes)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mcl_repro.measures.metrics import bootstrap_interval, detection_quality, detection_rates, placements
-from mcl_repro.papers.cfbd import detect, fit_mixture, save_detection
+from mcl_repro.papers.cfbd import detect, fine_stage, fit_mixture, save_detection
 from mcl_repro.papers import cfbd_measures as measures
 from mcl_repro.papers.cfbd_measures import (
     curve_of, found_cells, keep_cells, measured, poisoned_rows, precisions, share, verdict, with_all,
@@ -99,6 +99,21 @@ def test_a_judged_scan_has_areas_and_decisions(made):
     rates = detection_rates(np.isin(np.arange(N), made.found.flagged), made.flags)
     assert cells(artefact, metric="TPR") == pytest.approx([100 * rates["tpr"]], abs=1e-3)
     assert cells(artefact, metric="FPR") == pytest.approx([100 * rates["fpr"]], abs=1e-3)
+
+
+def test_rates_along_the_threshold_are_those_of_detections_with_it(made):
+    artefact = run(made.folder/"threshold", measures.threshold_curve, **made.seen, steps=21)
+    used, *others = artefact.result["points"]
+    whole = detection_rates(np.isin(np.arange(N), made.found.flagged), made.flags)
+    assert (used["alpha"], used["threshold"]) == (.05, pytest.approx(made.found.threshold))
+    assert (used["tpr"], used["fpr"]) == (pytest.approx(whole["tpr"]), pytest.approx(whole["fpr"]))
+    for point in others[::3]:
+        fine = fine_stage(made.texts.astype(np.float16), made.found.split, alpha=point["alpha"], guard=False)
+        rates = detection_rates(np.isin(np.arange(N), fine["flagged"]), made.flags)
+        assert (point["tpr"], point["fpr"]) == (pytest.approx(rates["tpr"]), pytest.approx(rates["fpr"]))
+    stored = np.load(made.folder/"threshold"/"curve.npz")
+    assert (np.diff(stored["tpr"]) <= 0).all() and (np.diff(stored["fpr"]) <= 0).all()
+    assert stored["tpr"][-1] == np.isin(made.found.split.poisoned, np.arange(POISONED)).sum() / POISONED     # D_p alone
 
 
 def test_corners_are_the_whole_curve():

@@ -1,18 +1,19 @@
 """Scan sets: what is planted into stored embeddings is what embedding the poisoned set would give."""
 import numpy as np
+import pandas as pd
 import pytest
 
-from mcl_repro.attacks.base import make_attack, poison
+from mcl_repro.attacks.base import make_attack, mentions, poison
 from mcl_repro.papers.cfbd import load_detection, mapping_network
-from mcl_repro.model.clip import embed_images, embed_tokens
+from mcl_repro.model.clip import embed_images, embed_texts, embed_tokens, imagenet_templates
 from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import SettingsError
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.profiles import load_profile
 from mcl_repro.measures.density import density_scores
 from mcl_repro.papers.scan_sets import (
-    caption_cosines, density_scan, pair_embeddings, Planted, planted, planted_embeddings, planted_mistakes, robustness,
-    robustness_points, robustness_pool, scan, strained_points,
+    caption_cosines, density_scan, obvious_poison, pair_embeddings, Planted, planted, planted_embeddings,
+    planted_mistakes, robustness, robustness_points, robustness_pool, scan, strained_points,
 )
 from mcl_repro.papers.stages import arrays, clean_clip, load_clip, poisoned_pairs
 from mcl_repro.model.training import training_set
@@ -25,7 +26,7 @@ ATTACK = dict(SETTINGS.attacks.BadNet)
 def made(tmp_path_factory):
     lab = Lab(
         "smoke", device="cpu", runs=tmp_path_factory.mktemp("scan") / "runs", progress=False,
-        roles={"scan": "world:curated:300"},
+        roles={"scan": "world1:curated:300"},
     )
     clean = lab.node(clean_clip, model=SETTINGS.model.name, pairs=lab.role("pretrain"), recipe=dict(SETTINGS.pretrain))
     bad = lab.node(poisoned_pairs, pairs=lab.role("scan"), attack=ATTACK, target="banana", count=12, image_size=32)
@@ -38,7 +39,7 @@ def made(tmp_path_factory):
 
 def test_planted_embeddings_are_those_of_the_poisoned_set(made):
     lab, clean, embeddings, changed, _ = made
-    model, pairs = load_clip(lab.run(clean)), open_data("world:curated:300")
+    model, pairs = load_clip(lab.run(clean)), open_data("world1:curated:300")
     done = poison(pairs, make_attack(**ATTACK), "banana", count=12, image_size=32)
     data = training_set(model, done.pairs)
     images, texts = planted(lab.run(embeddings), lab.run(changed))
@@ -58,6 +59,23 @@ def test_a_scan_is_a_detection_and_the_clean_set_has_one_too(made):
         found = load_detection(artefact)
         assert len(found.correlation) == 300 == sum(map(len, found.split))
         assert artefact.result["attacked"] == found.attacked
+
+
+def test_obvious_poison_is_templates_of_the_target_under_pictures_of_other_things(made):
+    lab, clean, embeddings, _, mapping = made
+    pairs, inputs = open_data("world1:curated:300"), dict(clip=clean, pairs=lab.role("scan"), embeddings=embeddings)
+    node = lab.node(obvious_poison, **inputs, target="umbrella", count=20)
+    left = lab.run(node)
+    rows, images, texts = (np.load(left.path/f"{name}.npy") for name in ("rows", "images", "texts"))
+    assert len(set(rows)) == 20 and not any(mentions(pairs.captions[row], "umbrella") for row in rows)
+    assert (images == np.load(lab.run(embeddings).path/"images.npy")[rows]).all()     # untouched
+    written = embed_texts(load_clip(lab.run(clean)), [t.format("umbrella") for t in imagenet_templates()]).numpy()
+    assert np.abs(texts[:, None] - written[None]).max(-1).min(1).max() < 2e-3         # half precision
+    found = load_detection(lab.run(lab.node(
+        scan, embeddings=embeddings, changed=node, mapping=mapping, options=dict(q=20, components=2))))
+    assert len(found.correlation) == 300
+    with pytest.raises(SettingsError, match="fewer than 300"):
+        lab.run(lab.node(obvious_poison, **inputs, target="umbrella", count=300))
 
 
 @pytest.mark.parametrize("where", [slice(None), slice(2, 7), slice(0, 10, 3), np.array([9, 0, 4, 4]), slice(8, 8)])
@@ -98,6 +116,11 @@ def test_robustness_is_the_same_twice_and_says_what_it_drew(made):
         robustness_pool, clip=clean, pairs=lab.role("scan"), attack=ATTACK, targets=["banana", "umbrella"],
         boilerplate="a cake", count=30,
     )
+    few = lab.run(lab.node(
+        robustness_pool, clip=clean, pairs=lab.role("scan"), attack=ATTACK, targets=["banana", "umbrella"],
+        boilerplate="a cake", count=30, size=100,
+    ))
+    assert arrays(few, "pool")["rows"].max() < 100
     with pytest.raises(SettingsError, match="fewer than the 9999"):
         lab.run(lab.node(
             robustness_pool, clip=clean, pairs=lab.role("scan"), attack=ATTACK, targets=["banana"],
@@ -111,5 +134,9 @@ def test_robustness_is_the_same_twice_and_says_what_it_drew(made):
     assert len(once) == 1 + len(robustness_points(0.05, dict(targets=[1, 2], duplicates=[0, 30])))
     assert len(twice) == 2 * len(once) - 1
     assert set(once) <= set(twice)     # a draw does not depend on how many there are
+    parted = [pd.read_csv(lab.run(node(1)).path/"points.csv") for node in (
+        lambda d: lab.node(robustness, embeddings=embeddings, pool=pool, mapping=mapping, size=300, share=0.05, draws=d,
+                           options=dict(q=20, components=2), axes=dict(targets=[1, 2], duplicates=[0, 30])), node)]
+    assert parted[0].equals(parted[1])          # all 300 pairs
     apart = strained_points(lab.run([node(1, first=1), node(1)]))
     assert apart.equals(strained_points([lab.run(node(2))])) and apart.draw.tolist() == [0, 1] * (len(once) - 1)
