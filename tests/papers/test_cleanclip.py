@@ -19,7 +19,7 @@ from mcl_repro.model.augmentation import augment_captions, augment_images
 from mcl_repro.papers.cleanclip import (
     attach_head, balanced_pairs, caption_views, carry_moments, class_scores, CLEANCLIP_FIGURES, cleanclip_loss,
     CLEANCLIP_OUTPUTS, cleanclip_plan, CLEANCLIP_TABLES, cleaned_clip, columns_of, load_head, save_head, scratch_clip,
-    self_supervised_loss, supervised_clip, supervised_loss,
+    self_supervised_loss, STARTS, supervised_clip, supervised_loss,
 )
 from mcl_repro.papers.cleanclip_study import structured_picture
 from mcl_repro.model.clip import build_clip, load_weights, read_tensors, save_clip, to_pixels
@@ -678,7 +678,8 @@ def test_the_plan_computes_nothing_and_holds_every_table_and_figure(lab, monkeyp
     monkeypatch.setattr(lab, "run", lambda *a: pytest.fail("it computed"))
     plan = cleanclip_plan(lab, lab.profile)
     assert {line.table for line in plan.lines} == set(CLEANCLIP_TABLES)
-    assert [*plan.readers] == [output for output in CLEANCLIP_OUTPUTS if output != "cleanclip.framework"]
+    shown = [output for output in CLEANCLIP_OUTPUTS if output != "cleanclip.framework"]
+    assert [*plan.readers] == ["cleanclip.preconditions", *shown]
     parts, nodes = plan.parts, set(plan.nodes)
     clouds = [node for found in parts.clouds.values() for node in found.values()]
     shown = [*parts.rates.values(), *parts.untouched.values(), *parts.watched.values(), *parts.released.values()]
@@ -717,12 +718,17 @@ def test_each_output_is_read_by_itself_and_all_of_them_are_the_whole_plan(lab):
 
 
 @pytest.mark.parametrize("output, needed, spared", [
-    ("main", {"cleaned_clip", "supervised_clip", "released_evaluation"},
-     {"scratch_clip", "watched_training", "triggered_clouds", "second_views"}),
+    ("main", {"scratch_clip", "finetuned_clip", "cleaned_clip", "supervised_clip", "released_evaluation"},
+     {"watched_training", "triggered_clouds", "second_views"}),
     ("pretrained", {"scratch_clip", "finetuned_clip", "cleaned_clip"}, {"supervised_clip", "watched_training"}),
     ("variants", {"watched_training", "cleaned_clip"}, {"supervised_clip", "scratch_clip"}),
-    ("curves", {"head_classification", "classification", "cleaned_clip"}, {"scratch_clip", "released_evaluation"}),
-    ("tsne", {"triggered_clouds", "supervised_clip", "cleaned_clip"}, {"classification", "head_classification"}),
+    ("curves", {"scratch_clip", "head_classification", "classification", "cleaned_clip"},
+     {"finetuned_clip", "clean_clip", "released_evaluation"}),
+    ("lambda", {"scratch_clip", "cleaned_clip", "classification"}, {"finetuned_clip", "clean_clip", "supervised_clip"}),
+    ("data_size", {"scratch_clip", "finetuned_clip", "cleaned_clip"}, {"supervised_clip", "watched_training"}),
+    ("objective", {"scratch_clip", "cleaned_clip"}, {"finetuned_clip", "supervised_clip"}),
+    ("tsne", {"scratch_clip", "triggered_clouds", "supervised_clip", "cleaned_clip"},
+     {"finetuned_clip", "classification", "head_classification"}),
     ("alignment", {"watched_training", "finetuned_clip"}, {"cleaned_clip", "classification"}),
     ("views", {"second_views"}, {"clean_clip", "poisoned_pairs"}),
     ("triggers", {"structured_pattern"}, {"clean_clip", "poisoned_pairs"}),
@@ -753,10 +759,62 @@ def test_what_is_no_repair_is_tried_where_embeddings_are_drawn(lab):
     lines = cleanclip_plan(lab, lab.profile, tables=["cleanclip.finetune_ablation"]).lines
     attacks = {}
     for line in lines:
-        attacks.setdefault(line.defence, []).append(line.labels["attack"])
-    assert attacks.pop("Self-supervised only") == list(lab.profile.cleaning.tsne.attacks)
-    assert set(attacks) == {"No defense", "Contrastive only", "CleanCLIP"}
-    assert all(found == list(lab.profile.cleaning.attacks) for found in attacks.values())
+        attacks.setdefault((line.labels["start"], line.defence), []).append(line.labels["attack"])
+    assert attacks.pop(("from scratch", "Self-supervised only")) == list(lab.profile.cleaning.tsne.attacks)
+    repairs = ("No defense", "Contrastive only", "CleanCLIP")
+    assert set(attacks) == {(start, repair) for start in ("from scratch", "fine-tuned") for repair in repairs}
+    for (start, _), found in attacks.items():
+        assert found == list(lab.profile.cleaning[{"from scratch": "attacks", "fine-tuned": "fine_tuned"}[start]])
+
+
+def test_models_from_scratch_come_first_and_are_cleaned_as_the_paper_does(lab):
+    "Their own number of poisoned pairs, clean pairs and passes; a victim by fine-tuning keeps those of UBT and CFBD."
+    plan, cleaning = cleanclip_plan(lab, lab.profile, tables=["cleanclip.main"]), lab.profile.cleaning
+    starts = [line.labels["start"] for line in plan.lines]
+    assert starts == sorted(starts, key=["from scratch", "fine-tuned"].index)
+    made = {(line.labels["start"], line.labels["attack"], line.defence): line for line in plan.lines}
+    kinds = {"from scratch": "scratch_clip", "fine-tuned": "finetuned_clip"}
+    roles = {"from scratch": "clean_pairs_scratch", "fine-tuned": "clean_pairs"}
+    for (start, attack, defence), line in made.items():
+        (chain,), (model,) = line.chains, line.models
+        assert [*stages_of([chain.victim])] == [kinds[start]]
+        if start == "from scratch":
+            expected = cleaning.scratch.counts.get(attack, cleaning.scratch.count)
+            assert chain.poisoned.settings["count"] == expected
+        if defence == "CleanCLIP":
+            assert model.settings["pairs"] == lab.role(roles[start]) and model.settings["clip"] == chain.victim
+    asked = {start: made[start, "BadNet", "CleanCLIP"].models[0].settings["recipe"] for start in roles}
+    own = cleaning.scratch.cleanclip.recipe
+    assert asked["from scratch"] == {**lab.profile.cleanclip.recipe, **own, "seed": 0}
+    assert asked["fine-tuned"] == {**lab.profile.cleanclip.recipe, "seed": 0}
+
+
+def test_what_a_profile_makes_on_request_only(tmp_path):
+    later = ["cleanclip.objective", "cleanclip.variants"]
+    changed = Lab("smoke", device="cpu", runs=tmp_path, progress=False, settings={"cleaning.on_request": later})
+    usual = cleanclip_plan(changed, changed.profile)
+    assert set(CLEANCLIP_OUTPUTS) - set(usual.wanted) == set(later)
+    assert {line.table for line in usual.lines} == set(CLEANCLIP_TABLES) - set(later)
+    asked_for = cleanclip_plan(changed, changed.profile, tables=later)
+    assert asked_for.wanted == [output for output in CLEANCLIP_OUTPUTS if output in later]
+    assert {line.table for line in asked_for.lines} == set(later)
+
+
+def test_clean_sets_of_each_start(lab):
+    "A set that is null is left out; a change of the recipe reaches the training."
+    plan = cleanclip_plan(lab, lab.profile, tables=["cleanclip.data_size"])
+    found = {(line.labels["start"], line.labels["clean_pairs"]): line.models[0] for line in plan.lines}
+    sets = lab.profile.cleaning.sweeps.clean_sets
+    assert len(found) == 2 + sum(change is not None for start in sets.values() for change in start.values())
+    more = found["from scratch", "five times as many, in 2 passes: 200 pairs"]
+    assert more.settings["recipe"]["epochs"] == 2 and more.settings["pairs"] == lab.role("clean_pairs")
+    half = found["from scratch", "half: 50 pairs"]
+    assert half.settings["recipe"]["epochs"] == lab.profile.cleaning.scratch.cleanclip.recipe.epochs
+    without = Lab("smoke", device="cpu", runs=lab.folder.parent, progress=False)
+    without.profile.cleaning.sweeps.clean_sets["fine-tuned"]["half"] = None
+    left = [line.labels["clean_pairs"] for line in cleanclip_plan(without, without.profile,
+                                                                  tables=["cleanclip.data_size"]).lines]
+    assert len(left) == len(found) - 1 and left.count("half: 150 pairs") == 0
 
 
 def test_models_with_a_head_are_measured_by_their_head(lab):
@@ -801,9 +859,10 @@ def test_learning_rates_are_tried_by_clean_accuracy_alone(lab):
     rates = {"CleanCLIP": [1e-4, 3e-4], "Linear probe": [1e-3]}
     plan = cleanclip_plan(lab, lab.profile, tables=["cleanclip.lambda"], learning_rates=rates)
     tried = plan.parts.tried
-    assert list(tried) == ["poisoned model", "CleanCLIP 0.0001", "CleanCLIP 0.0003", "Linear probe 0.001"]
+    names = ["poisoned model", "CleanCLIP 0.0001", "CleanCLIP 0.0003", "Linear probe 0.001"]
+    assert list(tried) == [f"{start}: {name}" for start in ("from scratch", "fine-tuned") for name in names]
     assert {node.settings["attack"] for node in tried.values()} == {None} and set(tried.values()) <= set(plan.nodes)
-    assert stages_of(tried.values()) == Counter(classification=3, head_classification=1)
+    assert stages_of(tried.values()) == Counter(classification=6, head_classification=2)
 
 
 # ---- profiles
@@ -819,15 +878,20 @@ def test_profiles_give_what_the_stages_take(profile):
     for block in (cleaning.supervised, cleaning.probe):
         assert set(block) <= supervised and set(block.recipe) <= known and Recipe(**block.recipe)
     assert cleaning.probe.head_only and not cleaning.supervised.get("head_only") and settings.roles.labelled_images
-    roles = [role for role in cleaning.sweeps.clean_sets.values() if role is not None]
-    assert roles and set(roles) <= set(settings.roles) and settings.roles.scratch_pairs
+    sets = cleaning.sweeps.clean_sets
+    changes = [change for start in STARTS for change in sets[start].values() if change is not None]
+    assert changes and {change["pairs"] for change in changes if "pairs" in change} <= set(settings.roles)
+    assert set(cleaning.fine_tuned) <= set(cleaning.attacks) and set(cleaning.on_request) <= set(CLEANCLIP_OUTPUTS)
+    assert set(STARTS.values()) | {"clean_pairs_scratch", "clean_pairs"} <= set(settings.roles)
+    assert Recipe(**{**settings.cleanclip.recipe, **cleaning.scratch.cleanclip.recipe})
     for name, changes in cleaning.sweeps.variants.items():
         assert (
             set(changes) <= takes
             and Recipe(**{**settings.cleanclip.recipe, **changes.get("recipe", {})})
             and changes.get("moments", True) is True
         ), name
-    assert set(cleaning.scratch) - {"count", "few"} <= scratch and Recipe(**cleaning.scratch.recipe)
+    of_the_plan = {"count", "counts", "few", "cleanclip"}
+    assert set(cleaning.scratch) - of_the_plan <= scratch and Recipe(**cleaning.scratch.recipe)
     for entry in cleaning.structured.attacks.values():
         drawn = entry.pattern if isinstance(entry.pattern, str) else structured_picture(size=8, **entry.pattern)
         assert make_attack(**{**entry, "pattern": drawn})
@@ -848,5 +912,10 @@ def test_the_paper_profile_is_the_public_codes():
     assert Recipe(**probe).warmup_steps == 0 and Recipe(**probe).schedule == "cosine"
     trained = settings.finetune, recipe, settings.cleaning.scratch.recipe
     assert {r.decay for r in trained} == {"public_code"} and {supervised.decay, probe.decay} == {"all_but_biases"}
+    scratch = settings.cleaning.scratch
+    cleaned = {**recipe, **scratch.cleanclip.recipe}
+    assert (cleaned["epochs"], cleaned["batch_size"], cleaned["learning_rate"]) == (10, 64, 1e-5)
+    assert (scratch.count, scratch.few[0], scratch.recipe.epochs) == (1500, 75, 64)
+    assert settings.cleaning.on_request == [] and list(settings.cleaning.fine_tuned) == list(settings.cleaning.attacks)
     assert settings.cleanclip.image_policy == "autoaugment_pil"
     assert load_profile("mini").cleanclip.image_policy == "autoaugment"
