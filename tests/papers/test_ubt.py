@@ -250,12 +250,12 @@ def test_a_selection_that_does_not_look_poisoned_leaves_the_weights_as_they_are(
         assert [f.name for f in left.path.iterdir()] == ["clip.safetensors"] and load_clip(left).name == "smoke-RN"
 
 
-def test_the_verdict_compares_the_median_with_the_95th_percentile():
+def test_the_verdict_compares_the_median_with_the_99th_percentile():
     normal = np.arange(101.)/100
-    assert [looks_poisoned(np.full(5, v), normal) for v in (.94, .95, .96)] == [False, False, True]
+    assert [looks_poisoned(np.full(5, v), normal) for v in (.98, .99, 1.)] == [False, False, True]
     # the median, not the mean
-    assert looks_poisoned(np.array([0.1, 0.1, 0.96, 0.97, 0.97]), normal)
-    assert not looks_poisoned(np.array([0.1, 0.1, 0.9, 9.0, 9.0]), normal)
+    assert looks_poisoned(np.array([0.1, 0.1, 0.995, 0.997, 0.997]), normal)
+    assert not looks_poisoned(np.array([0.1, 0.1, 0.98, 9.0, 9.0]), normal)
     assert not looks_poisoned(normal, normal)
 
 
@@ -362,6 +362,40 @@ def test_overfitting_ends_after_the_epoch_in_which_the_level_is_reached(made, tm
     def steps(name, **level):
         return artefact(tmp_path / name, ubt_overfit, **given, **level).result["steps"]
     assert [steps("at once", until=-1.), steps("never", until=1.), steps("not asked")] == [3, 12, 12]
+
+
+def test_overfitting_sees_every_suspicious_pair_and_so_many_normal_ones(made, tmp_path):
+    suspicious = np.array([11, 3, 40])
+    rows, flags = ubt.overfit_rows(suspicious, 50, 20, seed=1)
+    assert sorted(rows[flags]) == [3, 11, 40] and len(rows) == 23 and (np.diff(rows) > 0).all()
+    assert set(ubt.overfit_rows(suspicious, 50, 20, seed=2)[0]) != set(rows)
+    assert [len(ubt.overfit_rows(suspicious, 50, n)[0]) for n in (None, 47, 4000)] == [50] * 3
+    with pytest.raises(SettingsError, match="overfit_normal is 1: give 2 or more"):
+        ubt.overfit_rows(suspicious, 50, 1)
+    given = dict(clip=made.victim, poisoned=made.poisoned, split=made.split, recipe=dict(OVERFIT, epochs=1))
+    seen = [artefact(tmp_path / str(n), ubt_overfit, normal=n, **given).result["pairs"] for n in (30, None)]
+    assert seen == [18 + 30, 120]
+
+
+def test_unlearning_holds_on_to_no_more_pairs_than_its_steps_see():
+    ordinary = np.arange(0, 9000, 3)
+    held = ubt.held_rows(ordinary, 20, 64, seed=3)
+    assert len(held) == 20 * 64 and np.isin(held, ordinary).all() and (np.diff(held) > 0).all()
+    assert (held == ubt.held_rows(ordinary, 20, 64, seed=3)).all()
+    assert len(ubt.held_rows(ordinary, 1, 64)) == 500     # what `stop_level` looks at
+    assert ubt.held_rows(ordinary[:400], 1, 64) is not None and len(ubt.held_rows(ordinary[:400], 99, 64)) == 400
+
+
+def test_the_control_is_told_which_pairs_are_poison_and_unlearns_them(made, tmp_path):
+    from mcl_repro.papers.ubt_measures import known_selection
+    known = artefact(tmp_path / "known", known_selection, clip=made.clean, poisoned=made.poisoned, count=5)
+    chosen, poison = np.load(known.path / "selection.npz")["selected"], open_poisoned(made.poisoned).rows
+    assert len(chosen) == 5 and np.isin(chosen, poison).all() and known.result == dict(selected=5, poisoned=True)
+    unlearned = artefact(
+        tmp_path / "unlearned", ubt_unlearn, clip=made.victim, poisoned=made.poisoned, split=made.split,
+        selection=known, recipe=UNLEARN, **dict(BARE, mask="none"),
+    )
+    assert not unlearned.result["refused"] and weights(unlearned) != weights(made.victim)
 
 
 @pytest.mark.parametrize("scale", [1., 14., 100.])

@@ -28,8 +28,8 @@ def kinds(plan):
 
 def test_each_output_is_read_by_itself_and_all_of_them_are_the_whole_plan(tmp_path):
     whole, alone = planned(tmp_path).readers, {}
-    for output in UBT_OUTPUTS:
-        asked = dict(tables=[output]) if output in UBT_TABLES else dict(figures=[output])
+    for output in ["ubt.preconditions", *UBT_OUTPUTS]:
+        asked = dict(figures=[output]) if output in set(UBT_OUTPUTS) - set(UBT_TABLES) else dict(tables=[output])
         plan = planned(tmp_path, **asked)
         alone |= plan.readers
         assert set(plan.readers) <= {output}
@@ -85,6 +85,22 @@ def test_every_reading_is_tried_on_every_attack_from_the_same_victim(tmp_path):
     watched = [node.settings.get("watched") for node in first]
     by_accuracy = [reading == "cosine ascent, ended by accuracy" for reading in plan.settings.ubt.readings]
     assert [w is not None for w in watched] == by_accuracy
+
+
+def upstream(node):
+    "A node and all it is made from."
+    return [node, *(n for part in node.inputs.values() for n in upstream(part))]
+
+
+def test_no_defence_hangs_on_the_selection_that_is_told(tmp_path):
+    plan = planned(tmp_path)
+    chain = plan.chain("BadNet", 0)
+    (attack, told), = plan.parts.told.items()
+    by_flags = [n for n in upstream(told) if n.stage.name.endswith("known_selection")]
+    assert attack == "BadNet" and {n.settings["count"] for n in by_flags} == {plan.settings.ubt.unlearn_count}
+    for name, defence in plan.defences.items():
+        stages = {n.stage.name for n in upstream(defence(chain))}
+        assert not any(stage.endswith("known_selection") for stage in stages), name
 
 
 def test_unknown_names_are_refused(tmp_path):
