@@ -91,7 +91,7 @@ def check_surrogate(clip: Clip, length: int # tokens of a trigger
     return clip
 
 # %% ../../nbs/tools/protecting.ipynb #34c5fd4e
-METHOD = "MEM-3, shuffled throughout"
+METHOD = "MEM-3"
 
 def _of_kind(kind, given, what):
     "A settings object from a dictionary. SettingsError for names that it does not have."
@@ -148,11 +148,12 @@ def numbers_of(clip: Clip, # the surrogate
                seed: int = 0,
                **other # round_steps, stop_below, accumulate
     ) -> Numbers:
-    "The profile's numbers with changes. SettingsError for a method or a setting that there is not."
+    "The profile's numbers with changes, at the paper's bound. SettingsError for an unknown method or setting."
     profile = load_profile("mini" if clip.name in mini_models() else "paper").mem
     if method not in profile.methods:
         raise SettingsError(f"method: {method!r} is none of {', '.join(profile.methods)}")
-    base = merge_settings(profile.protect, profile.methods[method])
+    printed = dict(search=dict(bound=8, step=1))     # for people's pictures; mini's larger bound is for its small ones
+    base = merge_settings(merge_settings(profile.protect, printed), profile.methods[method])
     found = dict(search=_search_of(base, search), recipe=_recipe_of(base, recipe, count, seed))
     rounds = {k: base[k] for k in ("round_steps", "stop_below")}
     return _of_kind(Numbers, {**rounds, **other, **found}, "protect")

@@ -34,7 +34,7 @@ from ..measures.metrics import bootstrap_interval, correct, hits, paired_bootstr
 from ..model.augmentation import bare_words, synonym_source
 from ..model.clip import Clip, embed_images, embed_texts, mini_models, save_clip, zero_shot_weights
 from mcl_repro.model.training import (
-    Callback, contrastive_loss, epoch_batches, free_memory, read_batch, Recipe, rows_of, StopWhen, train, training_set,
+    Callback, contrastive_loss, free_memory, read_batch, Recipe, rows_of, StopWhen, train, training_set,
 )
 from ..papers.cfbd import detect, embed_pairs, kept_rows, train_mapping
 from mcl_repro.papers.cleanclip import (
@@ -42,8 +42,8 @@ from mcl_repro.papers.cleanclip import (
 )
 from ..papers.stages import pair_similarities
 from mcl_repro.papers.ubt import (
-    cartesian_pairs, fitted, forgotten, looks_poisoned, most_similar, ordinary_rows, overfitting_loss,
-    reading_settings, split_suspicious, stop_level, unlearning_loss,
+    cartesian_pairs, forgotten, looks_poisoned, most_similar, ordinary_rows, overfit, reading_settings,
+    split_suspicious, stop_level, unlearning_loss, VERDICT,
 )
 from .cards import Card, limits_of, write_card
 from mcl_repro.tools.inputs import (
@@ -308,17 +308,11 @@ class Suspects:
     poisoned: bool            # the verdict
 
 def _overfitted(clip, pairs, rows, settings, seed, progress, checkpoint):
-    "A copy of the model, overfitted on the suspicious rows among all pairs (Eq. 3)."
+    "A copy of the model, overfitted on the suspicious rows beside normal ones (Eq. 3)."
     model = replace(clip, model=copy.deepcopy(clip.model))
-    recipe, suspicious = Recipe(**dict(settings["overfit"], seed=seed)), torch.zeros(len(pairs), dtype=torch.bool)
-    suspicious[torch.from_numpy(rows)] = True
-    ends = []
-    if settings["until"] is not None:
-        every = len(epoch_batches(len(pairs), recipe, 0))
-        ends = [StopWhen(fitted(training_set(model, pairs.select(rows)), settings["until"]), every)]
-    train(
-        model, training_set(model, pairs), recipe, loss=overfitting_loss(suspicious, settings["normal_weight"]),
-        callbacks=ends, checkpoint=checkpoint, progress=_noted(progress, "overfitting"),
+    overfit(
+        model, pairs, rows, dict(settings["overfit"], seed=seed), settings["normal_weight"],
+        settings["overfit_normal"], settings["until"], checkpoint=checkpoint, progress=_noted(progress, "overfitting"),
     )
     return model
 
@@ -424,13 +418,21 @@ def repair_ubt(clip, pairs, *, reference, recipe, settings, seed=0, progress=Non
     return dict(facts, selected=_ubt_table(clip, found), done=done)
 
 # %% ../../nbs/tools/repairing.ipynb #47489ecf
-_UNNAMED = dict(verdict=0.95, forget_weight=1.0, margin=1.0, stop="none", mask="text")   # by a profile
+_UNNAMED = dict(verdict=VERDICT, forget_weight=1.0, margin=1.0, stop="none", mask="text")   # by a profile
 
 def _ubt_sizes(ubt, recipe, size, count, suspicious):
     "How many pairs to select, the same share as in the profile, and how many steps to unlearn them."
     select = max(8, round(ubt["unlearn_count"]/size*count))
     whole = recipe["epochs"]*(ubt["unlearn_count"]**2 // recipe["batch_size"])
     return dict(select=min(select, suspicious), steps=max(100, round(whole*min(1, count/size))))
+
+def _overfit_sizes(ubt, size, count, suspicious):
+    "How many normal pairs to overfit beside, the same share as in the profile, and a recipe for so many."
+    normal = ubt["overfit_normal"] and max(2, round(ubt["overfit_normal"]/size*count))
+    whole, own = size, count
+    if normal:
+        whole, own = round(ubt["suspicious_share"]*size) + ubt["overfit_normal"], suspicious + normal
+    return dict(overfit=scaled(ubt["overfit"], whole, own), overfit_normal=normal)
 
 def _ubt_defaults(profile, count, given):
     "A profile's `ubt` for so many pairs."
@@ -446,8 +448,8 @@ def _ubt_defaults(profile, count, given):
             "all pairs that the model was trained on, or raise suspicious_share"
         )
     return dict(
-        reading=reading, suspicious_share=ubt["suspicious_share"], overfit=scaled(ubt["overfit"], size, count),
-        until=ubt["overfit_until"], normal_weight=ubt["normal_weight"],
+        reading=reading, suspicious_share=ubt["suspicious_share"], until=ubt["overfit_until"],
+        normal_weight=ubt["normal_weight"], **_overfit_sizes(ubt, size, count, suspicious),
         relevance_start_layer=ubt["relevance_start_layer"],
         **_ubt_sizes(ubt, recipe, size, count, suspicious), **{**_UNNAMED, **own}, recipe=recipe,
     )

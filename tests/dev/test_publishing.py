@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 from paper_notebooks import STANDARD
+from published_tables import skip_if_older
 
 import mcl_repro
 from mcl_repro.core import files as writing
@@ -106,7 +107,7 @@ def made(tmp_path_factory):
         known = dict(code={"commit": commit, "dirty": False}, written=f"2026-01-{day}T00:00:00+00:00")
         edit(run/"provenance.json", lambda p: p["notebooks"][name].update(known))
     empty = dict.fromkeys(("margin", "ci_low", "ci_high", "unit", "comparisons", "level", "evidence"), "")
-    rows = [dict(id=claim, paper=claim.split(".")[0], audit="holds", verdict="undecided", **empty)
+    rows = [dict(id=claim, paper=claim.split(".")[0], audit="holds", verdict="inconclusive", **empty)
             for claim in printed_entries("claims")]
     pd.DataFrame(rows).to_csv(run/"claims.csv", index=False)
     return top
@@ -456,7 +457,7 @@ HARM = {
     "no stamp": (lambda n: edit(n/"b.ipynb", lambda b: b["metadata"].pop("mcl_repro")), "b.ipynb: its stamp"),
     "record": (lambda n: swap(n/"results/tables/ubt.table1.csv", "66.66666667", "99.9"),
                "results/tables/ubt.table1.csv: not as it was published"),
-    "verdict": (lambda n: swap(n/"results/claims.csv", "undecided", "reproduced"), "results/claims.csv: not as"),
+    "verdict": (lambda n: swap(n/"results/claims.csv", "inconclusive", "replicated"), "results/claims.csv: not as"),
     "lost record": (lambda n: (n/"results/tables/ubt.table1.json").unlink(), "ubt.table1.json: not as"),
     "lost notebook": (lambda n: (n/"b.ipynb").unlink(), "b: published, but there is no such notebook"),
 }
@@ -474,15 +475,15 @@ ROW = "<table><tr><th>claim</th></tr><tr><td>ubt.c01</td><td>{}</td><td>holds</t
 
 
 @pytest.mark.parametrize("form, shown, says", [
-    ("text/html", ROW.format("reproduced"), []),
-    ("text/html", ROW.format("<b>reproduced</b>"), []),
+    ("text/html", ROW.format("replicated"), []),
+    ("text/html", ROW.format("<b>replicated</b>"), []),
     ("text/html", ROW.format(""), []),
     ("text/markdown", "| `ubt.c02` | not testable |", []),
-    ("text/html", ROW.format("contradicted"), ["x: ubt.c01 is contradicted, on record reproduced"]),
-    ("text/markdown", "| `ubt.c02` | undecided |", ["x: ubt.c02 is undecided, on record not testable"]),
+    ("text/html", ROW.format("not_replicated"), ["x: ubt.c01 is not replicated, on record replicated"]),
+    ("text/markdown", "| `ubt.c02` | inconclusive |", ["x: ubt.c02 is inconclusive, on record not testable"]),
 ])
 def test_a_verdict_that_is_shown_is_the_one_on_record(form, shown, says):
-    known = pd.DataFrame(dict(id=["ubt.c01", "ubt.c02"], verdict=["reproduced", "not_testable"]))
+    known = pd.DataFrame(dict(id=["ubt.c01", "ubt.c02"], verdict=["replicated", "not_testable"]))
     assert module._wrong_claims([("x", {form: shown})], known) == says
 
 
@@ -511,11 +512,13 @@ def shown_forms(path):
 
 @here
 def test_published_notebooks_and_records_agree():
+    skip_if_older()
     assert check_published(ROOT/"nbs") == []
 
 
 @here
 def test_every_published_table_is_drawn_from_its_record():
+    skip_if_older()
     shown = [forms for path in find_notebooks(ROOT/"nbs").values() for forms in shown_forms(path)]
     tables = [forms for forms in shown if forms.get("text/markdown", "").startswith("### ")]
     drawn, paths = {}, list(RESULTS.glob("tables/*.csv"))
@@ -528,6 +531,7 @@ def test_every_published_table_is_drawn_from_its_record():
 
 @here
 def test_published_claims_are_those_of_the_papers():
+    skip_if_older()
     found = published_claims()
     assert sorted(found.id) == sorted(printed_entries("claims")) and set(found.verdict) <= set(VERDICTS)
 
@@ -555,8 +559,37 @@ def test_published_files_are_small():
 
 @here
 def test_an_edited_number_is_noticed_here_too(tmp_path):
+    skip_if_older()
     shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     path = tmp_path/"nbs/papers/ubt.ipynb"
     number = re.search(r"<b>(\d+\.\d+)</b>", path.read_text(encoding="utf-8"))[1]
     swap(path, f"<b>{number}</b>", f"<b>{float(number) + 1:.2f}</b>")
     assert any("is not what is on record" in wrong for wrong in check_published(tmp_path/"nbs"))
+
+
+# ---- the front page, where a run has less than all of it
+
+def test_an_attack_without_one_of_its_ends_has_no_arrow():
+    from matplotlib.figure import Figure
+    drawn = {}
+    for known in (("No defense",), ("UBT",), ("No defense", "UBT")):
+        ax = Figure().subplots()
+        module._arrows(ax, {(defence, "BadNet"): (90., 60.) for defence in known}, "Some")
+        drawn[known] = len(ax.texts), len(ax.lines)
+    assert drawn == {("No defense",): (0, 1), ("UBT",): (0, 1), ("No defense", "UBT"): (1, 2)}
+
+
+def test_a_picture_whose_table_is_not_on_record_is_noticed(tmp_path):
+    nbs = tmp_path/"nbs"
+    (nbs/"results").mkdir(parents=True)
+    assert module._wrong_front(nbs, {}) == []
+    (nbs/"results"/module.PICTURE).write_bytes(b"a picture")
+    says = "readme.png: the table that it was drawn from, ubt.table1, is not on record"
+    assert module._wrong_front(nbs, {}) == [says]
+
+
+def test_the_front_says_that_a_paper_prints_nothing_only_where_it_does_not(tmp_path):
+    rows = {name: module._front_row(tmp_path, tmp_path/"results", name, tmp_path/f"papers/{name}.ipynb", [])
+            for name in ("ubt", "cleanclip")}
+    cell = {name: row.split(" | ")[2] for name, row in rows.items()}
+    assert cell == {"ubt": "0", "cleanclip": "prints none here"}

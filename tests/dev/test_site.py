@@ -122,8 +122,8 @@ def sources(tmp_path_factory):
     for folder in ("figures", "claims", "tables"):
         (run/folder).mkdir()
     (run/"figures/toy.figure.json").write_text(json.dumps({"alt": 'A toy "in" words'}))
-    (run/"claims.csv").write_text("id,paper,audit,verdict,margin,evidence\nubt.c01,ubt,holds,reproduced,+1.2,Table 1\n"
-                                  "mem.c01,mem,fails,contradicted,,<b>\n")
+    (run/"claims.csv").write_text("id,paper,audit,verdict,margin,evidence\nubt.c01,ubt,holds,replicated,+1.2,Table 1\n"
+                                  "mem.c01,mem,fails,not_replicated,,<b>\n")
     head = '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
     links = '<a href="../tables/ubt.table1.csv">t</a><a href="../index.html#ubt">r</a></html>'
     (run/"claims/ubt.c01.html").write_text(f"<!doctype html><html><head>{head}</head>{links}")
@@ -373,7 +373,7 @@ def test_two_builds_are_the_same(built, sources, toy_library, tmp_path):
 def test_claims(built):
     body = article(built, "claims.html")
     rows = re.findall(r'<tr id="claim-([\w.]+)" data-paper="(\w+)" data-verdict="(\w+)"', body)
-    assert rows == [("ubt.c01", "ubt", "reproduced"), ("mem.c01", "mem", "contradicted")]
+    assert rows == [("ubt.c01", "ubt", "replicated"), ("mem.c01", "mem", "not_replicated")]
     assert read_claims()["ubt.c01"].statement in words(body)
     assert 'href="claims/ubt.c01.html"' in body
     assert 'href="claims/mem.c01.html"' not in body
@@ -557,7 +557,7 @@ def test_folding_and_filtering_in_a_browser(tab, address):
     shown = f"{rows}.map(r => r.dataset.paper).join()"
     assert tab.run(shown) == "ubt,mem"
     assert tab.run('document.querySelector(".claims-filter output").textContent') == "2 of 2 claims"
-    tab.run('{const s = document.querySelector("[name=verdict]"); s.value = "contradicted"; '
+    tab.run('{const s = document.querySelector("[name=verdict]"); s.value = "not_replicated"; '
             's.dispatchEvent(new Event("input", {bubbles: true}))}')
     assert tab.run(shown) == "mem"
     tab.open(f"{address}claims.html?paper=ubt")

@@ -125,7 +125,7 @@ def test_suspicious_selected_trusted_and_isolated():
 @pytest.mark.parametrize("above", [True, False])
 def test_a_selection_looks_poisoned_by_its_median(above):
     normal = np.random.default_rng(0).random(999)
-    level = sorted(normal)[948] + .1 * (sorted(normal)[949] - sorted(normal)[948])      # 0.95 x 998 = 948.1
+    level = sorted(normal)[988] + .02 * (sorted(normal)[989] - sorted(normal)[988])     # 0.99 x 998 = 988.02
     selected = np.array([-1., level + (1e-9 if above else -1e-9), 2.])
     assert looks_poisoned(selected, normal) == above
 

@@ -205,7 +205,8 @@ def test_autoaugment_by_pillow_is_pillows_operations_one_after_the_other(size):
             if chance[row, place] <= probability:
                 image = PILLOW[name](image, strength(name, level, sign[row, place]))
                 seen.add(name)
-        assert (ours[row] == np.array(image)).all(), policies[choice[row]]
+        apart = np.abs(ours[row].astype(int) - np.array(image))     # contrast may round the other way, in single pixels
+        assert apart.max() <= 1 and (apart > 0).mean() < .002, policies[choice[row]]
     assert len(seen) >= 9
 
 

@@ -223,7 +223,7 @@ def test_the_check_leaves_the_random_generators_alone():
 
 @pytest.mark.parametrize("name, options", [
     ("supervised", dict(recipe=dict(epochs=1))),
-    ("ubt", dict(recipe=dict(epochs=1, batch_size=8), settings=dict(steps=4))),
+    ("ubt", dict(recipe=dict(epochs=1, batch_size=8), settings=dict(steps=4, suspicious_share=.1))),
 ])
 def test_built_in_defences_conform(name, options):
     assert isinstance(P.check_repair(name, **options), dict)

@@ -113,7 +113,7 @@ def test_what_cannot_work_is_refused_before_any_work(no_work, tmp_path, change, 
 ])
 def test_ubts_settings_are_looked_at_first(no_work, model, reference, settings, says):
     with pytest.raises(SettingsError, match=says):
-        repair(model, PAIRS, "ubt", reference=reference, settings=settings)
+        repair(model, PAIRS, "ubt", reference=reference, settings={"suspicious_share": .08, **settings})
 
 def test_words_that_cannot_be_weighed_are_refused_with_a_remedy_that_works(monkeypatch, reference):
     with monkeypatch.context() as patch:
