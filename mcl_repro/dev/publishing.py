@@ -306,7 +306,7 @@ _ABOUT = {
     "mem": ("MEM", "makes pairs unlearnable: bounded image noise and a text trigger"),
     "cleanclip": ("CleanCLIP", "cleans a poisoned CLIP by fine-tuning with self-supervision"),
     "cfbd": ("CFBD", "finds poisoned pairs in a training set, coarse to fine")}
-_OURS = ("reproduced", "contradicted", "undecided", "depends_on_our_reading", "not_testable")
+_OURS = ("replicated", "in_direction", "not_replicated", "inconclusive")     # what the index counts; the rest is other
 
 def _front_row(nbs, folder, name, path, judged) -> str:
     "A paper's row of the index: its notebook, its numbers with ours beside, its claims by verdict."
@@ -314,10 +314,11 @@ def _front_row(nbs, folder, name, path, judged) -> str:
     both = sum(int((t.value.notna() & t.paper_value.notna()).sum()) for t in tables)
     verdicts = [r["verdict"] for r in judged if r["paper"] == name]
     title, does = _ABOUT[name]
-    cells = [
-        f"[{title}](nbs/{path.relative_to(nbs).as_posix()})", does, str(both or "prints none here"), str(len(verdicts)),
-    ]
-    return f"| {' | '.join([*cells, *(str(verdicts.count(v)) for v in _OURS)])} |"
+    testable, counts = len(verdicts) - verdicts.count("not_testable"), [verdicts.count(v) for v in _OURS]
+    prints = any(table.startswith(f"{name}.table") for table in printed_entries("tables"))
+    numbers = [both if both or prints else "prints none here", len(verdicts), testable, *counts, testable - sum(counts)]
+    cells = [f"[{title}](nbs/{path.relative_to(nbs).as_posix()})", does, *map(str, numbers)]
+    return f"| {' | '.join(cells)} |"
 
 def _front_table(nbs, folder) -> str:
     "The table of the index, Markdown."
@@ -325,8 +326,8 @@ def _front_table(nbs, folder) -> str:
     judged, papers = read_judged(folder), find_notebooks(nbs)
     rows = [_front_row(nbs, folder, n, papers[n], judged) for n in _ABOUT if n in papers]
     verdicts = " | ".join(v.replace("_", " ") for v in _OURS)
-    head = f"| paper | what it does | printed numbers with ours beside | claims | {verdicts} |"
-    return "\n".join([head, "|---|---|" + "---:|"*(2 + len(_OURS)), *rows])
+    head = f"| paper | what it does | printed numbers with ours beside | claims | testable here | {verdicts} | other |"
+    return "\n".join([head, "|---|---|" + "---:|"*(4 + len(_OURS)), *rows])
 
 # %% ../../nbs/dev/publishing.ipynb #33e798a0
 PICTURE, _DRAWN = "readme.png", "ubt.table1"     # in `results`, and the table that it shows
@@ -338,13 +339,14 @@ _KINDS = {
 }
 
 def _arrows(ax, points, title):
-    """An arrow for each attack, from no defence to UBT; a diamond where a variant of it ends.
+    """An arrow for each attack, from no defence to UBT where both are known; a diamond where a variant of it ends.
 
     `points`: defence, attack -> (ASR, CA).
     """
     for attack in dict.fromkeys(a for _, a in points):
         start, end, more = (points.get((defence, attack)) for defence in _KINDS)
-        ax.annotate("", end, start, arrowprops=dict(arrowstyle="->", color="#8a94a3", shrinkA=5, shrinkB=5))
+        if start and end:
+            ax.annotate("", end, start, arrowprops=dict(arrowstyle="->", color="#8a94a3", shrinkA=5, shrinkB=5))
         for place, (colour, mark, _) in zip((start, end, more), _KINDS.values()):
             if place:
                 ax.plot(*place, mark, color=colour)
@@ -435,7 +437,9 @@ def _wrong_front(nbs, about) -> list[str]:
     wrong = [f"{p.name}: its results at a glance are not those on record" for p, text in pages.items()
              if p.exists() and p.read_text(encoding="utf-8").strip() != text.strip()]
     picture = nbs/"results"/PICTURE
-    if picture.exists() and _drawn_from(picture) != sha256_of(record):
+    if picture.exists() and not record.exists():
+        wrong.append(f"{PICTURE}: the table that it was drawn from, {_DRAWN}, is not on record")
+    elif picture.exists() and _drawn_from(picture) != sha256_of(record):
         wrong.append(f"{PICTURE}: drawn from another table than the one on record")
     return wrong
 
