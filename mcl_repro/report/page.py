@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core.errors import SettingsError, StoreError
 from ..core.files import package_yaml, read_json, write_atomically
@@ -18,12 +19,13 @@ from .preconditions import preconditions_of
 from .printed import headline_tables, LAYOUTS, paper_names, printed_entries, table_spec
 from .tables import own_table_spec, page_templates, printed_name, read_table, table_grid
 
-# %% ../../nbs/report/page.ipynb #e3823af3
+# %% ../../nbs/report/page.ipynb #2d69f879
 VERDICTS = (
     "replicated", "in_direction", "not_replicated", "inconclusive", "depends_on_our_reading", "paper_disagrees",
     "contradicted", "not_testable",
 )
 
+# %% ../../nbs/report/page.ipynb #e3823af3
 @dataclass
 class _Paper:
     "What the page shows of one paper."
@@ -71,16 +73,17 @@ class _Paper:
         "How many tables the paper prints."
         return sum(table["paper"] == self.id for table in printed_entries("tables").values())
 
-    @property
-    def testable(self) -> int:
-        "How many claims could be tested on this run."
-        return sum(claim["verdict"] != "not_testable" for claim in self.claims)
+# %% ../../nbs/report/page.ipynb #f81e91c9
+@patch(as_prop=True)
+def testable(self: _Paper) -> int:
+    "How many claims could be tested on this run."
+    return sum(claim["verdict"] != "not_testable" for claim in self.claims)
 
-    @property
-    def verdicts(self) -> dict:
-        "How many claims have which verdict."
-        counts = {verdict: sum(claim["verdict"] == verdict for claim in self.claims) for verdict in VERDICTS}
-        return {verdict: count for verdict, count in counts.items() if count}
+@patch(as_prop=True)
+def verdicts(self: _Paper) -> dict:
+    "How many claims have which verdict."
+    counts = {verdict: sum(claim["verdict"] == verdict for claim in self.claims) for verdict in VERDICTS}
+    return {verdict: count for verdict, count in counts.items() if count}
 
 # %% ../../nbs/report/page.ipynb #5ec2caa2
 def _links(kind, id, formats):
