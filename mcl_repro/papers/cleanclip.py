@@ -522,9 +522,8 @@ class CleanclipExperiments(Experiments):
         "A model with a head is measured by its head, every other one by prompts."
         if not has_head(model):
             return super().measure(model, chain, role)
-        attack = self.attacks.get(chain.attack)
-        return self.lab.node(head_classification, clip=model, test=self.lab.role(role), attack=attack,
-                             target=chain.target, seed=chain.seed)
+        return self.lab.node(head_classification, clip=model, test=self.lab.role(role), target=chain.target,
+                             attack=self.attacks.get(chain.attack), seed=chain.seed)
 
 # %% ../../nbs/papers/cleanclip.ipynb #84e86258
 @patch
