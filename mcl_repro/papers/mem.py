@@ -815,7 +815,7 @@ MEM_TABLES = ("mem.shortcut", "mem.table1", "mem.curves", "mem.table2", "mem.tab
 MEM_OUTPUTS = ("mem.fig3", "mem.fig1", "mem.fig2", "mem.shortcut", "mem.table1", "mem.fig4", "mem.curves", "mem.table2",
                "mem.table3", "mem.fig5", "mem.attention", "mem.fig6", "mem.likeness", "mem.table4", "mem.fig7",
                "mem.survival", "mem.variants", "mem.controls")                  # in the order of this notebook
-IN_TABLE = {"mem.table1": ["EM", "UAP", "MEM-3", "MEM-5", "EM, equal budget"],
+IN_TABLE = {"mem.table1": ["EM", "UAP", "MEM-3", "MEM-5"],
             "mem.table2": ["MEM-3"],
             "mem.table3": ["MEM-3", "MEM-3 with BERT"]}
 UNPROTECTED = {"mem.table1": ["Random", "Clean"], "mem.table2": ["Clean"], "mem.table3": []}
