@@ -33,7 +33,7 @@ KNOWN = {
     "faces_train": "acb65159903b5c2b35764441690216024bb66d860a284f32d35a048202b6e8d3",
     "pretrain": "623917656c7bdd969bce84078298dd06653fcf0551a741b41564a6a65dcf9d7f",
     "train": "10bddfcc7f2dcb620f9150ec5465aa28104b7955b089e1de1621600a956dbea3",
-    "curated": "b8eee448bb95405e1cf7b6b10ca8c6c02b74dd0fdb803f988447a260a7d1f1af",
+    "curated": "d3bf3388e13d2f2c1686bb6d135f2444002c68c23fe4c422702a58f44d886043",
     "mem_flickr8k": "c4a6a784a9525b7020559df8dfd55c5f4fc51ffdc9e32e96aa2ced42d7e2b77d",
     "mem_coco_train": "029520b9a8639009dca4bee26ca657eb08a46f61840ee200008faf6c32f701f4",
 }
@@ -268,6 +268,13 @@ def test_all_words_of_the_templates_are_known(pretrained):
     templates = " ".join(template.format("") for template in imagenet_templates())
     asked = set(re.findall("[a-z]+", templates.lower()))
     assert len(asked) > 50 and {word: words[word] for word in asked if words[word] < 10} == {}
+
+def test_of_curated_somebody_took_out_what_is_wrong_or_misspelt():
+    looked_at, web = scenes("curated", 3000), scenes("train", 3000)
+    assert set(caption_fits(looked_at)) == {"specific", "vague", "repeated"}
+    assert {"wrong", "near"} < set(caption_fits(web))
+    odd = [np.mean(["#" in t or "|" in t or "..." in t for t in captions(s)]) for s in (looked_at, web)]
+    assert odd[0] == 0 and odd[1] > .02
 
 
 # ---- version 1
