@@ -944,7 +944,8 @@ def add_line(plan: Experiments,
 def scratch_protection(plan: Experiments,
                        name: str,   # of a data set
                        method: str, # of the profile
-                       seed: int = 0
+                       seed: int = 0,
+                       change: dict | None = None   # of the method: a variant of the profile
     ):                              # node; None for clean pairs
     "A data set protected by a method, for hackers who train from scratch."
     mem, parts = plan.settings.mem, plan.parts
@@ -953,7 +954,7 @@ def scratch_protection(plan: Experiments,
     start = dict(model=mem.models[parts.basic])
     if mem.methods[method].get("recipe", {}) is None:      # the surrogate was trained before
         start = dict(clip=scratch_hacker(plan, name, "Clean", parts.basic, seed))
-    return protection_node(plan, data_of(plan, name)[0], [mem.methods[method]], seed, **start)
+    return protection_node(plan, data_of(plan, name)[0], [mem.methods[method], change or {}], seed, **start)
 
 def scratch_hacker(plan: Experiments,
                    name: str,   # of a data set
@@ -1193,8 +1194,7 @@ def plan_variants(plan: Experiments):
         return
     (train, test), seeds = data_of(plan, parts.first), plan.seeds(table)
     for variant, change in mem.variants.items():
-        changes = [mem.methods[change.base], change]
-        made = [protection_node(plan, train, changes, seed, model=mem.models[parts.basic]) for seed in seeds]
+        made = [scratch_protection(plan, parts.first, change.base, seed, change) for seed in seeds]
         parts.protections[parts.first, variant] = made[0]
         plan.ask(table, made[0])
         hackers = [hacker_node(plan, train, seed, mem.hacker, parts.basic, protected=node)
