@@ -11,7 +11,7 @@ from PIL import Image
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace as _replace
 from fastcore.basics import patch
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 
 from ..core.errors import DataError
@@ -570,6 +570,7 @@ def world_fingerprint(
     return world.fingerprint(split, count or world.SPLITS[split].default_count, seed)
 
 # %% ../../nbs/data/pairs.ipynb #aa815ce8
+@lru_cache(maxsize=2)     # a run opens the same sets again and again, and half a million captions take seconds
 def open_world(
     split: str,           # a name of `mcl_repro.data.world.SPLITS`
     count: int|None=None, # number of images; None: the split's default
