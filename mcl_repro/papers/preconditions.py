@@ -77,11 +77,11 @@ def like_the_target(
     templates,        # float tensor [m, d], of captions of the target
     block: int = 8192 # rows at a time
 ) -> float: # in [0, 1]
-    "Share of captions that are as near the mean caption of the target as 99% of its own captions are."
+    "Share of captions as near the mean caption of the target as one of its own is, on average over these."
     mean = F.normalize(templates.mean(0), dim=0).numpy()
-    bound = np.percentile(templates.numpy() @ mean, 1)
-    near = [np.asarray(texts[i:i + block], np.float32) @ mean >= bound for i in range(0, len(texts), block)]
-    return float(np.concatenate(near).mean())
+    own = np.sort(templates.numpy() @ mean)
+    near = [np.asarray(texts[i:i + block], np.float32) @ mean for i in range(0, len(texts), block)]
+    return float(np.searchsorted(own, np.concatenate(near), side="right").mean() / len(own))
 
 # %% ../../nbs/papers/preconditions.ipynb #ea443bbf
 def target_captions(

@@ -59,6 +59,8 @@ def test_captions_like_the_target_are_as_near_as_its_own():
     texts = np.array([[1, 0, 0], [0, 1, 0], [.99, 0, .141], [.5, .866, 0], [0, 0, 1]], np.float16)
     assert like_the_target(texts, templates) == pytest.approx(.4)
     assert like_the_target(texts, templates, block=2) == pytest.approx(.4)
+    spread = torch.tensor([[1., 0, 0], [1, 0, 0], [0, 1, 0]])       # nearness .89, .89, .45 to their mean
+    assert like_the_target(np.array([[1, 0, 0], [.2, .98, 0], [0, 0, 1]]), spread) == pytest.approx((1 + 1/3) / 3)
 
 
 def test_a_word_is_read_from_ten_captions_on():
