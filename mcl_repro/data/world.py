@@ -400,6 +400,7 @@ _FACES = Style(
 )
 _DRAWN = kinds_of("main", "things", "symbols", "dishes", "breeds", "textures")
 
+# %% ../../nbs/data/world.ipynb #ba9dccb6
 def _web_splits():
     "Pairs as on the web, in both versions; of `curated` somebody looked at the captions: none are wrong."
     for name, count in (("pretrain", 60_000), ("train", 10_000), ("validation", 1_000), ("curated", 10_000)):

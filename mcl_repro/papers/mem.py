@@ -1194,6 +1194,8 @@ def plan_variants(plan: Experiments):
         return
     (train, test), seeds = data_of(plan, parts.first), plan.seeds(table)
     for variant, change in mem.variants.items():
+        if mem.methods[change.base] is None:     # a profile that does without this method
+            continue
         made = [scratch_protection(plan, parts.first, change.base, seed, change) for seed in seeds]
         parts.protections[parts.first, variant] = made[0]
         plan.ask(table, made[0])
