@@ -170,3 +170,10 @@ def test_some_tables_and_figures_alone_and_all_of_them(monkeypatch, view_runs, p
         assert {line.labels["method"] for line in space["experiments"].lines if line.table == "mem.table1"} >= {
             "Random", "Clean", *IN_TABLE["mem.table1"][:4]
         }
+
+
+def test_a_profile_leaves_out_variants_of_methods_that_it_does_without(tmp_path):
+    roles = dict(mem_flickr8k_train="world:mem_flickr8k_train:60", mem_flickr8k_test="world:mem_flickr8k:20")
+    lab = Lab("photos", "cpu", tmp_path, roles=roles, progress=False, module="mcl_repro.papers.mem")
+    variants = {line.labels["variant"] for line in mem_plan(lab, lab.profile, ["mem.variants"]).lines}
+    assert "public code" in variants and "UAP, bound 8/255" not in variants
