@@ -1214,11 +1214,11 @@ def _control_ranks(plan, make, name):
     return hacker, ranks_node(plan, hacker, test)
 
 def plan_controls(plan: Experiments):
-    "`parts.random_noise`: data set -> ranks; `parts.shortcut_control`: a hacker of the smallest set."
+    "`parts.shortcut_control` and `parts.noise_control`: hackers of the smallest set; `parts.noise_ranks`: the latter's."
     parts, output = plan.parts, "mem.controls"
-    parts.random_noise = lambda name: _control_ranks(plan, random_noise, name)[1]
     if plan.wants(output, "mem.preconditions"):
         parts.shortcut_control, _ = _control_ranks(plan, handmade_shortcut, parts.first)
+        parts.noise_control, parts.noise_ranks = _control_ranks(plan, random_noise, parts.first)
     if plan.wants(output):
         for control, make in (("random noise", random_noise), ("by hand", handmade_shortcut)):
             hacker, ranks = _control_ranks(plan, make, parts.first)

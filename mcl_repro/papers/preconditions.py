@@ -10,8 +10,8 @@ __all__ = ['PASSES', 'MEM_STEPS', 'QUERIES', 'PROBES', 'separation', 'matched_an
            'divergence_undefended', 'overfitted_means', 'similarities_after_overfitting', 'pairs_passed',
            'time_over_undefended', 'ubt_shares', 'told_where_poison_is', 'badly_matched_pairs', 'scan_facts', 'purity',
            'subset_over_poison', 'unknown_templates', 'accuracy_after_coarse', 'obvious_poison', 'mapping_area',
-           'cfbd_shares', 'rank_ratios', 'over_datasets', 'clean_over_random', 'random_noise_over_clean',
-           'hacker_steps', 'last_surrogate_loss', 'first_epoch_loss', 'handmade_shortcut', 'undefended_from_scratch',
+           'cfbd_shares', 'rank_ratios', 'over_datasets', 'clean_over_random', 'left_by_random_noise', 'hacker_steps',
+           'last_surrogate_loss', 'first_epoch_loss', 'shortcut_over_noise', 'undefended_from_scratch',
            'scratch_success', 'scratch_accuracy', 'lost_in', 'with_preconditions', 'paper_of', 'needed_preconditions',
            'plan_preconditions', 'measured_preconditions', 'keep_preconditions']
 
@@ -389,17 +389,18 @@ def cfbd_shares(plan: Experiments) -> dict: # one `Probe`, per cent
 # %% ../../nbs/papers/preconditions.ipynb #66e657b0
 # the paper's: 32 passes over five captions a picture, 128 pairs a step
 MEM_STEPS = {"Flickr8K": 7_488, "Flickr30K": 36_224, "MSCOCO": 103_456}
-QUERIES = {"image to text": "image_to_text_medr", "text to image": "text_to_image_medr"}
+QUERIES = {"image to text": "image_to_text", "text to image": "text_to_image"}
 
 def rank_ratios(
-    name: str, # of a data set
-    above,     # node of `hacker_ranks`
-    below      # another one
+    name: str,           # of a data set
+    above,               # node of `hacker_ranks`
+    below,               # another one
+    metric: str = "medr" # or `hit10`
 ) -> dict: # `name, way` -> `Probe`
-    "Median rank of one model over that of another, in both directions."
+    "Median rank, or Hit@10, of one model over that of another, in both directions."
     def probe(key):
         return Probe((above, below), lambda a, b: a.result[key] / b.result[key])
-    return {f"{name}, {way}": probe(key) for way, key in QUERIES.items()}
+    return {f"{name}, {way}": probe(f"{key}_{metric}") for way, key in QUERIES.items()}
 
 def over_datasets(plan: Experiments, make) -> dict: # label -> `Probe`
     "The probes of all data sets of a plan; `make`: function of a data set's name."
@@ -412,12 +413,12 @@ def clean_over_random(plan: Experiments) -> dict: # `data set, way` -> `Probe`
         return rank_ratios(name, *ranks)
     return over_datasets(plan, ratios)
 
-def random_noise_over_clean(plan: Experiments) -> dict: # `data set, way` -> `Probe`
-    "P29: median rank after training on pairs with random noise over that of clean pairs, on the first data set."
-    parts, noise = plan.parts, getattr(plan.parts, "random_noise", None)
-    if noise is None:
+def left_by_random_noise(plan: Experiments) -> dict: # `data set, way` -> `Probe`, a share
+    "P29: Hit@10 after training on pairs with random noise over that of clean pairs, on the first data set."
+    parts = plan.parts
+    if getattr(parts, "noise_ranks", None) is None:
         return {}
-    return rank_ratios(parts.first, noise(parts.first), parts.scratch.ranks(parts.first, "Clean", parts.basic))
+    return rank_ratios(parts.first, parts.noise_ranks, parts.scratch.ranks(parts.first, "Clean", parts.basic), "hit10")
 
 # %% ../../nbs/papers/preconditions.ipynb #d2ab9497
 def hacker_steps(plan: Experiments) -> dict: # data set -> `Probe`, per cent
@@ -440,13 +441,12 @@ def first_epoch_loss(plan: Experiments) -> dict: # data set -> `Probe`, a share
         return Probe(nodes, lambda protected, clean: protected.result["loss"][0] / clean.result["loss"][0])
     return {name: probe(name) for name in plan.parts.datasets if "MEM-3" in plan.parts.methods}
 
-def handmade_shortcut(plan: Experiments) -> dict: # one `Probe`
-    "P18: the last loss of a hacker on pairs with a hand-made shortcut, over that on clean pairs."
-    control = getattr(plan.parts, "shortcut_control", None)
-    if control is None:
+def shortcut_over_noise(plan: Experiments) -> dict: # one `Probe`, a share
+    "P18: the last loss of a hacker on pairs with a hand-made shortcut, over that on pairs with random noise."
+    shortcut, noise = (getattr(plan.parts, name, None) for name in ("shortcut_control", "noise_control"))
+    if None in (shortcut, noise):
         return {}
-    clean = plan.parts.scratch.hacker(plan.parts.first, "Clean", plan.parts.basic)
-    return {plan.parts.first: Probe((control, clean), lambda a, b: a.result["loss"][-1] / b.result["loss"][-1])}
+    return {plan.parts.first: Probe((shortcut, noise), lambda a, b: a.result["loss"][-1] / b.result["loss"][-1])}
 
 # %% ../../nbs/papers/preconditions.ipynb #051b7643
 def undefended_from_scratch(plan: Experiments) -> dict: # attack -> node of `classification`
@@ -484,8 +484,8 @@ PROBES = {     # paper -> id of a precondition -> function (plan) -> label -> `P
         P25=told_where_poison_is, P26=undefended_accuracy,
     ),
     "mem": dict(
-        P17=clean_over_random, P18=handmade_shortcut, P19=hacker_steps, P20=last_surrogate_loss, P21=first_epoch_loss,
-        P29=random_noise_over_clean,
+        P17=clean_over_random, P18=shortcut_over_noise, P19=hacker_steps, P20=last_surrogate_loss, P21=first_epoch_loss,
+        P29=left_by_random_noise,
     ),
     "cleanclip": dict(P5=scratch_success, P6=success_without_poison, P26=scratch_accuracy),
     "cfbd": dict(
