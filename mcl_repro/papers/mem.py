@@ -1214,7 +1214,7 @@ def _control_ranks(plan, make, name):
     return hacker, ranks_node(plan, hacker, test)
 
 def plan_controls(plan: Experiments):
-    "`parts.shortcut_control` and `parts.noise_control`: hackers of the smallest set; `parts.noise_ranks`: the latter's."
+    "`parts.shortcut_control`, `noise_control`: hackers of the smallest set; `noise_ranks`: of the latter."
     parts, output = plan.parts, "mem.controls"
     if plan.wants(output, "mem.preconditions"):
         parts.shortcut_control, _ = _control_ranks(plan, handmade_shortcut, parts.first)
