@@ -293,10 +293,11 @@ def _softened(comparison, printed):
     """'holds', 'fails' (next to no effect) or 'open' by the size of an effect instead of the rule's bound.
 
     No effect: the upper end of its 90% interval is below a third of the printed one (Simonsohn's small telescopes).
+    An effect that is certain and may well be as large as the rule asks is never one of these, whatever print has.
     Where the effect is unknown, or print has none in that direction, a comparison fails if it misses the bound by
     more than print keeps from it."""
     theirs = printed.effect if printed else 0.
-    if comparison.state == "holds":
+    if comparison.state == "holds" or comparison.state == "open" and comparison.effect_low > 0:
         return "holds"
     if math.isnan(comparison.effect) or math.isnan(theirs) or (printed and theirs <= 0):
         kept = max(printed.margin, 0.) if printed else 0.

@@ -15,7 +15,7 @@ from mcl_repro.measures.metrics import bootstrap_interval, median_rank, paired_b
 from mcl_repro.papers.stages import cell
 from mcl_repro.report import claims as claims_module
 from mcl_repro.report.claims import (
-    _intervals, _outcome, audit, Comparison, judge, judge_claims, read_judged, show_claims, show_inconsistencies,
+    _intervals, _outcome, _softened, audit, Comparison, judge, judge_claims, read_judged, show_claims, show_inconsistencies,
 )
 from mcl_repro.report.preconditions import read_preconditions
 from mcl_repro.report.printed import inconsistencies, paper_table, printed_entries
@@ -156,6 +156,18 @@ def test_a_verdict_needs_certainty(tmp_path):
     # 5% is no less than 1%, and far less than the 90% without a defence
     assert judge(with_rules(dict(LOWEST, below=1)), run).verdict == "in_direction"
     assert judge(with_rules(LOWEST, dict(LOWEST, below=1)), run).verdict == "in_direction"
+
+
+@pytest.mark.parametrize("state, low, high, expected", [
+    ("open", 20., 40., "holds"),     # may well be what the rule asks, and is certainly something: print has much more
+    ("open", -5., 10., "fails"),     # the bound is no effect at all, and there is next to none
+    ("fails", 20., 40., "fails"),    # less than the rule asks, and less than a third of what print has
+    ("fails", 20., 140., "holds"),
+])
+def test_next_to_no_effect_is_not_said_of_one_that_the_rule_may_be_content_with(state, low, high, expected):
+    ours = Comparison("ViT", 58, "52", 6, state, "rank", -3, 16, effect=30, effect_low=low, effect_high=high)
+    printed = Comparison("ViT", 343, "18", 325, "holds", "rank", effect=334)
+    assert _softened(ours, printed) == expected
 
 
 @pytest.mark.parametrize("rate, verdict", [
