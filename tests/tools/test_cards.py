@@ -578,26 +578,27 @@ def test_a_changed_table_or_a_lost_cell_is_noticed(tmp_path):
     skip_if_older()
     copy = tmp_path / "results"
     shutil.copytree(RESULTS, copy)
-    table = copy / "tables" / "cfbd.kept.csv"
-    text = table.read_text(encoding="utf-8")
-    table.write_text(re.sub(r'(SIG,"CFBD, q chosen",poison kept),100,', r"\1,93,", text), encoding="utf-8")
-    of = lambda limits: limits["values"]["scan:cfbd.silence"]["sig"]["value"]
-    assert of(collect_limits(copy)) == 93.0 != of(shipped())
-    table.write_text(re.sub(r'(SIG,"CFBD, q chosen",poison kept),100,', r"\1,3,", text), encoding="utf-8")
+    table = copy / "tables" / "cfbd.precision.csv"
+    text, row = table.read_text(encoding="utf-8"), r"(BadCLIP,fine,TPR),[^,]+,"
+    assert len(re.findall(row, text)) == 1
+    table.write_text(re.sub(row, r"\1,43,", text), encoding="utf-8")
+    of = lambda limits: limits["values"]["scan:cfbd.natural"]["natural"]["value"]
+    assert of(collect_limits(copy)) == 43.0 != of(shipped())
+    table.write_text(re.sub(row, r"\1,100,", text), encoding="utf-8")
     with pytest.raises(
-        SettingsError, match="scan:cfbd.silence says that sig > 50, and the tables say 3 and 50; write another sentence"
+        SettingsError, match="scan:cfbd.natural says that natural < templates, and the tables say 100 and 100; write an"
     ):
         collect_limits(copy)
-    table.write_text(re.sub(r'SIG,"CFBD, q chosen",poison kept.*\n', "", text), encoding="utf-8")
-    with pytest.raises(SettingsError, match="cfbd.kept: unknown metric 'poison kept'"):
+    table.write_text(re.sub(r"\w+,fine,TPR.*\n", "", text), encoding="utf-8")
+    with pytest.raises(SettingsError, match="cfbd.precision: unknown metric 'TPR'"):
         collect_limits(copy)
-    table.write_text(re.sub(r'(SIG,"CFBD, q chosen",poison kept),100,100,100,1', r"\1,,,,", text), encoding="utf-8")
-    with pytest.raises(SettingsError, match="cfbd.kept: 0 cells"):
+    table.write_text(re.sub(row + r"[^,]+,[^,]+,1", r"\1,,,,", text), encoding="utf-8")
+    with pytest.raises(SettingsError, match="cfbd.precision: 0 cells"):
         collect_limits(copy)
     run = json.loads((copy / "run.json").read_text())
-    del run["records"]["tables/cfbd.kept.csv"]
+    del run["records"]["tables/cfbd.precision.csv"]
     (copy / "run.json").write_text(json.dumps(run))
-    with pytest.raises(SettingsError, match="table cfbd.kept is not among the published ones"):
+    with pytest.raises(SettingsError, match="table cfbd.precision is not among the published ones"):
         collect_limits(copy)
 
 
