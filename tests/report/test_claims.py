@@ -15,7 +15,8 @@ from mcl_repro.measures.metrics import bootstrap_interval, median_rank, paired_b
 from mcl_repro.papers.stages import cell
 from mcl_repro.report import claims as claims_module
 from mcl_repro.report.claims import (
-    _intervals, _outcome, _softened, audit, Comparison, judge, judge_claims, read_judged, show_claims, show_inconsistencies,
+    _intervals, _outcome, _softened, audit, Comparison, judge, judge_claims, read_judged, show_claims,
+    show_inconsistencies,
 )
 from mcl_repro.report.preconditions import read_preconditions
 from mcl_repro.report.printed import inconsistencies, paper_table, printed_entries
