@@ -70,13 +70,15 @@ def data_verify(args):
          option("folder"),
          option("--format", help="reader, where it cannot be told from the files"),
          repeatable("--option", "option of that reader"),
-         option("--split", default="all", help="name of the split with --format (default: all)"))
+         option("--split", default="all", help="name of the split with --format (default: all)"),
+         option("--tolerance", type=float, default=.01, metavar="SHARE",
+                help="share of the rows that may be left out: no picture, or no caption (default: 0.01)"))
 def data_add(args):
     "Register a folder, say what is in it, and how to use it."
     from mcl_repro.data.fetching import add_dataset
     from mcl_repro.data.registry import read_manifest
-    options = parse_pairs(args.option, "--option")
-    entry = add_dataset(args.name, args.folder, args.format, options or None, args.split)
+    options = parse_pairs(args.option, "--option", raw=True)
+    entry = add_dataset(args.name, args.folder, args.format, options or None, args.split, args.tolerance)
     splits = entry.get("splits") or entry["found"]   # a set of the manifest keeps its own `splits`
     known = read_manifest().get(args.name, {}).get("splits", {})
     for split, counts in splits.items():
@@ -84,6 +86,8 @@ def data_add(args):
             expected = known.get(split, {}).get(what, "unknown")
             if expected not in ("unknown", count):
                 say(f"{args.name}:{split} has {count:,} {what}, where {expected:,} are expected")
+    for remark in entry["remarks"]:
+        say(f"note: {remark}")
     found = [f"{args.name}:{split} ({_contents(args.name, split, counts)})" for split, counts in splits.items()]
     example = f"mcl_repro run --role ROLE={args.name}:{next(iter(splits))}"
     print(f"added {args.name}; use it as {', '.join(found)}, for example: {example}")

@@ -5,8 +5,9 @@
 # %% ../../nbs/data/fetching.ipynb #b35cf91c
 from __future__ import annotations
 
-import datetime, os, re, shutil, tarfile, zipfile
+import datetime, inspect, os, re, shutil, tarfile, zipfile
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -30,7 +31,8 @@ def add_dataset(
     format: str|None=None, # reader for a new name; None: find out
     options: dict|None=None, # that reader's options, paths relative to `folder`
     split: str="all",      # name of the split when `format` is given
-) -> dict:                 # the entry: root, layouts, splits with counts
+    tolerance: float=0.,   # share of the rows that may be left out, now and whenever it is opened
+) -> dict:                 # the entry: root, layouts, splits with counts; `remarks`, which is not recorded
     "Register a local folder under a name. Every split is opened before anything is recorded."
     folder, known = Path(folder).expanduser().absolute(), read_manifest()
     _check_name(name, folder, format)
@@ -41,14 +43,19 @@ def add_dataset(
         entry.update(layouts=detect_layouts(folder), kind="registered", title=folder.name)
     layouts = entry.get("layouts", known.get(name, {}).get("layouts", []))
     if not layouts:
-        raise DataError(f"{folder}: no layout that is known (CSV, Flickr, Karpathy, COCO, tar shards, class folders); "
-                        "give the format and its options")
-    splits, problems = _open_all(name, folder, layouts)
-    if not splits:
-        raise DataError(f"{folder} does not look like {name}: there is no {'; nor '.join(dict.fromkeys(problems))}")
-    entry["found" if name in known else "splits"] = splits      # the manifest's own counts stay what is expected
+        raise DataError(f"{folder}: no layout that is known (lists of captions or labels, Flickr, Karpathy, COCO, tar "
+                        "shards, parquet, class folders); give the format and its options")
+    opened = _open_all(name, folder, layouts, tolerance)
+    if not opened.splits:
+        if opened.refused:
+            raise DataError(opened.refused[0])
+        missing = "; nor ".join(dict.fromkeys(opened.missing))
+        raise DataError(f"{folder} does not look like {name}: there is no {missing}")
+    entry["found" if name in known else "splits"] = opened.splits    # the manifest's own counts stay what is expected
+    if "layouts" in entry:
+        entry["layouts"] = opened.layouts
     record_dataset(name, **entry)
-    return entry
+    return {**entry, "remarks": opened.remarks + opened.refused}
 
 # %% ../../nbs/data/fetching.ipynb #cb147abf
 def _check_name(name, folder, format):
@@ -62,19 +69,43 @@ def _check_name(name, folder, format):
     if format is not None and format not in READERS:
         raise DataError(f"unknown format {format}; there are {', '.join(READERS)}")
 
-def _open_all(name, folder, layouts) -> tuple[dict, list]:
-    "Counts by split, each by the first layout that finds its files, and the paths that were not found."
-    splits, problems = {}, []
+@dataclass
+class _Opened:
+    "What opening all layouts of a folder gave."
+    splits: dict = field(default_factory=dict)     # counts by split
+    layouts: list = field(default_factory=list)    # those that serve
+    missing: list = field(default_factory=list)    # paths that were not found
+    refused: list = field(default_factory=list)    # what was there and could not be read
+    remarks: list = field(default_factory=list)    # what readers said
+
+def _open_all(name, folder, layouts, tolerance=0.) -> _Opened:
+    "Open every split, each by the first layout that finds its files and can read them."
+    out = _Opened()
     for layout in layouts:
-        for split in layout.get("splits", {}):
-            if split in splits:
-                continue
+        tolerant = tolerance and "tolerance" in inspect.signature(READERS[layout["format"]]).parameters
+        if tolerant:
+            layout = {**layout, "options": dict(tolerance=tolerance) | layout.get("options", {})}
+        for split in [split for split in layout.get("splits", {}) if split not in out.splits]:
             options, missing = reader_options(folder, layout, split)
             if missing:
-                problems.append(", ".join(missing))
-            else:
-                splits[split] = _count_of(READERS[layout["format"]](**options, name=f"{name}:{split}"))
-    return splits, problems
+                out.missing.append(", ".join(missing))
+                continue
+            try:
+                data = READERS[layout["format"]](**options, name=f"{name}:{split}")
+            except DataError as problem:
+                out.refused.append(str(problem))
+                continue
+            out.splits[split] = _count_of(data)
+            out.remarks += [f"{name}:{split}: {remark}" for remark in _remarks_of(data)]
+            if layout not in out.layouts:
+                out.layouts.append(layout)
+    return out
+
+def _remarks_of(data):
+    "What to say of a set that was opened."
+    lost = data.left_out
+    said = [f"{len(lost):,} rows were left out, first {lost[0][1]}."] if lost else []
+    return [*data.remarks, *said]
 
 # %% ../../nbs/data/fetching.ipynb #4137b950
 def _count_of(data) -> dict:

@@ -8,23 +8,65 @@ from __future__ import annotations
 import glob, inspect, os, re
 from pathlib import Path
 
-from ..core.errors import DataError
+from ..core.errors import DataError, SettingsError
 from ..core.files import read_json
-from .labelled import pictures_in, read_class_folders, read_csv_labels, read_torchvision
+from .finding import pictures_below, pictures_in
+from .labelled import read_class_folders, read_csv_labels, read_torchvision
 from .pairs import inside, LabelledImages, Pairs
-from .readers import read_coco_pairs, read_csv_pairs, read_flickr_pairs, read_karpathy_pairs, read_table
+from mcl_repro.data.readers import (
+    read_captioned_pictures, read_coco_pairs, read_csv_pairs, read_flickr_pairs, read_json_pairs,
+    read_karpathy_pairs,
+)
+from .sources import read_parquet, read_saved_dataset
+from .tables import is_caption_dict, list_ending, plain_name, text_kind
+from .tables import CAPTION_NAMES, IMAGE_NAMES
 from .tars import read_webdataset_pairs
 
 # %% auto #0
-__all__ = ['READERS', 'reader_options', 'detect_layouts', 'open_path']
+__all__ = ['READERS', 'LABELLED', 'typed_options', 'reader_options', 'detect_layouts', 'json_format', 'file_format', 'open_path']
 
 # %% ../../nbs/data/formats.ipynb #98e12237
 READERS = dict(
-    csv=read_csv_pairs, csv_labels=read_csv_labels, flickr=read_flickr_pairs, karpathy=read_karpathy_pairs,
-    coco=read_coco_pairs, webdataset=read_webdataset_pairs, class_folders=read_class_folders,
-    torchvision=read_torchvision,
+    csv=read_csv_pairs, json=read_json_pairs, csv_labels=read_csv_labels, flickr=read_flickr_pairs,
+    karpathy=read_karpathy_pairs, coco=read_coco_pairs, webdataset=read_webdataset_pairs,
+    captioned_pictures=read_captioned_pictures, parquet=read_parquet, saved_dataset=read_saved_dataset,
+    class_folders=read_class_folders, torchvision=read_torchvision,
 )
+LABELLED = ("csv_labels", "class_folders", "torchvision")   # parquet and saved data sets can be both
 _PATH_OPTIONS = {"path", "tokens", "images", "split_list", "folder", "root", "shards"}
+_SAME = {"root": "images", "image": "image_key", "caption": "caption_key"}   # what some readers call an option
+
+def _parameters(format):
+    "A reader's options."
+    return {key: p for key, p in inspect.signature(READERS[format]).parameters.items() if key != "name"}
+
+def typed_options(
+    format: str,    # of `READERS`
+    options: dict,  # name -> value, text where somebody typed it
+    unused: set|None=None,  # names that no reader has used so far: used ones are taken out, unknown ones are no error
+) -> dict:          # as the reader takes them
+    "Options as a reader wants them; DataError for one that it has not, SettingsError for a value of a wrong kind."
+    known, out = _parameters(format), {}
+    for name, value in options.items():
+        key = name if name in known else _SAME.get(name, name)
+        if key not in known and unused is None:
+            raise DataError(f"the {format} reader has no option {name}; it has {', '.join(known)}")
+        if key in known:
+            out[key] = _typed(known[key], name, value)
+            (unused or set()).discard(name)
+    return out
+
+def _typed(parameter, name, value):
+    "A typed text as its parameter wants it."
+    wanted = str(parameter.annotation)
+    if not isinstance(value, str) or "str" in wanted or "Path" in wanted:
+        return value
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    try:
+        return words[value.lower()] if "bool" in wanted else (float if "float" in wanted else int)(value)
+    except (KeyError, ValueError):
+        kind = "true or false" if "bool" in wanted else "a number"
+        raise SettingsError(f"option {name}={value} must be {kind}") from None
 
 def _find(root:Path, wanted) -> str|None:
     "The first alternative that exists below `root`; shard patterns are tried by expanding them."
@@ -47,19 +89,20 @@ def reader_options(
 ) -> tuple[dict, list]: # the reader's options with paths resolved, and the paths that were not found
     "What a reader needs for a split; raises DataError for an option that it has not, or one that it lacks."
     options, missing = {**layout.get("options", {}), **(layout.get("splits", {}).get(split) or {})}, []
-    known = inspect.signature(READERS[layout["format"]]).parameters
-    allowed = [p for p in known if p != "name"]
     needs = options.pop("needs", None)      # a path that tells whether a data set with root `.` is there
     if needs and not _find(root, needs):
         missing.append(needs)
+    options, known = typed_options(layout["format"], options), _parameters(layout["format"])
     for k, v in options.items():
-        if k not in allowed:
-            raise DataError(f"the {layout['format']} reader has no option {k}; it has {', '.join(allowed)}")
-        if k in _PATH_OPTIONS:
+        if k in _PATH_OPTIONS and not (k == "path" and isinstance(v, list) and layout["format"] == "parquet"):
             options[k] = _find(root, v)
             if options[k] is None:
                 missing.append(" or ".join(v) if isinstance(v, list) else v)
-    lacking = [p for p in allowed if known[p].default is known[p].empty and p not in options]
+        elif k == "path":
+            options[k] = [_find(root, part) for part in v]
+        elif k == "classnames" and isinstance(v, str):
+            options[k] = _find(root, v) or v
+    lacking = [p for p in known if known[p].default is known[p].empty and p not in options]
     if lacking:
         raise DataError(f"the {layout['format']} reader needs the option {lacking[0]}")
     return options, missing
@@ -74,47 +117,89 @@ def detect_layouts(
     "What a folder holds, as layouts."
     files = sorted(e.name for e in os.scandir(folder) if e.is_file() and not e.name.startswith("."))
     folders = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    images = next((d for d in folders if re.search("image|dataset", d, re.I)), ".")
-    found = _detect_flickr(files, images) + _detect_karpathy(folder, files, images)
-    found += _detect_coco(folder, folders, images) + _detect_tables(folder, files) + _detect_shards(files)
-    return found or _detect_classes(folder, folders)
+    if {"state.json", "dataset_info.json"} <= set(files) or "dataset_dict.json" in files:
+        return [_layout("saved_dataset", _saved_splits(folder), folder=".")]
+    found = _detect_flickr(folder, files) + _detect_json(folder, files) + _detect_tables(folder, files, folders)
+    found += _detect_parquet(folder, files, folders) + _detect_shards(files)
+    if any(layout["format"] not in LABELLED for layout in found):
+        return found
+    return found + _detect_captioned(folder, folders) or _detect_classes(folder, folders)
 
-def _detect_flickr(files, images):
-    tokens = [f for f in files if re.search(r"token.*\.txt$|\.token$", f)]
+def _saved_splits(folder):
+    "Splits of a folder of Hugging Face's `save_to_disk`."
+    content = read_json(folder/"dataset_dict.json", default={})
+    return {str(s): dict(split=str(s)) for s in content.get("splits", ())} or {"all": {}}
+
+def _detect_flickr(folder, files):
+    tokens = [f for f in files if f.endswith((".txt", ".token", ".csv")) and text_kind(folder/f) == "tokens"]
     lists = {}
     for f in files:
         if m := re.search(r"(train|dev|val|test)Images\.txt$", f, re.I):
             lists[m[1].lower()] = dict(split_list=f)
-    return [_layout("flickr", lists or {"all": {}}, tokens=tokens[0], images=images)] if tokens else []
-
-def _detect_karpathy(folder, files, images):
-    found = []
-    for f in [f for f in files if re.fullmatch(r"dataset_\w+\.json", f)]:
-        content = read_json(folder/f)
-        entries = content.get("images") if isinstance(content, dict) else None
-        # other libraries, too, have files of such names
-        splits = sorted({e["split"] for e in entries or () if isinstance(e, dict) and "split" in e})
-        if splits:
-            found.append(_layout("karpathy", {s: dict(split=s) for s in splits}, path=f, images=images))
-    return found
-
-def _detect_coco(folder, folders, images):
-    splits = {}
-    for path in sorted([*folder.glob("captions_*.json"), *folder.glob("annotations/captions_*.json")]):
-        split = path.stem.removeprefix("captions_")
-        own = split if split in folders else images
-        splits[split] = dict(path=path.relative_to(folder).as_posix(), images=own)
-    return [_layout("coco", splits)] if splits else []
+    return [_layout("flickr", lists or {"all": {}}, tokens=tokens[0])] if tokens else []
 
 # %% ../../nbs/data/formats.ipynb #a6f813aa
-def _detect_tables(folder, files):
+_NO_LISTS = re.compile(r"(instances|person_keypoints|stuff|panoptic)_|_stats\.json$"
+                       r"|(state|dataset_info|dataset_dict)\.json$")
+
+def json_format(
+    content,  # of a JSON file
+) -> str|None: # "coco", "karpathy", "json", or None for what has no captions
+    "Which reader a JSON is for."
+    if is_caption_dict(content):
+        return "json"
+    entries = content.get("images") if isinstance(content, dict) else None
+    if isinstance(entries, list) and any(isinstance(e, dict) and "sentences" in e for e in entries[:20]):
+        return "karpathy"
+    notes = content.get("annotations") if isinstance(content, dict) else content
+    if not isinstance(notes, list) or not notes or not isinstance(notes[0], dict):
+        return None
+    names = {plain_name(key) for key in notes[0]}
+    if isinstance(entries, list):
+        return "coco" if "caption" in names else None
+    return "json" if names & set(IMAGE_NAMES) and names & set(CAPTION_NAMES) else None
+
+def _detect_json(folder, files):
+    "Karpathy's and COCO's files, in the folder or in `annotations`, and entries of captions."
+    coco, found = {}, []
+    below = sorted(p.relative_to(folder).as_posix() for p in folder.glob("annotations/*.json"))
+    for f in [f for f in [*files, *below] if f.endswith(".json") and not _NO_LISTS.search(f)]:
+        content = read_json(folder/f, default=None)
+        kind = json_format(content)
+        split = Path(f).stem.removeprefix("captions_")
+        if kind == "karpathy":
+            splits = sorted({str(e["split"]) for e in content["images"] if isinstance(e, dict) and "split" in e})
+            found.append(_layout("karpathy", {s: dict(split=s) for s in splits}, path=f))
+        elif kind == "coco":
+            own = [d for d in (split, f"images/{split}") if (folder/d).is_dir()]
+            coco[split] = dict(path=f, images=own[0]) if own else dict(path=f)
+        elif kind == "json":
+            found.append(_layout("json", {split: dict(path=f)}))
+    return found + ([_layout("coco", coco)] if coco else [])
+
+def _detect_tables(folder, files, folders):
+    "Lists of captions or labels, here or one folder down, where Hugging Face's imagefolder has its `metadata`."
     found = []
-    for f in [f for f in files if f.endswith((".csv", ".tsv"))]:
-        columns = set(read_table(folder/f)[0])
-        kind = "csv" if {"image", "caption"} <= columns else "csv_labels" if {"image", "label"} <= columns else None
-        if kind:
-            found.append(_layout(kind, {Path(f).stem: dict(path=f)}))
+    below = [f"{d}/{f}" for d in folders for f in ("metadata.csv", "metadata.jsonl") if (folder/d/f).is_file()]
+    below += [f"{d}/{f}" for d in folders for f in ("val_annotations.txt",) if (folder/d/f).is_file()]
+    for f in [*files, *below]:
+        split = Path(f).parent.name or Path(f.removesuffix(".gz")).stem
+        if f.lower().removesuffix(".gz").endswith((".csv", ".tsv", ".tab", ".txt")):
+            kind = text_kind(folder/f)
+            if kind in ("pairs", "labelled"):
+                found.append(_layout("csv" if kind == "pairs" else "csv_labels", {split: dict(path=f)}))
+        elif f.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+            found.append(_layout("json", {split: dict(path=f)}))
     return found
+
+def _detect_parquet(folder, files, folders):
+    "Parquet files, here or in `data`, with the split before the number of the part."
+    names = [f for f in files if f.endswith(".parquet") and not (folder/f"{f[:-8]}.tar").is_file()]
+    names += sorted(p.relative_to(folder).as_posix() for p in folder.glob("data/*.parquet"))
+    splits = {}
+    for f in names:
+        splits.setdefault(re.sub(r"-\d+-of-\d+$", "", Path(f).stem), dict(path=[]))["path"].append(f)
+    return [_layout("parquet", splits)] if splits else []
 
 # %% ../../nbs/data/formats.ipynb #6e06f8b1
 def _detect_shards(files):
@@ -122,53 +207,141 @@ def _detect_shards(files):
     splits = {re.sub(r"[-_.]*\*?\.tar$", "", p) or "all": dict(shards=p) for p in patterns}
     return [_layout("webdataset", splits)] if splits else []
 
+def _detect_captioned(folder, folders):
+    "Pictures with a text beside each, here or in folders."
+    for place in (folder, *(folder/d for d in folders[:5])):
+        some = [name.rpartition(".")[0] for name in pictures_below(place)[0][:20]]
+        texts = sum(any((place/f"{stem}{ending}").is_file() for ending in (".txt", ".caption")) for stem in some)
+        if some and 2*texts > len(some):
+            return [_layout("captioned_pictures", {"all": {}}, folder=".")]
+    return []
+
 def _detect_classes(folder, folders):
     "Class folders, directly or one level down in split folders, or pictures named <WordNet id>_<class>."
     wnid, flat = r"(?P<key>n\d{8})_(?P<label>\D.*)\.[^.]+$", pictures_in(folder)
     if flat and all(re.match(wnid, f) for f in flat):
         return [_layout("class_folders", {"all": dict(folder=".", pattern=wnid)})]
-    has = lambda d: bool(pictures_in(d))
-    splits = [d for d in folders if any(e.is_dir() and has(e.path) for e in os.scandir(folder/d))]
+    inner = {d: [e.path for e in os.scandir(folder/d) if e.is_dir() and not e.name.startswith(".")] for d in folders}
+    has = lambda d: bool(pictures_below(d)[0])
+    splits = [d for d in folders if re.fullmatch(r"train|training|val|valid|validation|dev|test|testing", d, re.I)
+              and any(has(path) for path in inner[d])]
     if splits:
         return [_layout("class_folders", {d: dict(folder=d) for d in splits})]
     return [_layout("class_folders", {"all": dict(folder=".")})] if any(has(folder/d) for d in folders) else []
 
 # %% ../../nbs/data/formats.ipynb #b4b630a0
-def _beside(path, content) -> Path:
-    "The folder beside a JSON (or beside its folder) that has the first picture it lists."
-    first = next(iter(content.get("images") or ()), None) if isinstance(content, dict) else None
-    if not isinstance(first, dict):
-        first = {}
-    name = "/".join(str(x) for x in (first.get("filepath"), first.get("file_name") or first.get("filename")) if x)
-    if not name:
-        raise DataError(f"{path}: lists no picture; give a COCO captions file or one of Karpathy's split files")
-    for up in (path.parent, path.parent.parent):
-        for folder in (up, *sorted(d for d in up.iterdir() if d.is_dir())):
-            if (folder/name).is_file():
-                return folder
-    raise DataError(f"{path}: its first picture {name} is neither beside it nor in a folder beside it; "
-                    "register the data with: mcl_repro data add NAME FOLDER")
+def file_format(
+    path: Path,             # a file that exists
+    kind: str|None=None,    # "pairs" or "labelled", where it is known what is wanted
+) -> tuple[str, str]:       # reader, and its option for the file
+    "Which reader a file is for; DataError where none is."
+    ending = list_ending(path)
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head[:4] == b"PAR1" or ending == ".parquet":
+        return "parquet", "path"
+    if ending == ".tar" or head[257:262] == b"ustar":
+        return "webdataset", "shards"
+    if ending in (".jsonl", ".ndjson"):
+        return "json", "path"
+    if ending == ".json":
+        found = json_format(read_json(path))
+        return found or "json", "path"
+    if ending in (".csv", ".tsv", ".tab", ".txt", ".token", ".lst", ".dat", ""):
+        found = text_kind(path)
+        if found == "tokens":
+            return "flickr", "tokens"
+        return "csv_labels" if found == "labelled" or kind == "labelled" else "csv", "path"
+    raise DataError(f"{path}: no reader for {ending}; give a .csv, .tsv, .json, .jsonl, .parquet, .tar or a folder, "
+                    "or register the data with: mcl_repro data add NAME FOLDER")
+
+def _open_folder(folder, kind, tolerance, options, unused):
+    "The one data set of a folder, or one of its splits."
+    layouts = detect_layouts(folder)
+    if kind != "labelled" and (folder/"pairs.csv").is_file() and "split" not in options:
+        layouts = [_layout("csv", {"pairs": dict(path="pairs.csv")})]      # as this library writes them
+    both = ("parquet", "saved_dataset")
+    labelled = [layout for layout in layouts if layout["format"] in (*LABELLED, *both)]
+    pairs = [layout for layout in layouts if layout["format"] not in LABELLED]
+    if not layouts:
+        raise DataError(f"{folder}: nothing in it that is known: no list of captions or labels, no shards, no folder "
+                        "of pictures per class; give the file that lists them, or --option format=READER")
+    if kind == "labelled" and not labelled:
+        first = next(iter(pairs[0]["splits"].values()))
+        listed = first.get("path") or first.get("shards") or "a text beside each picture"
+        raise DataError(f"{folder} has captions ({listed}) and no classes; give it as pairs (--pairs), or "
+                        "--option format=class_folders if its folders are classes all the same")
+    if kind == "pairs" and not pairs:
+        return _opened(layouts, folder, kind, tolerance, options, unused)   # the caller says what is missing
+    return _opened(labelled if kind == "labelled" else pairs or labelled, folder, kind, tolerance, options, unused)
+
+def _opened(layouts, folder, kind, tolerance, options, unused):
+    "The split that is asked for, or the only one, by the first layout that has it."
+    options = dict(options)
+    splits = {}
+    for layout in layouts:
+        splits |= {name: layout for name in layout["splits"] if name not in splits}
+    asked = options.pop("split", None)
+    if asked is not None and len(splits) == 1 and asked not in splits:
+        options["split"] = asked                      # of a file that has splits itself
+        asked = None
+    if unused is not None and asked is not None:
+        unused.discard("split")
+    name, = _one_split(folder, splits, asked)
+    resolved, missing = reader_options(folder, splits[name], name)
+    if missing:
+        raise DataError(f"{folder}: there is no {', '.join(missing)}; check that the data are complete")
+    return _read(splits[name]["format"], resolved, kind, tolerance, options, unused)
+
+def _one_split(folder, splits, asked):
+    "The name of one split."
+    if asked is None and len(splits) > 1:
+        raise DataError(f"{folder} has the splits {', '.join(splits)}; choose one with split= (--split "
+                        f"{next(iter(splits))}), or give the file itself")
+    if asked is not None and asked not in splits:
+        raise DataError(f"{folder}: there is no split {asked}; it has {', '.join(splits)}")
+    return [asked or next(iter(splits))]
+
+def _read(format, options, kind, tolerance, more, unused):
+    "Call a reader with what it takes."
+    known = _parameters(format)
+    options = {**options, **typed_options(format, more, unused)}
+    extra = dict(tolerance=tolerance, kind=kind)
+    return READERS[format](**{key: value for key, value in extra.items() if key in known}, **options)
 
 # %% ../../nbs/data/formats.ipynb #d18dc303
 def open_path(
-    source: str, # a file, a folder, or a pattern of tar shards
+    source: str,              # a file, a folder, or a pattern of tar shards
+    tolerance: float=0.,      # share of the rows that may be left out
+    kind: str|None=None,      # "pairs" or "labelled", where it is known what is wanted
+    unused: set|None=None,    # names of options that were not used so far, see `typed_options`
+    **options,                # of the reader, or `format`, its name
 ) -> Pairs|LabelledImages:
     "Open a file or folder by what it is; raises DataError for one that is not there or that no reader reads."
-    path = Path(source).expanduser()
-    kind = path.suffix.lower()
-    if kind == ".tar" or re.search(r"[*?{]", source):
-        return read_webdataset_pairs(path)
-    if not path.exists():
-        raise DataError(f"{source}: there is no such file or folder; check the path, or write name:split")
+    path, format = Path(source).expanduser(), options.pop("format", None)
+    (unused or set()).discard("format")
+    if format is not None and format not in READERS:
+        raise SettingsError(f"unknown format {format}; there are {', '.join(READERS)}")
+    if not _exists(path):
+        if not re.search(r"[*?{]", source):
+            shown = source if source == source.strip() else repr(source)
+            raise DataError(f"{shown}: there is no such file or folder; check the path, or write name:split")
+        return _read("webdataset", dict(shards=path), kind, tolerance, options, unused)
+    if path.is_dir() and format is None:
+        return _open_folder(path, kind, tolerance, options, unused)
     if path.is_dir():
-        return read_csv_pairs(path/"pairs.csv") if (path/"pairs.csv").is_file() else read_class_folders(path)
-    if kind in (".csv", ".tsv", ".tab", ".txt"):
-        columns, _ = read_table(path)
-        labelled = {"image", "label"} <= set(columns) and "caption" not in columns
-        return read_csv_labels(path) if labelled else read_csv_pairs(path)
-    if kind == ".json":
-        content = read_json(path)
-        coco = isinstance(content, dict) and "annotations" in content
-        return (read_coco_pairs if coco else read_karpathy_pairs)(path, _beside(path, content))
-    raise DataError(f"{source}: no reader for {kind or 'this file'}; give a .csv, .tsv, .json, .tar or a folder, "
-                    "or register the data with: mcl_repro data add NAME FOLDER")
+        place = next((key for key in ("folder", "shards", "root", "images") if key in _parameters(format)), "path")
+        return _read(format, {place: path}, kind, tolerance, options, unused)
+    found, place = file_format(path, kind) if format is None else (format, _file_option(format))
+    return _read(found, {place: path}, kind, tolerance, options, unused)
+
+def _exists(path):
+    "Whether there is such a path; what cannot be one is not there."
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+def _file_option(format):
+    "What a reader calls its file."
+    return next((key for key in ("path", "tokens", "shards", "folder") if key in _parameters(format)), "path")

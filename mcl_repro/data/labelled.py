@@ -5,15 +5,20 @@
 # %% ../../nbs/data/labelled.ipynb #c52f3b7b
 from __future__ import annotations
 
-import hashlib, os, re
+import hashlib, re
+from collections import Counter
 from pathlib import Path
 
 from ..core.errors import DataError
-from .pairs import ArrayImages, FileImages, LabelledImages, PICTURE_ENDINGS
-from .readers import local_path, numbered_lines, read_table, table_column
+from ..core.files import read_json
+from .finding import others_text, pictures_below, pictures_in
+from .pairs import ArrayImages, FileImages, LabelledImages
+from .readers import find_listed, numbered_lines
+from .tables import choose_column, IMAGE_NAMES, LABEL_NAMES, picture_column, read_table, Table
 
 # %% auto #0
-__all__ = ['pictures_in', 'read_class_folders', 'read_csv_labels', 'short_reason', 'read_torchvision']
+__all__ = ['NAME_FILES', 'read_classnames', 'check_class_folders', 'read_class_folders', 'read_csv_labels', 'labelled_of_table',
+           'short_reason', 'read_torchvision']
 
 # %% ../../nbs/data/labelled.ipynb #df421c8b
 def _wordnet(keys) -> bool:
@@ -26,10 +31,44 @@ def _imagenet() -> dict[str, str]:
     from timm.data import ImageNetInfo      # a requirement of open_clip
     return dict(zip(ImageNetInfo("imagenet-1k").label_names(), names))
 
+NAME_FILES = ("classnames.txt", "classnames.json", "class_names.txt", "classes.txt", "words.txt",
+              "LOC_synset_mapping.txt")
+
+def read_classnames(
+    path: Path|str,  # text with a name in each line, perhaps after the class it belongs to, or JSON
+) -> list|dict:      # names in order, or class -> name
+    "Names of classes from a file."
+    if str(path).lower().endswith(".json"):
+        content = read_json(path)
+        if not isinstance(content, (list, dict)) or not content:
+            raise DataError(f"{path}: no list of class names; write [\"cat\", ...] or {{\"0\": \"cat\", ...}}")
+        return _by_class(content.items()) if isinstance(content, dict) else [str(name).strip() for name in content]
+    lines = [line.strip() for _, line in numbered_lines(path)]
+    if not lines:
+        raise DataError(f"{path}: the file is empty; write the names of the classes, one per line")
+    coded = [re.fullmatch(r"(n\d{8}|\d+)\s*[\s:,;]\s*(\S.*)", line) for line in lines]
+    return _by_class(match.groups() for match in coded) if all(coded) else lines
+
+def _by_class(items) -> list|dict:
+    "Class -> name, in order of the classes where these are numbers from 0 or 1; of synonyms the first."
+    names = {str(key).strip(): str(name).split(",")[0].strip() for key, name in items}
+    if not all(key.isdigit() for key in names):
+        return names
+    order = sorted(names, key=int)
+    first = int(order[0])
+    return [names[key] for key in order] if [int(k) - first for k in order] == list(range(len(order))) else names
+
+def _names_beside(*folders) -> Path|None:
+    "A file with names of classes in one of some folders."
+    return next((path for folder in folders for name in NAME_FILES if (path := Path(folder)/name).is_file()), None)
+
+# %% ../../nbs/data/labelled.ipynb #4bf15816
 def _names_of(keys, classnames, where) -> list[str]:
-    """Readable names of class keys in order: given ones (list or dict), ImageNet's for its 1000 WordNet ids, else the
+    """Readable names of class keys in order: given ones (list, dict or file), ImageNet's for WordNet ids, else the
     keys with spaces.
     """
+    if isinstance(classnames, (str, Path)):
+        classnames = read_classnames(classnames)
     if isinstance(classnames, dict):
         missing = [k for k in keys if k not in classnames]
         if missing:
@@ -48,35 +87,54 @@ def _names_of(keys, classnames, where) -> list[str]:
         if k not in known:
             raise DataError(
                 f"{where}: {k} is no class of ImageNet-1K, and others are named by WordNet ids; remove it, or "
-                "give classnames"
+                "give classnames (--classnames FILE)"
             )
-    for k in known:
-        if k not in keys:
-            raise DataError(
-                f"{where}: {k} is missing; only all 1000 classes of ImageNet-1K have known names, so add it, "
-                "or give classnames"
-            )
-    return list(known.values())
+    return [known[k] for k in keys]
 
 # %% ../../nbs/data/labelled.ipynb #1d8d196e
-def pictures_in(
-    folder: Path|str, # any folder
-) -> list[str]:       # names in order
-    "Picture files directly in a folder, without hidden ones."
-    names = sorted(entry.name for entry in os.scandir(folder))
-    return [name for name in names if name.lower().endswith(PICTURE_ENDINGS) and not name.startswith(".")]
+_PLACES = re.compile(r"(.*[_ -])?(images?|imgs?|photos?|pictures?|jpegimages|dataset|annotations?|captions?)"
+                     r"|(train|val|test)(20\d\d|images?)", re.I)
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
-def _by_folder(folder) -> tuple[dict, dict]:
-    "Pictures by class folder."
-    found = {}
-    for d in sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")):
-        found[d] = [f"{d}/{x}" for x in pictures_in(folder/d)]
-        if not found[d]:
+def _by_folder(folder) -> tuple[dict, dict, list]:
+    "Pictures by class folder, their keys, and remarks."
+    found, others = {}, Counter()
+    for d in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        if d.name == "__MACOSX":
+            continue
+        pictures, more = pictures_below(d)
+        if not pictures:
+            has = f" (it has {others_text(more).split(' files')[0]} other files)" if more else ""
             raise DataError(
-                f"{folder / d}: no picture in this class folder; fill it or remove it, since it would take a "
-                "class number"
+                f"{d}: no picture in this class folder{has}; fill it or remove it, since it would take a class number"
             )
-    return found, {d: d for d in found}
+        texts = {name.rpartition(".")[0] for name in pictures} if more[".txt"] > 1 else set()
+        if texts and sum((d/f"{name}.txt").is_file() for name in list(texts)[:20]) > len(list(texts)[:20])//2:
+            raise DataError(f"{folder}: in {d.name} a text lies beside each picture, which is its caption, so this is "
+                            "no class; give it as pairs (--pairs)")
+        found[d.name] = [f"{d.name}/{x}" for x in pictures]
+        others += more
+    return found, {d: d for d in found}, [others_text(others)]
+
+def check_class_folders(
+    folder: Path|str,  # that holds them
+    names: list[str],  # of the folders
+    named: bool,       # somebody says what the classes are called
+):
+    "DataError for folders that are not classes."
+    remedy = "name the classes in a classnames.txt beside them (or --classnames FILE) if they are"
+    if len(names) == 1:
+        raise DataError(f"{folder}: {names[0]} is the only folder of pictures in it, and one class cannot be told from "
+                        "others; give the folder that holds a folder per class, or captions as pairs (--pairs)")
+    if named or not names:
+        return
+    place = next((name for name in names if _PLACES.fullmatch(name)), None)
+    if place is None and all(name.lower() in _SPLITS for name in names):
+        place = names[0]
+    if place:
+        raise DataError(f"{folder}: {place} is called after a place for pictures and not after a class; {remedy}")
+    if all(name.isdigit() for name in names):
+        raise DataError(f"{folder}: its folders are only numbers ({', '.join(names[:3])} ...); {remedy}")
 
 def _by_name(folder, pattern) -> tuple[dict, dict]:
     "Pictures by the `key` in their names, and the keys' `label`s."
@@ -92,15 +150,23 @@ def _by_name(folder, pattern) -> tuple[dict, dict]:
 # %% ../../nbs/data/labelled.ipynb #142cc7d6
 def read_class_folders(
     folder: Path|str,               # holds one folder per class, or (with `pattern`) the pictures themselves
-    classnames: list|dict|None=None,# readable names by sorted class, or {folder: name}; None: see above
+    classnames: list|dict|str|None=None,# names by sorted class, {folder: name}, or a file of them; None: see above
     pattern: str|None=None,         # regular expression on the file name with a group `key`, and `label` for the name
     name: str|None=None,            # name of the result
 ) -> LabelledImages:
     "Images sorted into classes by folder or by file name; ids are relative paths."
-    folder = Path(folder)
+    folder, remarks = Path(folder), []
     if not folder.is_dir():
         raise DataError(f"{folder}: the folder is not there; check the path")
-    found, labels = _by_folder(folder) if pattern is None else _by_name(folder, pattern)
+    if pattern is None:
+        found, labels, remarks = _by_folder(folder)
+        if classnames is None and found:
+            classnames, more = _known_names(folder, sorted(found))
+            remarks += more
+        check_class_folders(folder, sorted(found), classnames is not None)
+        remarks.append(_loose(folder))
+    else:
+        found, labels = _by_name(folder, pattern)
     if not found:
         raise DataError(f"{folder}: no class folder in it; expected one folder of pictures per class")
     keys = sorted(found)
@@ -108,44 +174,160 @@ def read_class_folders(
     if classnames is None and pattern and not (_wordnet(keys) and len(keys) == 1000):
         classnames = {k: labels[k].replace("_", " ") for k in keys}
     numbers = [i for i, k in enumerate(keys) for _ in found[k]]
-    return LabelledImages(
-        files, FileImages(folder, files, check=False), numbers, _names_of(keys, classnames, folder), name or folder.name
-    )
+    names = _names_of(keys, classnames, folder)
+    return LabelledImages(files, FileImages(folder, files, check=False), numbers, names, name or folder.name,
+                          remarks=tuple(filter(None, remarks)))
+
+def _known_names(folder, keys):
+    "Names from a file beside class folders where it has all of them, and a remark."
+    path = _names_beside(folder, folder.parent)
+    if path is None and _wordnet(keys):
+        return None, ["classes are named as ImageNet-1K's."]
+    if path is None:
+        return None, ["no classnames.txt beside them, so classes are called by their folders."]
+    names = read_classnames(path)
+    fits = all(k in names for k in keys) if isinstance(names, dict) else len(names) == len(keys)
+    if not fits and path.name == "classnames.txt":
+        _names_of(keys, names, f"{folder} and {path.name}")
+    return (names, [f"classes are named by {path.name}."]) if fits else (None, [])
+
+def _loose(folder):
+    "What to say of pictures in no class folder."
+    count = len(pictures_in(folder))
+    return f"{count:,} pictures lie in no class folder and were left out." if count else ""
 
 # %% ../../nbs/data/labelled.ipynb #eff4c851
 def read_csv_labels(
     path: Path|str,            # the CSV or TSV
-    image: str|int="image",    # column with the image path, relative to `root`
-    label: str|int="label",    # column with the class: integers, or names
-    classnames: list|None=None, # names of integer classes; None: see `_named_numbers`
-    sep: str|None=None,        # separator; None: by the file's ending
-    root: Path|str|None=None,  # folder the paths are relative to; None: the file's own
+    image: str|int|None=None,  # column with the image path; None: the usual names
+    label: str|int|None=None,  # column with the class, whole numbers or names; None: the usual names
+    classnames: list|dict|str|None=None, # names of integer classes, or a file of them; None: see above
+    sep: str|None=None,        # separator; None: found
+    header: bool|None=None,    # the first line names the columns; None: found
+    root: Path|str|None=None,  # folder the paths are relative to; None: the file's own, or one beside it
+    tolerance: float=0.,       # share of the rows that may be left out
     name: str|None=None,       # name of the result
 ) -> LabelledImages:
     "Labelled images from a delimited text file (CleanCLIP's labels.csv)."
-    path, root = Path(path), Path(path).parent if root is None else Path(root)
-    columns, rows = read_table(path, sep)
-    where = lambda i: f"{path}, line {rows[i][0]}"
-    files = [local_path(root, p, where(i)) for i, p in enumerate(table_column(columns, rows, image, path, "image"))]
-    labels = table_column(columns, rows, label, path, "label")
-    if "" in labels:
-        raise DataError(f"{where(labels.index(''))}: the label is empty; write one or delete the row")
-    if all(re.fullmatch(r"-?\d+", x) for x in labels):
-        labels = [int(x) for x in labels]
-        classnames = _named_numbers(path, max(labels)) if classnames is None else classnames
-    else:
-        classnames = sorted(set(labels))
-        labels = [classnames.index(x) for x in labels]
-    return LabelledImages(files, FileImages(root, files, where), labels, classnames, name or path.name)
+    table = read_table(path, sep, header, (image, label))
+    if not table.columns and image is None:
+        image = picture_column(table) or 0
+    if not table.columns and label is None:
+        label = _label_position(table, image)
+    return labelled_of_table(table, image, label, classnames, root, tolerance=tolerance, name=name)
 
-def _named_numbers(path, largest) -> list[str]:
-    "Names of integer classes: those in `classnames.txt` beside the file, else ImageNet's where labels reach 999."
-    beside = path.parent/"classnames.txt"
-    if beside.exists():
-        return [line for _, line in numbered_lines(beside)]
-    if largest == 999:
+def _label_position(table, image):
+    "The column of classes in a table without header: WordNet ids, else the other one of two."
+    for k in range(table.width):
+        if all(re.fullmatch(r"n\d{8}", str(row[k]).strip()) for row in table.rows):
+            return k
+    return 1 - int(image) if table.width == 2 else None
+
+def labelled_of_table(
+    table: Table,
+    image=None,                # see `read_csv_labels`
+    label=None,                # likewise
+    classnames=None,           # likewise
+    root=None,                 # likewise
+    pictures=None,             # pictures that are no files, one per row of the table
+    tolerance: float=0.,       # share of the rows that may be left out
+    name: str|None=None,       # name of the result
+) -> LabelledImages:
+    "Labelled images from a table."
+    k_label = choose_column(table, label, LABEL_NAMES, "label= (--option label=NAME)")
+    labels = [_label_text(row[k_label]) for row in table.rows]
+    if pictures is None:
+        k_image = choose_column(table, image, IMAGE_NAMES, "image= (--image-key NAME)")
+        listed = [str(row[k_image] or "") for row in table.rows]
+    else:
+        listed = [f"row {row}" for row in range(len(table))]
+    lost = {row: f"{table.where(row)}: the label is {text or 'empty'}; write one or delete the row"
+            for row, text in enumerate(labels) if text.lower() in _NO_LABEL}
+    place = table.where, root, table.folder, pictures
+    found = find_listed(listed, *place, lost, tuple(table.problems), tolerance, table.name)
+    labels = [labels[row] for row in found.rows]
+    numbers, names, said = _numbered(labels, classnames, table, found.rows)
+    ids = [listed[row] if listed[row] else str(row) for row in found.rows]
+    return LabelledImages(_distinct(ids, found.rows), found.images, numbers, names, name or Path(table.name).name,
+                          found.left_out, (*found.remarks, *said))
+
+_NO_LABEL = {"", "nan", "none", "null", "n/a", "<na>", "na"}
+
+def _label_text(value):
+    "A label as text, without blanks around it; whole numbers without a point."
+    text = "" if value is None else str(value).strip()
+    match = re.fullmatch(r"([+-]?\d+)\.0*", text)
+    return match[1] if match else text
+
+def _distinct(ids, rows):
+    "Ids, with the row behind those that come twice: a picture may be listed under two classes."
+    count = Counter(ids)
+    return [i if count[i] == 1 else f"{i}#{row}" for i, row in zip(ids, rows)]
+
+# %% ../../nbs/data/labelled.ipynb #ee1512c6
+def _numbered(labels, classnames, table, rows) -> tuple[list, list, list]:
+    "Numbers of the classes, their names, and remarks."
+    beside = _names_beside(table.folder)
+    if isinstance(classnames, (str, Path)):
+        classnames = read_classnames(classnames)
+    whole = [bool(re.fullmatch(r"[+-]?\d+", text)) for text in labels]
+    if any(whole) and not all(whole):
+        odd = whole.index(False)
+        raise DataError(f"{table.where(rows[odd])}: the label {labels[odd][:40]!r} is a name where others are numbers; "
+                        "use one of the two")
+    part = next((k for k, text in enumerate(labels) if re.fullmatch(r"[+-]?\d*\.\d+(e[+-]?\d+)?", text)), None)
+    if part is not None:
+        raise DataError(f"{table.where(rows[part])}: the label {labels[part]} is no whole number and no name; number "
+                        "the classes from 0, or name them")
+    if not all(whole):
+        return _from_names(labels, classnames, beside, table)
+    numbers = [int(text) for text in labels]
+    names, said = _of_numbers(numbers, classnames, beside, table), []
+    if isinstance(names, dict):
+        names, numbers = _renumbered(names, labels, table)
+    elif min(numbers) == 1 and max(numbers) == len(names):
+        numbers, said = [n - 1 for n in numbers], [f"classes are numbered from 1 to {len(names):,}."]
+    elif min(numbers) > 0 and max(numbers) < len(names):
+        said = [f"classes are counted from 0: {min(numbers)} is {names[min(numbers)]}."]
+    if beside is not None and classnames is None:
+        said.append(f"classes are named by {beside.name}.")
+    return numbers, list(names), said
+
+def _of_numbers(numbers, classnames, beside, table):
+    "Names of integer classes: given, from the file beside the list, or ImageNet's where labels reach 999."
+    if classnames is not None:
+        return classnames
+    if beside is not None:
+        return read_classnames(beside)
+    if max(numbers) == 999 and min(numbers) >= 0:
         return list(_imagenet().values())
-    raise DataError(f"{path}: classes are numbers without names; write them into {beside}, one per line")
+    raise DataError(f"{table.name}: classes are numbers without names; write them into "
+                    f"{table.folder/'classnames.txt'}, one per line (or --classnames FILE)")
+
+def _renumbered(names, labels, table):
+    "Names and numbers where each class is named by its number."
+    missing = next((text for text in labels if text not in names), None)
+    if missing is not None:
+        raise DataError(f"{table.name}: class {missing} has no name in classnames; add it")
+    order = list(names)
+    return [names[key] for key in order], [order.index(text) for text in labels]
+
+def _from_names(labels, classnames, beside, table):
+    "Numbers and names where the list itself has names."
+    keys = sorted(set(labels))
+    alike = Counter(key.casefold() for key in keys)
+    given = read_classnames(beside) if classnames is None and beside is not None else classnames
+    if isinstance(given, list) and all(key.casefold() in {name.casefold() for name in given} for key in keys):
+        place = {name.casefold(): k for k, name in enumerate(given)}
+        return [place[text.casefold()] for text in labels], given, []
+    double = next((key for key in keys if alike[key.casefold()] > 1), None)
+    if double:
+        two = [key for key in keys if key.casefold() == double.casefold()]
+        raise DataError(f"{table.name}: the labels {two[0]!r} and {two[1]!r} differ only in capitals; write them "
+                        "alike, or list the classes in a classnames.txt beside")
+    names = _names_of(keys, classnames if classnames is not None else given if isinstance(given, dict) else None,
+                      table.name)
+    return [keys.index(text) for text in labels], names, []
 
 # %% ../../nbs/data/labelled.ipynb #2387f13b
 _cifar = dict(train=dict(train=True), test=dict(train=False))

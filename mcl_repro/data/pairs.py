@@ -19,8 +19,8 @@ from ..core.errors import DataError
 # %% auto #0
 __all__ = ['PICTURE_ENDINGS', 'square', 'row_numbers', 'sha256_of_array', 'sha256_of_strings', 'core_count', 'Images',
            'ArrayImages', 'decode', 'inside', 'StoredImages', 'check_images', 'FileImages', 'OverlayImages',
-           'ConcatImages', 'MixedImages', 'Pair', 'Pairs', 'check_unique', 'concat_pairs', 'LabelledImages',
-           'WorldImages', 'world_fingerprint', 'open_world']
+           'ConcatImages', 'MixedImages', 'Pair', 'Pairs', 'check_unique', 'tolerated', 'concat_pairs',
+           'LabelledImages', 'WorldImages', 'world_fingerprint', 'open_world']
 
 # %% ../../nbs/data/pairs.ipynb #f67fa15a
 def square(
@@ -164,14 +164,15 @@ def inside(
 ) -> str:           # posix path relative to `root`
     """A listed path as a clean relative one; DataError when it leaves its folder.
 
-    Links inside the folder are the owner's choice.
+    Links inside the folder are the owner's choice, and so is a link to the folder itself.
     """
     path = os.path.normpath(name.replace("\\", "/"))
     if os.path.isabs(path):
-        path = os.path.relpath(path, os.path.abspath(root))
-    if path.startswith("..") or os.path.isabs(path):
+        beside = os.path.relpath(path, os.path.abspath(root))
+        path = os.path.relpath(path, os.path.realpath(root)) if beside.startswith("..") else beside
+    if path == ".." or path.startswith("../") or os.path.isabs(path):
         raise DataError(f"{where+': ' if where else ''}{name} lies outside the data folder {root}; "
-                        "list paths relative to it, or give the right folder as root")
+                        "list paths relative to it, or give the folder of the pictures as root (--root FOLDER)")
     return PurePosixPath(path).as_posix()
 
 # %% ../../nbs/data/pairs.ipynb #f1d63cf9
@@ -390,6 +391,8 @@ class Pairs:
     image_rows: np.ndarray|None = None  # int64 [n]; None: pair i has image i
     labels: np.ndarray|None = None      # int64 [n] where the source knows a class
     name: str = "pairs"                 # how tables and errors call it
+    left_out: tuple = ()                # (id or place, problem) of each row that a reader could not take
+    remarks: tuple = ()                 # sentences of the reader on what a user should know
 
     def __post_init__(self):
         n, put = len(self.ids), lambda k, v: object.__setattr__(self, k, v)
@@ -429,6 +432,32 @@ def check_unique(ids, name):
         if x in seen:
             raise DataError(f"{name}: id {x} comes twice (again in row {i}); ids must be unique")
         seen.add(x)
+
+# %% ../../nbs/data/pairs.ipynb #2a3deb6f
+def _enough(count, total):
+    "The smallest tolerance of few digits that lets so many rows go."
+    share = count/total
+    digits = 2 if share >= .01 else 4
+    return f"{min(1, np.ceil(share*10**digits)/10**digits):.{digits}g}" if share < 1 else "1"
+
+def tolerated(
+    problems: list,    # (id or place, problem), one for each row that cannot be used
+    total: int,        # rows that were looked at
+    tolerance: float,  # share of them that may be left out, in [0, 1]
+    name: str,         # of the data
+) -> tuple:            # the problems
+    "What may be left out; DataError, with the count and the first different cases, where it is more than tolerated."
+    if len(problems) <= tolerance*total and len(problems) < max(total, 1):
+        return tuple(problems)
+    different = list(dict.fromkeys(problem for _, problem in problems))
+    if len(problems) == 1 and not tolerance:
+        raise DataError(different[0])
+    first = "; ".join(different[:3]) + (" ..." if len(different) > 3 else "")
+    raise DataError(
+        f"{name}: {len(problems):,} of {total:,} rows cannot be used, more than the tolerated {tolerance:.2%}: "
+        f"{first}. Mend the data, or raise the tolerance (--tolerance {_enough(len(problems), total)})"
+    )
+
 
 # %% ../../nbs/data/pairs.ipynb #2639249a
 @patch
@@ -502,6 +531,8 @@ class LabelledImages:
     labels: np.ndarray     # int64 [n], index into classnames
     classnames: list[str]  # as a prompt would call them
     name: str = "labelled images"
+    left_out: tuple = ()   # as in `Pairs`
+    remarks: tuple = ()    # likewise
 
     def __post_init__(self):
         put = lambda k, v: object.__setattr__(self, k, v)

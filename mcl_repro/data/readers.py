@@ -5,8 +5,10 @@
 # %% ../../nbs/data/readers.ipynb #c471003f
 from __future__ import annotations
 
-import csv, io, os, re
+import csv, os, re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,198 +16,312 @@ from PIL import Image
 
 from ..core.errors import DataError
 from ..core.files import read_json, read_text
-from .pairs import FileImages, Images, inside, Pairs
+from .finding import find_pictures, picture_folder, pictures_below, relative_names
+from .pairs import FileImages, Images, Pairs, tolerated
+from mcl_repro.data.tables import (
+    CAPTION_NAMES, caption_problem, caption_remarks, choose_column, column_kind, IMAGE_NAMES, LABEL_NAMES,
+    picture_column, read_entries, read_table, Table,
+)
 
 # %% auto #0
-__all__ = ['numbered_lines', 'checked_caption', 'build_pairs', 'read_table', 'table_column', 'local_path', 'read_csv_pairs',
-           'read_flickr_pairs', 'read_karpathy_pairs', 'read_coco_pairs', 'write_csv_pairs']
+__all__ = ['CAPTION_ENDINGS', 'numbered_lines', 'Listed', 'find_listed', 'build_pairs', 'pairs_of_table', 'read_csv_pairs',
+           'read_json_pairs', 'read_flickr_pairs', 'read_karpathy_pairs', 'choose_split', 'read_coco_pairs',
+           'read_captioned_pictures', 'write_csv_pairs']
 
 # %% ../../nbs/data/readers.ipynb #f09d3d60
 def numbered_lines(
-    path: Path|str # a UTF-8 text file
+    path: Path|str # a text file, see `read_text`
 ) -> list[tuple[int, str]]: # line number from 1, and the line
     "The lines of a text file that say something; raises DataError naming file and line."
-    return [(n, line.rstrip("\r")) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    text = read_text(path)
+    lines = text.split("\n") if "\n" in text else text.split("\r")
+    return [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
 
 # %% ../../nbs/data/readers.ipynb #ee4a64fa
-def checked_caption(text, where:str) -> str:
-    "A caption that says something, or DataError."
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: the caption is empty; write one or delete the row")
-    return text
+def _find_files(root, base, listed, where):
+    "Names of the listed pictures below `root` (None: not to be had), row -> problem, and remarks."
+    names, problems, moved = relative_names(root, listed, where, base)
+    rows = [row for row, name in enumerate(names) if name is not None]
+    other = 0
+    for row, there in zip(rows, find_pictures(root, [names[row] for row in rows])):
+        shown = listed[row] if listed[row] == listed[row].strip() else repr(listed[row])
+        if there is None:
+            problems[row] = f"{where(row)}: image {shown} is not in {root}; put it there or take it out of the list"
+        other += there is not None and there != names[row]
+        names[row] = there
+    remarks = []
+    if moved:
+        remarks.append(f"{moved:,} paths are of another computer or folder; they were read by their ends.")
+    if other:
+        remarks.append(f"{other:,} pictures are called a little differently from what the list says: capitals, "
+                       "accents, or an ending that the list leaves out.")
+    return names, problems, remarks
 
-def build_pairs(
-    root: Path|str,       # folder the paths are relative to
+# %% ../../nbs/data/readers.ipynb #dedf919c
+@dataclass
+class Listed:
+    "The rows of a list whose pictures are there."
+    rows: list          # numbers of the rows
+    names: list         # of each row's picture
+    images: Images      # one per row
+    left_out: tuple     # (id or place, problem) of the other rows
+    remarks: tuple      # sentences
+
+def find_listed(
     listed: list[str],    # path of the picture of each row
-    captions: list[str],  # caption of each row
+    where,                # row -> 'file, line', for errors
+    root: Path|str|None,  # folder the paths are relative to; None: found beside `base`
+    base: Path|str|None,  # folder of the list; None: `root`
+    pictures: Images|None=None, # pictures that are no files: one per row, which `listed` only names
+    wrong: dict|None=None,# row -> problem, of rows that cannot be used anyway
+    before: tuple=(),     # (place, problem) of rows that were lost before
+    tolerance: float=0.,  # share of the rows that may be left out
+    name: str="",         # of the data
+    ids: list|None=None,  # how problems call the rows; None: by their paths
+) -> Listed:
+    "Which rows can be used; DataError where more than tolerated cannot."
+    root, remarks = _root(root, base, listed, pictures)
+    names, problems, told = (listed, {}, []) if pictures is not None else _find_files(root, base, listed, where)
+    problems |= wrong or {}
+    rows = [row for row in range(len(listed)) if row not in problems]
+    lost = [*before, *(((ids or listed)[row], problems[row]) for row in sorted(problems))]
+    left_out = tolerated(lost, len(listed) + len(before), tolerance, name)
+    kept = [names[row] for row in rows]
+    images = FileImages(root, kept, check=False) if pictures is None else pictures.take(rows)
+    return Listed(rows, kept, images, left_out, (*remarks, *told))
+
+def _root(root, base, listed, pictures):
+    "The folder of the pictures, and a remark where it is not the list's own."
+    if root is not None or pictures is not None:
+        return None if root is None else Path(root), []
+    found = picture_folder(base, listed)
+    if found == Path(base):
+        return found, []
+    return found, [f"pictures were found in {os.path.relpath(found, base)}."]
+
+# %% ../../nbs/data/readers.ipynb #5e8caee7
+def build_pairs(
+    root: Path|str|None,  # folder the paths are relative to; None: found beside `base`
+    listed: list[str],    # path of the picture of each row
+    captions: list,       # caption of each row
     where,                # row -> 'file, line', for errors
     name: str,            # name of the result
     ids: list|None=None,  # None: `path#k` for the k-th caption of a picture
     labels: list|None=None, # integer labels, where there are any
+    *,
+    base: Path|str|None=None, # folder of the list; None: `root`
+    pictures: Images|None=None, # pictures that are no files: one per row, which `listed` only names
+    tolerance: float=0.,  # share of the rows that may be left out
+    problems: tuple=(),   # (place, problem) of rows that were lost before
+    remarks: tuple=(),    # what the reader has to say
 ) -> Pairs:
-    "Rows of (path, caption) as Pairs; raises DataError naming the row with an empty caption or a missing picture."
-    first, count, image_rows, auto, at = {}, {}, [], [], []
-    for i, (image, caption) in enumerate(zip(listed, captions)):
-        checked_caption(caption, where(i))
-        if image not in first:
-            first[image] = len(first)
-            at.append(i)
-        k = count.get(image, 0)
-        count[image] = k + 1
-        image_rows.append(first[image])
-        auto.append(f"{image}#{k}")
-    images = FileImages(root, list(first), lambda r: where(at[r]))
-    return Pairs(auto if ids is None else ids, captions, images, np.asarray(image_rows, np.int64), labels, name)
+    "Rows of (path, caption) as Pairs; raises DataError where more rows than tolerated have no caption or no picture."
+    wrong = {}
+    for row, caption in enumerate(captions):
+        if problem := caption_problem(caption):
+            wrong[row] = f"{where(row)}: {problem}; write one or delete the row"
+    found = find_listed(listed, where, root, base, pictures, wrong, problems, tolerance, name, ids)
+    images, rows = found.images, None
+    if pictures is None:
+        first = {}
+        rows = np.asarray([first.setdefault(name, len(first)) for name in found.names], np.int64)
+        images = FileImages(images.root, list(first), check=False)
+    ids = _numbered_names(listed, found) if ids is None else ids
+    kept = lambda column: None if column is None else [column[row] for row in found.rows]
+    said = (*found.remarks, *remarks, *caption_remarks(kept(captions)))
+    return Pairs(kept(ids), kept(captions), images, rows, kept(labels), name, found.left_out, said)
+
+def _numbered_names(listed, found):
+    "Ids `path#k` of all rows, by what the pictures are called."
+    names, count, ids = list(listed), Counter(), []
+    for row, name in zip(found.rows, found.names):
+        names[row] = name
+    for name in names:
+        ids.append(f"{name}#{count[name]}")
+        count[name] += 1
+    return ids
 
 # %% ../../nbs/data/readers.ipynb #28454405
-def _unquote(field):
-    return field[1:-1].replace('""', '"') if len(field) > 1 and field[0] == field[-1] == '"' else field
+def _pair_ids(table, id, expanded, listed):
+    "Ids of the rows from a column, or None; and remarks."
+    names = [str(name).strip() for name in table.columns]
+    if id is None and "id" not in names:
+        return None, []
+    k = choose_column(table, "id" if id is None else id, (), "id=")
+    several = Counter(row for row, _ in expanded)
+    count, ids = Counter(), []
+    for row, _ in expanded:
+        text = str(table.rows[row][k])
+        ids.append(text if several[row] == 1 else f"{text}#{count[row]}")
+        count[row] += 1
+    owner = {}
+    clash = any(owner.setdefault(i, image) != image for i, image in zip(ids, listed))
+    if len(owner) < len(ids) and not clash and id is None:
+        return None, ["the column id numbers pictures, not pairs; pairs are called by their picture and a number."]
+    return ids, []
 
-def _csv_rows(path, sep) -> list:
-    "(first line, fields) of each row that is not empty, with quotes as RFC 4180 has them."
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=sep, strict=True)
-    rows, start = [], 1
-    try:
-        for fields in reader:
-            if fields:
-                rows.append((start, fields))
-            start = reader.line_num + 1
-    except csv.Error as e:
-        raise DataError(f"{path}, line {start}: {e}; check the quotes of this row") from None
-    return rows
-
-def read_table(
-    path: Path|str,     # the file
-    sep: str|None=None, # field separator; None: tab for .tsv and .tab, else comma
-    header: bool=True,  # the first line names the columns
-) -> tuple[list[str], list[tuple[int, list[str]]]]: # column names (empty without header); (line number, fields) of rows
-    "A delimited text file with line numbers; DataError for a row that has not as many fields as there are columns."
-    sep = sep or ("\t" if Path(path).suffix.lower() in (".tsv", ".tab") else ",")
-    if sep == "\t":
-        rows = [(n, [_unquote(field) for field in line.split("\t")]) for n, line in numbered_lines(path)]
-    else:
-        rows = _csv_rows(path, sep)
-    if not rows:
-        raise DataError(f"{path}: the file is empty; a list of pairs has at least one row")
-    columns = [c.strip() for c in rows.pop(0)[1]] if header else []
-    width = len(columns) or len(rows[0][1])
-    for n, fields in rows:
-        if len(fields) != width:
-            raise DataError(
-                f"{path}, line {n}: {len(fields)} fields where {width} belong; quote fields that contain the separator"
-            )
-    return columns, rows
+def _pair_labels(table, label, expanded):
+    "Whole numbers of the rows' classes, or None; names are numbered in the order of the alphabet."
+    if label is None and "label" not in table.columns:
+        return None, []
+    k = choose_column(table, "label" if label is None else label, LABEL_NAMES, "label=")
+    values = [str(table.rows[row][k]).strip() for row, _ in expanded]
+    whole = [re.fullmatch(r"([+-]?\d+)(\.0*)?", value) for value in values]
+    if all(whole):
+        return [int(match[1]) for match in whole], []
+    if any(whole) or any(not v or v.lower() in ("nan", "none", "null") for v in values):
+        return None, ["the column label is not used, since numbers, names and blanks are mixed in it."]
+    names = sorted(set(values))
+    return [names.index(value) for value in values], [f"the {len(names):,} names in the column label are numbered in "
+                                                      "the order of the alphabet."]
 
 # %% ../../nbs/data/readers.ipynb #66a42739
-def table_column(
-    columns: list[str], # names, as `read_table` gives them
-    rows: list,         # rows, likewise
-    wanted: str|int,    # name, or position from 0
-    path: Path|str,     # the file, for errors
-    option: str,        # the option that chooses this column, for errors
-) -> list[str]:
-    "One column by name or position; raises DataError that lists the columns there are."
-    if not rows:
-        raise DataError(f"{path}: there is a header but no row; a list has at least one")
-    if isinstance(wanted, str) and wanted.isdigit() and not columns:
-        wanted = int(wanted)
-    if isinstance(wanted, int) and 0 <= wanted < (len(columns) or len(rows[0][1])):
-        return [f[wanted] for _, f in rows]
-    if wanted in columns:
-        return [f[columns.index(wanted)] for _, f in rows]
-    there = ", ".join(columns) if columns else f"{len(rows[0][1])} columns without names"
-    raise DataError(f"{path}: there is no column {wanted}; it has {there[:200]}; choose with {option}=")
+def pairs_of_table(
+    table: Table,
+    image: str|int|None=None,   # column with the image path
+    caption: str|int|None=None, # column with the caption, or with a list of captions
+    id: str|int|None=None,      # column with ids
+    label: str|int|None=None,   # column with classes
+    root: Path|str|None=None,   # folder the paths are relative to; None: found
+    pictures: Images|None=None, # pictures that are no files, one per row of the table
+    tolerance: float=0.,        # share of the rows that may be left out
+    name: str|None=None,        # name of the result
+) -> Pairs:
+    "Pairs from a table; see `read_csv_pairs`."
+    k_image = 0 if pictures is not None and image is None else None
+    if k_image is None:
+        k_image = choose_column(table, image, IMAGE_NAMES, "image= (--image-key NAME)")
+    k_caption = choose_column(table, caption, CAPTION_NAMES, "caption= (--caption-key NAME)")
+    expanded = []
+    for row, values in enumerate(table.rows):
+        texts = values[k_caption]
+        expanded += [(row, text) for text in (texts if isinstance(texts, (list, tuple)) and len(texts) else [texts])]
+    name_of = lambda row: f"row {row}" if pictures is not None else _path_text(table.rows[row][k_image])
+    listed = [name_of(row) for row, _ in expanded]
+    ids, said = _pair_ids(table, id, expanded, listed)
+    labels, more = _pair_labels(table, label, expanded)
+    return build_pairs(
+        root, listed, [text for _, text in expanded], lambda i: table.where(expanded[i][0]),
+        name or Path(table.name).name, ids, labels, base=table.folder, tolerance=tolerance,
+        pictures=None if pictures is None else pictures.take([row for row, _ in expanded]),
+        problems=tuple(table.problems), remarks=(*said, *more))
 
-def local_path(
-    root: Path|str, # folder that paths are relative to
-    listed: str,    # as the file has it
-    where: str,     # file and line, for errors
-) -> str:           # relative to `root`
-    "A listed picture, which must be a file below `root`; raises DataError for a web address or no path at all."
-    if re.match(r"[a-z]+://", listed):
-        raise DataError(f"{where}: the image is a web address ({listed[:60]}); "
-                        "download the pictures first (img2dataset does) and list their paths")
-    if not listed.strip():
-        raise DataError(f"{where}: the image path is empty; write one or delete the row")
-    return inside(root, listed, where)
-
-def _integer(text, where):
-    try:
-        return int(text)
-    except ValueError:
-        raise DataError(f"{where}: the label {text[:40]} is not an integer; number the classes from 0") from None
+def _path_text(value):
+    "A value of a column of paths as text; nothing for what is no path."
+    if isinstance(value, dict):
+        value = value.get("path")
+    return "" if value is None or value != value else str(value)
 
 # %% ../../nbs/data/readers.ipynb #fd5baf5f
 def read_csv_pairs(
-    path: Path|str,           # the CSV or TSV
-    image: str|int="image",   # column with the image path
-    caption: str|int="caption", # column with the caption
+    path: Path|str,             # the CSV or TSV
+    image: str|int|None=None,   # column with the image path; None: the usual names
+    caption: str|int|None=None, # column with the caption; None: the usual names
     id: str|int|None=None,    # column with ids; None: `id` where there is one, else `path#k`
-    label: str|int|None=None, # column with integer labels; None: `label` where there is one
-    sep: str|None=None,       # separator; None: by the file's ending
-    header: bool=True,        # the first line names the columns
-    root: Path|str|None=None, # folder the paths are relative to; None: the file's own
+    label: str|int|None=None, # column with classes; None: `label` where there is one
+    sep: str|None=None,       # separator; None: found
+    header: bool|None=None,   # the first line names the columns; None: found
+    root: Path|str|None=None, # folder the paths are relative to; None: the file's own, or one beside it
+    tolerance: float=0.,      # share of the rows that may be left out
     name: str|None=None,      # name of the result
 ) -> Pairs:
     """Pairs from a delimited text file (format of CleanCLIP and MEM).
 
     Raises DataError naming the line, or the columns that are there.
     """
-    path, root = Path(path), Path(path).parent if root is None else Path(root)
-    columns, rows = read_table(path, sep, header)
-    where = lambda i: f"{path}, line {rows[i][0]}"
-    get = lambda wanted, option: table_column(columns, rows, wanted, path, option)
-    captions, paths = get(caption, "caption"), get(image, "image")
-    listed = [local_path(root, p, where(i)) for i, p in enumerate(paths)]
-    ids = get(id or "id", "id") if id is not None or "id" in columns else None
-    labels = get(label or "label", "label") if label is not None or "label" in columns else None
-    if labels is not None:
-        labels = [_integer(x, where(i)) for i, x in enumerate(labels)]
-    return build_pairs(root, listed, captions, where, name or path.name, ids, labels)
+    table = read_table(path, sep, header, (image, caption, id, label))
+    if header is None and table.columns and image is None and caption is None and not any(column_kind(table)):
+        table = _without_header(path, sep, table)
+    if not table.columns and image is None:
+        image = _image_position(table, root)
+    if not table.columns and caption is None and table.width == 2:
+        caption = 1 - int(image)
+    return pairs_of_table(table, image, caption, id, label, root, tolerance=tolerance, name=name)
+
+def _without_header(path, sep, table):
+    "The table without a header, if what was taken for one names a picture that is there."
+    bare = read_table(path, sep, False)
+    for k in range(bare.width):
+        some = [str(row[k]) for row in bare.rows[:20]]
+        if find_pictures(picture_folder(bare.folder, some), some[:1])[0] is not None:
+            return bare
+    return table
+
+def _image_position(table, root):
+    "The column of paths in a table without header."
+    k = picture_column(table)
+    for j in range(table.width) if k is None else ():
+        some = [str(row[j]) for row in table.rows[:20]]
+        if any(find_pictures(root or picture_folder(table.folder, some), some)):
+            return j
+    return 0 if k is None else k
+
+# %% ../../nbs/data/readers.ipynb #6175d718
+def read_json_pairs(
+    path: Path|str,             # .json or .jsonl
+    image: str|None=None,       # entry with the image path; None: the usual names
+    caption: str|None=None,     # entry with the caption or captions; None: the usual names
+    id: str|None=None,          # entry with ids
+    root: Path|str|None=None,   # folder the paths are relative to; None: the file's own, or one beside it
+    tolerance: float=0.,        # share of the rows that may be left out
+    name: str|None=None,        # name of the result
+) -> Pairs:
+    "Pairs from entries of image and caption, or from a dictionary from pictures to captions."
+    return pairs_of_table(read_entries(path), image, caption, id, root=root, tolerance=tolerance, name=name)
 
 # %% ../../nbs/data/readers.ipynb #e29d72b6
 def read_flickr_pairs(
     tokens: Path|str,               # token file, `<image>#<k><TAB><caption>` per line
-    images: Path|str,               # folder with the pictures
+    images: Path|str|None=None,     # folder with the pictures; None: found
     split_list: Path|str|None=None, # text file with one image name per line; None: all images of the token file
+    tolerance: float=0.,            # share of the captions that may be left out
     name: str|None=None,            # name of the result
 ) -> Pairs:
     "Pairs of Flickr8k or Flickr30k; images in the order of the split list, captions in the order of the token file."
-    captions = _flickr_tokens(tokens)
+    captions, problems = _flickr_tokens(tokens)
     chosen = dict.fromkeys(captions) if split_list is None else {}
     for n, line in numbered_lines(split_list) if split_list is not None else []:
         image, where = line.strip(), f"{split_list}, line {n}"
         if image not in captions:
-            raise DataError(f"{where}: {image} has no caption in {tokens}; take list and captions of the same data set")
+            bare = f"{where}: {image} has no caption in {tokens}; take list and captions of the same data set"
+            raise DataError(problems[0][1] if problems else bare)
         if image in chosen:
             raise DataError(f"{where}: {image} comes twice; list every image once")
         chosen[image] = where
-    rows = []
+    rows, said = [], []
+    for image in [image for image in chosen if split_list is None and re.search(r"\.jpe?g\.\d+$", image)]:
+        said.append(f"{image} is no picture but an entry with a number behind the name, as Flickr8k's token file has "
+                    f"one; its {len(captions[image])} captions were left out.")
+        del chosen[image]
     for image, listed_at in chosen.items():
         rows += [(image, f"{image}#{k}", caption, listed_at or where) for k, caption, where in captions[image]]
     if not rows:
-        raise DataError(f"{split_list or tokens}: the file is empty; take the original file")
-    names, ids, texts, places = zip(*rows)
-    listed = [inside(images, image, where) for image, where in zip(names, places)]
+        raise DataError(problems[0][1] if problems else f"{split_list or tokens}: the file is empty; "
+                        "take the original file")
+    listed, ids, texts, places = zip(*rows)
     name = name or Path(split_list or tokens).name
-    return build_pairs(images, listed, texts, places.__getitem__, name, ids=ids)
+    return build_pairs(images, list(listed), texts, places.__getitem__, name, ids=ids, base=Path(tokens).parent,
+                       tolerance=tolerance, problems=tuple(problems), remarks=said)
 
-def _flickr_tokens(path) -> dict:
-    "Image name -> [(number, caption, 'file, line')] of a token file."
-    captions, seen = {}, set()
+_TOKEN = re.compile(r"(?P<image>.*\S)\s*#(?P<k>\d+)(?:\t|\s{2,})(?P<caption>.*)", re.S)
+
+def _flickr_tokens(path) -> tuple[dict, list]:
+    "Image name -> [(number, caption, 'file, line')] of a token file, and (place, problem) of lines of another form."
+    captions, seen, problems = {}, set(), []
     for n, line in numbered_lines(path):
-        (key, tab, caption), where = line.partition("\t"), f"{path}, line {n}"
-        image, mark, k = key.rpartition("#")
-        if not tab or not mark:
-            raise DataError(
-                f'{where}: expected "<image>#<number><tab><caption>" but there is no {"tab" if not tab else "#"}; '
-                "fix the line or take the original file"
-            )
-        if key in seen:
-            raise DataError(f"{where}: {key} comes twice; every caption needs its own number")
-        seen.add(key)
-        captions.setdefault(image, []).append((k, checked_caption(caption, where), where))
-    return captions
+        match, where = _TOKEN.match(line), f"{path}, line {n}"
+        if not match:
+            lacks = "#" if "#" not in line.partition("\t")[0] else "tab"
+            problem = f'{where}: expected "<image>#<number><tab><caption>" but there is no {lacks}; '
+            problems.append((f"line {n}", problem + "fix the line or take the original file"))
+            continue
+        image, k, caption = match["image"], match["k"], match["caption"]
+        if (image, k) in seen:
+            problems.append((f"line {n}", f"{where}: {image}#{k} comes twice; every caption needs its own number"))
+            continue
+        seen.add((image, k))
+        captions.setdefault(image, []).append((k, caption, where))
+    return captions, problems
 
 # %% ../../nbs/data/readers.ipynb #e94900fe
 def _limit(captions, per_image, where):
@@ -217,78 +333,141 @@ def _limit(captions, per_image, where):
 
 def read_karpathy_pairs(
     path: Path|str,           # dataset_flickr8k.json, dataset_flickr30k.json or dataset_coco.json
-    images: Path|str,         # folder with the pictures (for COCO the one that holds train2014 and val2014)
-    split: str="train",       # split name; several joined by +, as train+restval
+    images: Path|str|None=None, # folder with the pictures (of COCO's train2014 and val2014); None: found
+    split: str|None=None,     # split name; several joined by +, as train+restval; all; None: the only one
     per_image: int|None=None, # keep this many captions of each picture; None: all
+    tolerance: float=0.,      # share of the captions that may be left out
     name: str|None=None,      # name of the result
 ) -> Pairs:
     "Pairs of one split of Karpathy's JSON; ids `<file>#<k>`."
-    wanted, rows = split.split("+"), []
     entries = _karpathy_entries(path)
-    there = sorted({e[0] for e in entries})
-    for s in wanted:
-        if s not in there:
-            raise DataError(f"{path}: there is no split {s}; it has {', '.join(there)}")
+    wanted = choose_split(path, Counter(e[0] for e in entries), split)
+    rows = []
     for s, image, sentences in entries:
         where = f"{path}, image {image}"
         if s in wanted:
-            rows += [(inside(images, image, where), c, where) for c in _limit(sentences, per_image, where)]
+            rows += [(image, c, where) for c in _limit(sentences, per_image, where)]
+    split = "+".join(wanted)
     if not rows:
         raise DataError(f"{path}: there is no caption in split {split}; take another split")
     listed, captions, wheres = zip(*rows)
-    return build_pairs(images, listed, captions, wheres.__getitem__, name or f"{Path(path).stem}:{split}")
+    return build_pairs(images, list(listed), captions, wheres.__getitem__, name or f"{Path(path).stem}:{split}",
+                       base=Path(path).parent, tolerance=tolerance)
+
+def choose_split(
+    path,             # of the data, or their name
+    there: dict,      # split -> how much it has
+    split: str|None,  # a name, several joined by +, all, or None: the only one
+    what: str = "pictures", # that are counted
+) -> list[str]:       # names
+    "The splits that are asked for; DataError, which counts those there are, where nobody said which."
+    names = sorted(there)
+    if split == "all" and split not in there:
+        return names
+    if split is None and len(there) > 1:
+        counted = ", ".join(f"{name} ({there[name]:,} {what})" for name in names)
+        some = "train" if "train" in there else names[0]
+        raise DataError(f"{path} has the splits {counted}; choose one with split= (--split {some}), several as "
+                        f"{some}+{next(name for name in names if name != some)}, or all")
+    wanted = names if split is None else split.split("+")
+    for name in wanted:
+        if name not in there:
+            raise DataError(f"{path}: there is no split {name}; it has {', '.join(names)}")
+    return wanted
 
 def _karpathy_entries(path) -> list:
     "(split, file, captions) of each picture."
     try:
-        return [(e["split"], _karpathy_file(e), [s["raw"] for s in e["sentences"]]) for e in read_json(path)["images"]]
-    except (KeyError, TypeError):
+        return [(str(e["split"]), _karpathy_file(e), [s["raw"] for s in e["sentences"]])
+                for e in read_json(path)["images"]]
+    except (KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: not one of Karpathy's split files (images with filename, split and sentences); "
                         "take dataset_*.json from caption_datasets.zip") from None
 
 def _karpathy_file(entry):
-    return "/".join(x for x in (entry.get("filepath"), entry["filename"]) if x)
+    return "/".join(str(x) for x in (entry.get("filepath"), entry["filename"]) if x)
 
 # %% ../../nbs/data/readers.ipynb #558b6dcd
 def read_coco_pairs(
     path: Path|str,           # captions_train2017.json or alike
-    images: Path|str,         # folder with the pictures
+    images: Path|str|None=None, # folder with the pictures; None: found
     per_image: int|None=None, # keep this many captions of each picture; None: all
+    tolerance: float=0.,      # share of the captions that may be left out
     name: str|None=None,      # name of the result
 ) -> Pairs:
     """Pairs of a COCO captions file, images in its order; ids `<file>#<annotation id>`.
 
     Images without caption are left out.
     """
-    files, captions = _coco_content(path)
+    files, captions, problems = _coco_content(path)
     rows = []
     for i, file in files.items():
-        if i not in captions:
-            continue
-        listed = inside(images, file, f"{path}, image {file}")
-        for number, caption in _limit(captions[i], per_image, f"{path}, image {file}"):
-            rows.append((listed, caption, f"{file}#{number}", f"{path}, annotation {number}"))
+        for number, caption in _limit(captions[i], per_image, f"{path}, image {file}") if i in captions else ():
+            rows.append((file, caption, f"{file}#{number}", f"{path}, annotation {number}"))
     if not rows:
         raise DataError(f"{path}: there is no caption in it; take captions_*.json of a split with captions")
     listed, texts, ids, wheres = zip(*rows)
-    return build_pairs(images, listed, texts, wheres.__getitem__, name or Path(path).stem, ids=ids)
+    bare = sum(i not in captions for i in files)
+    said = (f"{bare:,} of {len(files):,} pictures have no caption and were left out.",) if bare else ()
+    return build_pairs(images, list(listed), texts, wheres.__getitem__, name or Path(path).stem, ids=ids,
+                       base=Path(path).parent, tolerance=tolerance, problems=problems, remarks=said)
 
-def _coco_content(path) -> tuple[dict, dict]:
-    "File by image number, and [(annotation number, caption)] by image number."
-    content, captions = read_json(path), {}
+def _coco_content(path) -> tuple[dict, dict, tuple]:
+    "File by image number, [(annotation number, caption)] by image number, and captions of no picture."
+    content, captions, files, problems = read_json(path), {}, {}, []
     try:
-        files = {i["id"]: i["file_name"] for i in content["images"]}
-        for a in content["annotations"]:
-            captions.setdefault(a["image_id"], []).append((a["id"], a["caption"]))
-    except (KeyError, TypeError):
+        for i in content["images"]:
+            if files.setdefault(i["id"], str(i["file_name"])) != str(i["file_name"]):
+                raise DataError(f"{path}: the number {i['id']} is that of two pictures, {files[i['id']]} and "
+                                f"{i['file_name']}; take the original file")
+        for n, a in enumerate(content["annotations"]):
+            number = a.get("id", f"row{n}")
+            if a["image_id"] not in files:
+                problems.append((f"annotation {number}", f"{path}: a caption belongs to image {a['image_id']}, which "
+                                 "the file does not list; take the original file"))
+            captions.setdefault(a["image_id"], []).append((number, a["caption"]))
+    except (KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: not a COCO captions file (images, and annotations with image_id and caption); "
                         "take captions_*.json, not instances_*.json") from None
-    for image in captions:
-        if image not in files:
-            raise DataError(
-                f"{path}: a caption belongs to image {image}, which the file does not list; take the original file"
-            )
-    return files, captions
+    return files, captions, tuple(problems)
+
+# %% ../../nbs/data/readers.ipynb #e3bfbb5a
+CAPTION_ENDINGS = (".txt", ".caption", ".json")
+
+def read_captioned_pictures(
+    folder: Path|str,    # pictures, in it and in folders below, each with a text of the same name beside it
+    tolerance: float=0., # share of the pictures that may be left out
+    name: str|None=None, # name of the result
+) -> Pairs:
+    "Pairs of pictures and the texts beside them; ids are the pictures' paths and `#0`."
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: the folder is not there; check the path")
+    listed, _ = pictures_below(folder)
+    if not listed:
+        raise DataError(f"{folder}: no picture in it; expected pictures with a .txt of the same name beside each")
+    problems, captions = [], []
+    for picture in listed:
+        try:
+            captions.append(_text_beside(folder, picture))
+        except DataError as problem:
+            problems.append((picture, str(problem)))
+            captions.append(None)
+    broken = {picture for picture, _ in problems}
+    kept = [(picture, caption) for picture, caption in zip(listed, captions) if picture not in broken]
+    return build_pairs(folder, [p for p, _ in kept], [c for _, c in kept], lambda row: str(folder/kept[row][0]),
+                       name or folder.name, tolerance=tolerance, problems=tuple(problems))
+
+def _text_beside(folder, picture):
+    "The caption of a picture."
+    stem = picture.rpartition(".")[0]
+    path = next((p for ending in CAPTION_ENDINGS if (p := folder/f"{stem}{ending}").is_file()), None)
+    if path is None:
+        raise DataError(f"{folder/picture}: there is no text of that name beside it; write {stem}.txt, or remove it")
+    if path.suffix != ".json":
+        return read_text(path).strip("\r\n")
+    about = read_json(path)
+    return about.get("caption") if isinstance(about, dict) else None
 
 # %% ../../nbs/data/readers.ipynb #3cb04ffa
 def write_csv_pairs(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib, os, re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from filelock import FileLock
 import mcl_repro
 from ..core.errors import DataError
 from ..core.files import parse_yaml, read_text, read_yaml, write_atomically
-from .formats import open_path, reader_options, READERS
+from .formats import open_path, reader_options, READERS, typed_options
 from .pairs import LabelledImages, open_world, Pairs, world_fingerprint
+from .sources import open_hub
 from .tars import data_home
 
 # %% auto #0
@@ -110,7 +111,13 @@ def how_to_get(name:str, entry:dict) -> str:
     return "; ".join(x for x in (fetch, entry.get("obtain"), f"{register} with: mcl_repro data add {name} FOLDER") if x)
 
 # %% ../../nbs/data/registry.ipynb #dbeda663
-def open_split(name:str, split:str) -> Pairs|LabelledImages:
+def open_split(
+    name: str,             # of the manifest or the registry
+    split: str,            # one of its splits
+    tolerance: float|None=None, # share of the rows that may be left out; None: as it was registered
+    unused: set|None=None, # see `typed_options`
+    **changes,             # options of the reader that are other than registered
+) -> Pairs|LabelledImages:
     "A split of a manifest or registered data set."
     entry = dataset_entry(name)
     root = dataset_root(name, entry)
@@ -126,6 +133,9 @@ def open_split(name:str, split:str) -> Pairs|LabelledImages:
     for layout in layouts:
         options, missing = reader_options(root, layout, split)
         if not missing:
+            options |= typed_options(layout["format"], changes, unused)
+            if tolerance and "tolerance" in typed_options(layout["format"], dict(tolerance=tolerance), set()):
+                options["tolerance"] = max(tolerance, options.get("tolerance", 0))
             return READERS[layout["format"]](**options, name=f"{name}:{split}")
         lacking.append(", ".join(missing))
     raise DataError(
@@ -163,16 +173,17 @@ def first_images(
     if count == n:
         return data
     if isinstance(data, LabelledImages):
-        return data.select(range(count))
+        return replace(data.select(range(count)), left_out=data.left_out, remarks=data.remarks)
     rows = np.flatnonzero(data.image_rows < count)
-    return data.select(rows).replace(images=data.images.take(range(count)))
+    return data.select(rows).replace(images=data.images.take(range(count)), left_out=data.left_out,
+                                     remarks=data.remarks)
 
 def _is_path(source:str) -> bool:
     "A source that is written as a path rather than as name:split."
     if "/" in source or os.sep in source:
         return True
-    endings = (".csv", ".tsv", ".tab", ".json", ".tar")
-    return Path(source.partition(":")[0]).suffix.lower() in endings or ":" not in source and Path(source).is_dir()
+    endings = (".csv", ".tsv", ".tab", ".txt", ".json", ".jsonl", ".parquet", ".tar", ".gz")
+    return Path(source.partition(":")[0]).suffix.lower() in endings or os.path.exists(source.strip("\0"))
 
 # %% ../../nbs/data/registry.ipynb #13acc92f
 def _split_source(source:str) -> tuple[str, int|None]:
@@ -203,6 +214,8 @@ def resolve(
     "The reference to a source as it is now; reads lists and file sizes but no picture."
     if isinstance(source, DataRef):
         return source
+    if source.startswith("hf:"):
+        return DataRef(source, open_data(source).fingerprint)
     if _is_path(source):
         path, count = _split_source(source)
         source = os.path.abspath(os.path.expanduser(path)) + (f":{count}" if count else "")
@@ -211,7 +224,11 @@ def resolve(
     return DataRef(source, open_data(source).fingerprint)
 
 def open_data(
-    source: str|DataRef # a source, or a reference whose content must not have changed
+    source: str|DataRef, # a source, or a reference whose content must not have changed
+    tolerance: float=0., # share of the rows that may be left out
+    kind: str|None=None, # "pairs" or "labelled", where it is known what is wanted
+    unused: set|None=None, # see `typed_options`
+    **options,           # of the reader
 ) -> Pairs|LabelledImages:
     "Open a data source; DataError for an unknown one, or when a reference's content is no longer the same."
     if isinstance(source, DataRef):
@@ -220,14 +237,16 @@ def open_data(
             return data
         raise DataError(f"{source.source} has changed since it was recorded (fingerprint {source.fingerprint[:12]}, "
                         f"now {data.fingerprint[:12]}); put the old data back or run again with the new")
+    if source.startswith("hf:"):
+        return open_hub(source, kind, tolerance=tolerance, **options)
     if _is_path(source):
         path, count = _split_source(source)
-        data = open_path(path)
+        data = open_path(path, tolerance, kind, unused, **options)
     else:
         name, split, count, seed = _parse(source)
         if name == "world":
             return open_world(split, count, seed)
-        data = open_split(name, split)
+        data = open_split(name, split, tolerance, unused, **options)
         if count and (entry := dataset_entry(name)).get("order") == "seeded":
             from mcl_repro.data.order import seeded_images
             return seeded_images(data, count, entry.get("seed", 0), (entry.get("rows") or {}).get(split))

@@ -240,7 +240,8 @@ def attack(
     attack, one that fails the conformance check, or a number of pairs that cannot be met, and DataError for a folder
     that is not empty or too many unreadable pictures, all before anything is written.
     """
-    folder, attack, pairs = folder and _new_folder(folder), made_attack(name, settings), as_pairs(pairs)
+    folder, attack = folder and _new_folder(folder), made_attack(name, settings)
+    pairs = as_pairs(pairs, tolerance=tolerance)
     _check_image_size(image_size)
     wanted = poison_count(len(eligible_rows(pairs, attack, target, None)), len(pairs), count, rate)
     if check:
@@ -623,8 +624,8 @@ def measure(
             "captions for retrieval, or both"
         )
     trigger, target, seed = _trigger(attack, settings, target, seed)
-    images = None if images is None else as_labelled(images)
-    pairs = None if pairs is None else as_pairs(pairs)
+    images = None if images is None else as_labelled(images, tolerance=tolerance)
+    pairs = None if pairs is None else as_pairs(pairs, tolerance=tolerance)
     models = [model] if reference is None else [model, reference]
     clips = [as_clip(given, device=device) for given in models]
     if dry_run:

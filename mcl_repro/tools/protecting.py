@@ -236,7 +236,8 @@ def ready_pairs(clip: Clip, # the surrogate
     _check_room(long, len(pairs), tolerance, pairs.name)
     if len(long):
         full = set(long["id"])
-        pairs = pairs.select([k for k, i in enumerate(pairs.ids) if i not in full])
+        some = pairs.select([k for k, i in enumerate(pairs.ids) if i not in full])
+        pairs = some.replace(left_out=pairs.left_out, remarks=pairs.remarks)
     if keep_size or isinstance(pairs.images, StoredImages):
         pairs = pairs.replace(images=Photos(pairs.images))
     read = readable_pairs(pairs, tolerance, progress)
@@ -719,7 +720,7 @@ def protect(pairs, # to protect: `Pairs`, a file, or `name:split`
     cannot carry triggers, unknown settings and a folder of something else, and DataError for captions without room,
     unreadable pictures and a single pair.
     """
-    given, clip = as_pairs(pairs), own_copy(surrogate, pretrained, device)
+    given, clip = as_pairs(pairs, tolerance=tolerance), own_copy(surrogate, pretrained, device)
     _check_format(format, keep_size, given.captions, folder and Path(folder))
     found = numbers_of(clip, len(given), method, search, recipe, seed, **numbers)
     clip = check_surrogate(clip, found.search.length)

@@ -601,12 +601,12 @@ def check_given(name: str, way: Method, given: dict):
     if not any(given.get(k) is not None for k in ("pairs", "trusted", "images")):
         raise SettingsError(f"{name} has nothing to learn from: give pairs, trusted= or images=")
 
-def open_given(way: Method, given: dict, device: str) -> Given:
+def open_given(way: Method, given: dict, device: str, tolerance: float = 0.) -> Given:
     "Open what was given. Raises DataError and SettingsError naming what cannot be used."
     opened = Given()
     for name, opener in dict(pairs=as_pairs, trusted=as_pairs, images=as_labelled).items():
         if given.get(name) is not None:
-            setattr(opened, name, opener(given[name], name))
+            setattr(opened, name, opener(given[name], name, tolerance))
     if given["reference"] is not None:
         opened.reference = _own_copy(given["reference"], device)
     return opened
@@ -1029,7 +1029,7 @@ def _opened(method, model, given, tolerance, device):
     device = find_device(device)
     check_given(method, METHODS[method], given)
     check_tolerance(no_problems(), 1, tolerance, "tolerance")
-    clip, opened = _own_copy(model, device), open_given(METHODS[method], given, device)
+    clip, opened = _own_copy(model, device), open_given(METHODS[method], given, device, tolerance)
     check_enough(_shown(METHODS[method], opened))
     return clip, opened
 

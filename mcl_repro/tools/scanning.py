@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'SIZES', 'THRESHOLD', 'COLUMNS', 'BLIND', 'Embedded', 'embed_stream', 'sizes_for', 'neighbour_fit',
            'density', 'contrast', 'Core', 'own_pictures', 'find_core', 'likeness', 'search', 'pair_fit', 'tells_pairs',
-           'better_half', 'learn_mapping', 'rank_by_contrast', 'rank_by_cfbd', 'Scan', 'count_copies', 'shared_words',
-           'scan', 'PoisonDetector', 'scan_figure', 'quality', 'group_words', 'study', 'contrast_limits']
+           'better_half', 'learn_mapping', 'rank_by_contrast', 'rank_by_cfbd', 'Scan', 'left_out_rows', 'count_copies',
+           'shared_words', 'scan', 'PoisonDetector', 'scan_figure', 'quality', 'group_words', 'study',
+           'contrast_limits']
 
 # %% ../../nbs/tools/scanning.ipynb #98c82a38
 import hashlib
@@ -200,8 +201,9 @@ def embed_stream(
     width = embed_images(clip, black).shape[1]
     images = _table(folder, "images", (len(used), width), state)
     texts = _table(folder, "texts", (len(pairs), width), state)
+    total = len(pairs) + len(pairs.left_out)
     def check():
-        check_tolerance(_problem_table(pairs, state["errors"]), len(pairs), tolerance, pairs.name)
+        check_tolerance(_problem_table(pairs, state["errors"]), total, tolerance, pairs.name)
     check()                     # what was found before may be more than is tolerated now
     _embed_pictures(clip, pairs.images, used, images, progressing, block, check, progress)
     _embed_captions(clip, pairs.captions, texts, progressing, 8*block, progress)
@@ -221,12 +223,11 @@ def _sliceable(pairs, folder, at, state):
     return Embedded(images, texts, rows, at[rows], _problem_table(pairs, state["errors"]), state["cut"])
 
 def _problem_table(pairs, errors):
-    "Unreadable pairs by id."
-    if not errors:
-        return no_problems()
+    "What a reader left out, and unreadable pairs, by id."
     error_of = {int(row): error for row, error in errors.items()}
     bad = np.flatnonzero(np.isin(pairs.image_rows, list(error_of)))
-    return pd.DataFrame([dict(id=pairs.ids[i], problem=error_of[int(pairs.image_rows[i])]) for i in bad])
+    unreadable = [(pairs.ids[i], error_of[int(pairs.image_rows[i])]) for i in bad]
+    return pd.DataFrame([*pairs.left_out, *unreadable], columns=["id", "problem"], dtype=object)
 
 # %% ../../nbs/tools/scanning.ipynb #ceb2726a
 METHODS = ("contrast", "cfbd")
@@ -559,6 +560,16 @@ class Scan:
 # %% ../../nbs/tools/scanning.ipynb #055e8165
 COLUMNS = ("id", "verdict", "score", "fit", "group", "copies", "note", "caption")
 
+def left_out_rows(
+    pairs: Pairs,
+) -> pd.DataFrame:  # COLUMNS
+    "Rows that a reader left out, as a scan's table has them: without a score, and with the reason as note."
+    ids, problems = [place for place, _ in pairs.left_out], [problem for _, problem in pairs.left_out]
+    n = len(ids)
+    table = dict(id=ids, verdict=["unreadable"]*n, score=np.full(n, np.nan), fit=np.full(n, np.nan),
+                 group=np.zeros(n, np.int64), copies=np.ones(n, np.int64), note=problems, caption=[""]*n)
+    return pd.DataFrame(table)[list(COLUMNS)]
+
 @patch
 def part(
     self: Scan,
@@ -585,8 +596,8 @@ def part(
 # %% ../../nbs/tools/scanning.ipynb #c6f5f6a7
 @patch(as_prop=True)
 def table(self: Scan) -> pd.DataFrame:
-    "All pairs in their order."
-    return self.part(np.arange(len(self.pairs)))
+    "All pairs in their order, and after them the rows that the reader left out."
+    return pd.concat([self.part(np.arange(len(self.pairs))), left_out_rows(self.pairs)], ignore_index=True)
 
 @patch
 def worst(
@@ -675,7 +686,7 @@ def _check_settings(method, trusted, mapping, sizes, options, count):
 def _checked(model, pretrained, pairs, method, trusted, mapping, sizes, options, tolerance, device):
     "What was given, opened. Everything that can be refused is refused before work starts."
     _check_method(method)
-    pairs = as_pairs(pairs)
+    pairs = as_pairs(pairs, tolerance=tolerance)
     _check_settings(method, trusted, mapping, sizes, options, len(pairs))
     check_tolerance(no_problems(), len(pairs), tolerance, pairs.name)
     clip = as_clip(model, pretrained, device=device)
@@ -872,7 +883,8 @@ def quality(
     truth,        # ids of the pairs that are poisoned
 ) -> dict:        # precision, recall, false_positive_rate, AUROC; None where undefined
     "How good a scan was, where the truth is known. Raises DataError for an id that the pairs do not have."
-    number, truth = {name: row for row, name in enumerate(found.pairs.ids)}, list(truth)
+    lost = {name for name, _ in found.pairs.left_out}
+    number, truth = {name: row for row, name in enumerate(found.pairs.ids)}, [t for t in truth if t not in lost]
     if odd := [name for name in truth if name not in number]:
         raise DataError(
             f"truth: {found.pairs.name} has no pair {odd[0]!r} ({len(odd)} of {len(truth)} are unknown); give "
@@ -1032,7 +1044,7 @@ def write_csv(
     rows=None,           # of `pairs`; None: all of them
 ) -> Path:
     "The table of pairs, in pieces. The file is there when all of it is."
-    path = Path(path)
+    path, every = Path(path), rows is None
     rows = np.arange(len(self.pairs)) if rows is None else np.asarray(rows, np.int64)
     part = path.with_suffix(".part")
     # what no UTF-8 can hold, half of a surrogate pair, is spelt out
@@ -1040,6 +1052,8 @@ def write_csv(
     for start in range(0, max(len(rows), 1), step):
         piece = self.part(rows[start:start + step])
         piece.to_csv(part, mode="a" if start else "w", header=not start, **usual)
+    if every and self.pairs.left_out:
+        left_out_rows(self.pairs).to_csv(part, mode="a", header=False, **usual)
     os.replace(part, path)
     return path
 

@@ -43,8 +43,11 @@ def test_imagenet_folders_get_readable_names_or_none(tmp_path):
     refused("n99999999 is no class of ImageNet-1K", read_class_folders, tmp_path/"full")
     (tmp_path/"part"/"n01440764").mkdir(parents=True)
     (tmp_path/"part"/"n01440764"/"x.JPEG").write_bytes(b"")
-    refused("n01443537 is missing; only all 1000 classes", read_class_folders, tmp_path/"part")
-    assert read_class_folders(tmp_path/"part", classnames={"n01440764": "tench"}).classnames == ["tench"]
+    refused("n01440764 is the only folder of pictures", read_class_folders, tmp_path/"part")
+    (tmp_path/"part"/"n01443537").mkdir()
+    (tmp_path/"part"/"n01443537"/"x.JPEG").write_bytes(b"")
+    assert read_class_folders(tmp_path/"part").classnames == ["tench", "goldfish"]
+    assert read_class_folders(tmp_path/"part", classnames={"n01440764": "a", "n01443537": "b"}).classnames == ["a", "b"]
 
 def test_csv_labels(folder):
     (folder/"labels.csv").write_text("image,label\n0.jpg,1\n1.jpg,0\n")

@@ -35,7 +35,7 @@ def test_world_pairs_leave_the_library_losslessly(tmp_path):
     assert back.captions == pairs.captions and (back.image_array(size=32) == pairs.image_array(size=32)).all()
 
 CSV = [
-    ("image,text\n0.jpg,a\n", "there is no column caption; it has image, text", {}),
+    ("image,words\n0.jpg,a\n", "there is no column caption; it has image, words", {}),
     ("image,caption\n", "there is a header but no row", {}), ("", "the file is empty", {}),
     ("image,caption\n0.jpg,a\n\n1.jpg,   \n", "line 4: the caption is empty", {}),
     ("image,caption\n0.jpg,a\nnope.jpg,b\n", "line 3: image nope.jpg is not in", {}),
@@ -46,7 +46,6 @@ CSV = [
     ("image,caption\nsub/../../x.jpg,a\n", "lies outside the data folder", {}),
     ("image,caption\n,a\n", "line 2: the image path is empty", {}),
     ("image,caption,id\n0.jpg,a,7\n1.jpg,b,7\n", "id 7 comes twice", {}),
-    ("image,caption,label\n0.jpg,a,cat\n", "line 2: the label cat is not an integer", {}),
     ("a,http://x.org/0.jpg\n", "line 1: the image is a web address", dict(image=1, caption=0, header=False)),
     ("0.jpg,a\n", "there is no column 5", dict(image=5, caption=1, header=False)),
 ]
@@ -65,6 +64,9 @@ def test_csv_details(folder):
     assert read_csv_pairs(folder/"b.tsv", image=0, caption=1, header=False).captions == ['say "hi"', 'a "quoted" field']
     (folder/"c.txt").write_text("p;c\n2.jpg;semi, colon\n")
     assert read_csv_pairs(folder/"c.txt", image="p", caption="c", sep=";").captions == ["semi, colon"]
+    (folder/"named.csv").write_text("image,caption,label\n0.jpg,a,dog\n1.jpg,b,cat\n2.jpg,c,dog\n")
+    named = read_csv_pairs(folder/"named.csv")
+    assert list(named.labels) == [1, 0, 1] and "numbered in the order of the alphabet" in named.remarks[0]
     (folder/"list").mkdir()
     (folder/"list"/"d.csv").write_text(f"image,caption\n{folder/'5.jpg'},absolute but inside\n")
     assert read_csv_pairs(folder/"list"/"d.csv", root=folder).images.names == ["5.jpg"]
@@ -84,7 +86,10 @@ def test_flickr_by_split_list(folder):
     assert pairs.images.names == ["3.jpg", "1.jpg"]
     assert pairs.ids[:2] == ["3.jpg#0", "3.jpg#1"]
     assert list(pairs.image_rows) == [0] * 5 + [1] * 5
-    refused("line 26: image ghost.jpg.1 is not in", read_flickr_pairs, tokens, folder)
+    every = read_flickr_pairs(tokens, folder)
+    assert len(every) == 25 and "ghost.jpg.1 is no picture but an entry" in every.remarks[0]
+    tokens.write_text(tokens.read_text() + "gone.jpg#0\tno picture\n")
+    refused("line 27: image gone.jpg is not in", read_flickr_pairs, tokens, folder)
 
 @pytest.mark.parametrize("tokens, listed, message", [
     ("0.jpg#0 a caption\n", "0.jpg\n", "line 1: expected \"<image>#<number><tab><caption>\" but there is no tab"),
@@ -115,7 +120,9 @@ def test_karpathy_splits_and_errors(folder):
     refused("5 captions where 6 are wanted", read_karpathy_pairs, path, folder, "train", per_image=6)
     images[0]["sentences"][2]["raw"] = ""
     path.write_text(json.dumps(dict(images=images)))
-    refused("image 0.jpg: the caption is empty", read_karpathy_pairs, path, folder)
+    refused("image 0.jpg: the caption is empty", read_karpathy_pairs, path, folder, "train")
+    refused("has the splits restval (1 pictures), test (1 pictures), train (1", read_karpathy_pairs, path, folder)
+    assert len(read_karpathy_pairs(path, folder, "all", tolerance=.1)) == 25
     path.write_text(json.dumps(dict(images=[dict(file="x")])))
     refused("not one of Karpathy's split files", read_karpathy_pairs, path, folder)
     path.write_text(json.dumps(dict(images=[dict(filename="0.jpg", split="train", sentences=[])])))
