@@ -271,14 +271,14 @@ def _numbered(labels, classnames, table, rows) -> tuple[list, list, list]:
     if isinstance(classnames, (str, Path)):
         classnames = read_classnames(classnames)
     whole = [bool(re.fullmatch(r"[+-]?\d+", text)) for text in labels]
-    if any(whole) and not all(whole):
-        odd = whole.index(False)
-        raise DataError(f"{table.where(rows[odd])}: the label {labels[odd][:40]!r} is a name where others are numbers; "
-                        "use one of the two")
     part = next((k for k, text in enumerate(labels) if re.fullmatch(r"[+-]?\d*\.\d+(e[+-]?\d+)?", text)), None)
     if part is not None:
         raise DataError(f"{table.where(rows[part])}: the label {labels[part]} is no whole number and no name; number "
                         "the classes from 0, or name them")
+    if any(whole) and not all(whole):
+        odd = whole.index(False)
+        raise DataError(f"{table.where(rows[odd])}: the label {labels[odd][:40]!r} is a name where others are numbers; "
+                        "use one of the two")
     if not all(whole):
         return _from_names(labels, classnames, beside, table)
     numbers = [int(text) for text in labels]
