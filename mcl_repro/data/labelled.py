@@ -9,7 +9,8 @@ import hashlib, os, re
 from pathlib import Path
 
 from ..core.errors import DataError
-from .pairs import ArrayImages, FileImages, LabelledImages, PICTURE_ENDINGS
+from .pairs import ArrayImages, FileImages, LabelledImages
+from .pictures import PICTURE_ENDINGS
 from .readers import local_path, numbered_lines, read_table, table_column
 
 # %% auto #0
