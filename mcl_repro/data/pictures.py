@@ -70,9 +70,9 @@ _STEPS = {"L;2": lambda v: 85*v, "L;4": lambda v: 17*v, "RGB;16B": lambda v: v >
 
 def _key_of_8_bits(image: Image.Image) -> None:
     "Bring a PNG's invisible colour to 8 bits, before the pixels are loaded."
-    key, tile = image.info.get("transparency"), getattr(image, "tile", None)
+    key, tile = image.info["transparency"], image.tile
     change = _STEPS.get(tile[0][3]) if tile and isinstance(tile[0][3], str) else None
-    if image.format == "PNG" and change and isinstance(key, (int, tuple)):
+    if change and isinstance(key, (int, tuple)):
         image.info["transparency"] = tuple(map(change, key)) if isinstance(key, tuple) else change(key)
 
 def _on_white(image: Image.Image) -> Image.Image: # RGB
@@ -118,17 +118,18 @@ _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _SPENT = {"exif", _RAW, "xmp", "XML:com.adobe.xmp", "transparency"}
 
 def _shown(image: Image.Image, name: str) -> Image.Image: # RGB
-    _key_of_8_bits(image)
+    if image.format == "PNG" and "transparency" in image.info:
+        _key_of_8_bits(image)
     image.load()
     turn = _turn(image)
-    if image.mode in _DEEP:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        rgb = image
+    elif image.mode in _DEEP:
         rgb = Image.fromarray(_grey(image, name)).convert("RGB")
     elif image.has_transparency_data:
         rgb = _on_white(image)
-    elif image.mode in ("CMYK", "LAB"):
-        rgb = _by_profile(image)
     else:
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        rgb = _by_profile(image) if image.mode in ("CMYK", "LAB") else image.convert("RGB")
     if turn is not None:
         rgb = rgb.transpose(turn)
     if rgb is not image:
@@ -243,20 +244,25 @@ def square(
         return image
     short, long = min(width, height), max(width, height)
     scaled = int(size*long/short)
-    if long > 4*short:
+    if long > 4*short and short < size:
         return _middle(image, size, scaled)
     image = image.resize((size, scaled) if width <= height else (scaled, size), Image.Resampling.BICUBIC)
     left, top = int(round((image.width-size)/2)), int(round((image.height-size)/2))
     return image.crop((left, top, left+size, top+size))
 
 def _middle(image, size, scaled):
-    "The centre square of a picture whose long side would become `scaled`."
+    "The centre square of a picture whose long side would grow to `scaled`."
     long, step = max(image.size), max(image.size)/scaled
     start = int(round((scaled-size)/2))
     first, end = start*step, (start+size)*step
-    reach = math.ceil(2*max(step, 1)) + 1       # bicubic looks at two pixels, of the coarser grid, to each side
-    low, high = max(int(first)-reach, 0), min(math.ceil(end)+reach, long)
+    low, high = max(int(first)-3, 0), min(math.ceil(end)+3, long)      # bicubic looks at two pixels to each side
     wide = image.width > image.height
     part = image.crop((low, 0, high, image.height) if wide else (0, low, image.width, high))
-    box = (first-low, 0, end-low, image.height) if wide else (0, first-low, image.width, end-low)
-    return part.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    left, right, top, bottom = 0, part.width, 0, part.height
+    if wide:
+        left, right = first-low, end-low
+    else:
+        top, bottom = first-low, end-low
+    # in the order that Pillow takes when it enlarges, which for the part alone might be another one
+    part = part.resize((size, part.height), Image.Resampling.BICUBIC, box=(left, 0, right, part.height))
+    return part.resize((size, size), Image.Resampling.BICUBIC, box=(0, top, size, bottom))

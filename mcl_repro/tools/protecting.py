@@ -234,7 +234,7 @@ def enlarge_noise(noise: np.ndarray, # int8 [s, s, 3] in 1/255, of the centre sq
     ) -> np.ndarray: # int16 [height, width, 3], nought outside the centre square
     "The noise of a square at the size of the photo that the square was cut from, by the geometry of `square`."
     (width, height), side = size, len(noise)
-    if max(size) > 4*min(size):
+    if max(size) > 4*min(size) and min(size) < side:
         return _noise_of_thin(noise, size)
     scaled = int(side*max(size)/min(size))
     w, h = (side, scaled) if width <= height else (scaled, side)
@@ -244,7 +244,7 @@ def enlarge_noise(noise: np.ndarray, # int8 [s, s, 3] in 1/255, of the centre sq
     return np.asarray(Image.fromarray(canvas).resize((width, height), Image.Resampling.BOX)).astype(np.int16) - 128
 
 def _noise_of_thin(noise, size):
-    "The same where the photo as a whole would become huge at the model's size."
+    "The same where the photo as a whole would grow to something huge at the model's size."
     (width, height), side = size, len(noise)
     if width > height:
         return _noise_of_thin(noise.transpose(1, 0, 2), (height, width)).transpose(1, 0, 2)
