@@ -25,6 +25,7 @@ from .steganography import encoder_from, hide, secret_bits
 from ..core.errors import DataError, SettingsError
 from ..core.files import read_json
 from ..data.pairs import ArrayImages, ConcatImages, Images, MixedImages, Pairs
+from ..data.pictures import as_rgb
 from ..model.clip import imagenet_templates
 
 # %% ../../nbs/attacks/base.ipynb #6a98247a
@@ -533,7 +534,7 @@ def square_pixels(images: Images, # a picture source
     _one_of(geometry, ("crop", "squash"), "geometry")
     if geometry == "crop":
         return images.array(rows, size)
-    squash = lambda r: np.asarray(images[int(r)].convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    squash = lambda r: np.asarray(as_rgb(images[int(r)]).resize((size, size), Image.Resampling.BICUBIC))
     return np.stack([squash(r) for r in rows]) if len(rows) else np.empty((0, size, size, 3), np.uint8)
 
 def trigger_images(attack: Attack, # whose trigger

@@ -10,7 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 from ..core.errors import DataError
-from .pairs import inside, PICTURE_ENDINGS
+from .pairs import inside
+from .pictures import PICTURE_ENDINGS
 
 # %% auto #0
 __all__ = ['find_pictures', 'picture_folder', 'relative_names', 'pictures_in', 'pictures_below', 'others_text']

@@ -5,7 +5,7 @@
 # %% ../../nbs/data/pairs.ipynb #38d67a22
 from __future__ import annotations
 
-import hashlib, io, os
+import hashlib, os
 import numpy as np
 from PIL import Image
 from concurrent.futures import ThreadPoolExecutor
@@ -15,32 +15,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 
 from ..core.errors import DataError
+from .pictures import decode, square
 
 # %% auto #0
-__all__ = ['PICTURE_ENDINGS', 'square', 'row_numbers', 'sha256_of_array', 'sha256_of_strings', 'core_count', 'Images',
-           'ArrayImages', 'decode', 'inside', 'StoredImages', 'check_images', 'FileImages', 'OverlayImages',
-           'ConcatImages', 'MixedImages', 'Pair', 'Pairs', 'check_unique', 'tolerated', 'concat_pairs',
-           'LabelledImages', 'WorldImages', 'world_fingerprint', 'open_world']
-
-# %% ../../nbs/data/pairs.ipynb #f67fa15a
-def square(
-    image: Image.Image, # any mode, any size
-    size: int,          # side of the result in pixels
-) -> Image.Image:       # RGB, `size` x `size`
-    """CLIP's evaluation geometry: shorter side to `size` (bicubic), then the centre square.
-
-    An image of that size is returned unchanged.
-    """
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    width, height = image.size
-    if (width, height) == (size, size):
-        return image
-    short, long = min(width, height), max(width, height)
-    scaled = int(size*long/short)
-    image = image.resize((size, scaled) if width <= height else (scaled, size), Image.Resampling.BICUBIC)
-    left, top = int(round((image.width-size)/2)), int(round((image.height-size)/2))
-    return image.crop((left, top, left+size, top+size))
+__all__ = ['row_numbers', 'sha256_of_array', 'sha256_of_strings', 'core_count', 'Images', 'ArrayImages', 'inside', 'StoredImages',
+           'check_images', 'FileImages', 'OverlayImages', 'ConcatImages', 'MixedImages', 'Pair', 'Pairs',
+           'check_unique', 'tolerated', 'concat_pairs', 'LabelledImages', 'WorldImages', 'world_fingerprint',
+           'open_world']
 
 # %% ../../nbs/data/pairs.ipynb #5dc27636
 def row_numbers(rows, n:int) -> np.ndarray:
@@ -140,23 +121,6 @@ class ArrayImages(Images):
         return sha256_of_array("array", self.pixels.shape, np.ascontiguousarray(self.pixels))
 
 # %% ../../nbs/data/pairs.ipynb #6d8d3f18
-def decode(
-    data: bytes,  # an encoded picture (JPEG, PNG, WebP, ...)
-    name: str,    # how an error calls it
-) -> Image.Image: # RGB
-    "Decode a picture, or raise DataError naming it. Half a picture is an error, never filled up."
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except Image.DecompressionBombError:
-        raise DataError(f"{name}: the picture has too many pixels to be opened safely; scale it down") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as e:
-        what = "is cut off" if "truncated" in str(e).lower() else "cannot be read as a picture"
-        raise DataError(
-            f"{name}: the file {what} ({len(data):,} bytes); fetch it again or take it out of the list"
-        ) from None
-
 def inside(
     root: Path|str, # the data folder
     name: str,      # path as a list names it, relative to `root` (absolute ones only when they lie in it)
@@ -176,9 +140,6 @@ def inside(
     return PurePosixPath(path).as_posix()
 
 # %% ../../nbs/data/pairs.ipynb #f1d63cf9
-# files with these endings are taken for pictures
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
-
 class StoredImages(Images):
     """Encoded pictures: a subclass gives `read(row) -> bytes`, `where(row) -> str` for errors and `member(row) -> str`,
     the portable name.

@@ -19,7 +19,8 @@ from ..core.files import read_json, write_atomically
 from ..core.seeds import seeded
 from .labelled import pictures_in
 from .order import row_hash, seeded_order
-from .pairs import core_count, decode, Images, row_numbers, square
+from .pairs import core_count, Images, row_numbers
+from .pictures import decode, picture_formats, square
 from .registry import dataset_entry
 from .tars import shard_index, TarImages
 
@@ -486,7 +487,7 @@ def _nameless(path:Path) -> tuple[bytes, str]:
     "A picture file without words in it, and its ending."
     data = path.read_bytes()
     image = decode(data, str(path))
-    stored = Image.open(io.BytesIO(data))
+    stored = Image.open(io.BytesIO(data), formats=picture_formats())
     # an APP0 of 14 bytes is JFIF without a thumbnail
     plain = stored.format == "JPEG" and all(name == "APP0" and len(content) == 14 for name, content in stored.applist)
     if plain and data.find(b"\xff\xd9") == len(data) - 2:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core.errors import DataError, SettingsError
 from ..core.files import decode_text, read_json, read_text
-from .pairs import PICTURE_ENDINGS
+from .pictures import PICTURE_ENDINGS
 
 # %% auto #0
 __all__ = ['IMAGE_NAMES', 'CAPTION_NAMES', 'LABEL_NAMES', 'Table', 'plain_name', 'separator', 'list_ending', 'find_separator',

@@ -14,9 +14,8 @@ import platformdirs
 
 from ..core.errors import DataError
 from ..core.files import read_json, write_atomically
-from mcl_repro.data.pairs import (
-    PICTURE_ENDINGS, Pairs, row_numbers, sha256_of_array, sha256_of_strings, StoredImages,
-)
+from .pairs import Pairs, row_numbers, sha256_of_array, sha256_of_strings, StoredImages
+from .pictures import PICTURE_ENDINGS
 
 # %% auto #0
 __all__ = ['TarImages', 'data_home', 'shard_index', 'expand_shards', 'read_webdataset_pairs']

@@ -177,7 +177,7 @@ def measure_machine(
     import numpy as np
     import torch
     from mcl_repro.papers.cfbd import fit_mixture
-    from mcl_repro.data.pairs import decode, square
+    from mcl_repro.data.pictures import decode, square
     from mcl_repro.data.registry import open_data
     picture, world = jpeg_picture(), open_data("world:train:256").images
     matrix = torch.randn(1024, 1024, device=device)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'UNTESTED', 'SQUARE', 'WHOLE', 'own_copy', 'is_untrained', 'check_surrogate', 'Numbers', 'numbers_of',
-           'Photos', 'Ready', 'captions_without_room', 'ready_pairs', 'enlarge_noise', 'WholePhotos', 'pair_facts',
-           'pair_table', 'mean_loss', 'search_losses', 'claim_folder', 'Protected', 'protection_cost', 'protect',
-           'verified_table', 'verdict', 'training_recipe', 'verify']
+           'Ready', 'captions_without_room', 'ready_pairs', 'enlarge_noise', 'WholePhotos', 'pair_facts', 'pair_table',
+           'mean_loss', 'search_losses', 'claim_folder', 'Protected', 'protection_cost', 'protect', 'verified_table',
+           'verdict', 'training_recipe', 'verify']
 
 # %% ../../nbs/tools/protecting.ipynb #2697bdc4
 import copy
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..attacks.base import distortion
 from mcl_repro.attacks.protection import (
@@ -35,7 +35,8 @@ from mcl_repro.attacks.protection import (
 from ..core.errors import DataError, SettingsError
 from ..core.files import read_json, write_json
 from ..core.seeds import seeded
-from ..data.pairs import ArrayImages, Images, Pairs, sha256_of_array, square, StoredImages
+from ..data.pairs import ArrayImages, Images, Pairs, sha256_of_array
+from ..data.pictures import as_rgb, square
 from ..data.readers import read_csv_pairs, write_csv_pairs
 from ..lab.profiles import load_profile, merge_settings
 from ..measures.metrics import bootstrap_interval, hits, median_rank, paired_bootstrap, retrieval_ranks
@@ -158,26 +159,6 @@ def numbers_of(clip: Clip, # the surrogate
     rounds = {k: base[k] for k in ("round_steps", "stop_below")}
     return _of_kind(Numbers, {**rounds, **other, **found}, "protect")
 
-# %% ../../nbs/tools/protecting.ipynb #1564bead
-class Photos(Images):
-    "Stored pictures the right way up, each at its own size."
-    def __init__(self, base: Images):
-        self.base = base
-    def __len__(self):
-        return len(self.base)
-    def __getitem__(self, row):
-        picture = self.base[row]
-        try:
-            upright = picture.getexif().get(0x0112, 1) == 1
-            return picture if upright else ImageOps.exif_transpose(picture)
-        except Exception:
-            return picture   # a note that cannot be read is no note
-    def take(self, rows):
-        return Photos(self.base.take(rows))
-    @property
-    def fingerprint(self) -> str:
-        return sha256_of_array("photos", self.base.fingerprint)
-
 # %% ../../nbs/tools/protecting.ipynb #68771e4f
 @dataclass(frozen=True)
 class Ready:
@@ -228,7 +209,6 @@ def ready_pairs(clip: Clip, # the surrogate
                 pairs: Pairs, # as they were given
                 length: int, # tokens of a trigger
                 tolerance: float = .01, # share that may be left out for each of the two reasons
-                keep_size: bool = False,
                 progress=None
     ) -> Ready:
     "Pairs that can be protected. DataError, before any work, for more bad ones than tolerated."
@@ -238,8 +218,6 @@ def ready_pairs(clip: Clip, # the surrogate
         full = set(long["id"])
         some = pairs.select([k for k, i in enumerate(pairs.ids) if i not in full])
         pairs = some.replace(left_out=pairs.left_out, remarks=pairs.remarks)
-    if keep_size or isinstance(pairs.images, StoredImages):
-        pairs = pairs.replace(images=Photos(pairs.images))
     read = readable_pairs(pairs, tolerance, progress)
     if len(read.pairs) < 2:
         raise DataError(
@@ -257,12 +235,31 @@ def enlarge_noise(noise: np.ndarray, # int8 [s, s, 3] in 1/255, of the centre sq
     ) -> np.ndarray: # int16 [height, width, 3], nought outside the centre square
     "The noise of a square at the size of the photo that the square was cut from, by the geometry of `square`."
     (width, height), side = size, len(noise)
+    if max(size) > 4*min(size) and min(size) < side:
+        return _noise_of_thin(noise, size)
     scaled = int(side*max(size)/min(size))
     w, h = (side, scaled) if width <= height else (scaled, side)
     left, top = int(round((w - side)/2)), int(round((h - side)/2))
     canvas = np.full((h, w, 3), 128, np.uint8)
     canvas[top:top + side, left:left + side] = noise.astype(np.int16) + 128
     return np.asarray(Image.fromarray(canvas).resize((width, height), Image.Resampling.BOX)).astype(np.int16) - 128
+
+def _noise_of_thin(noise, size):
+    "The same where the photo as a whole would grow to something huge at the model's size."
+    (width, height), side = size, len(noise)
+    if width > height:
+        return _noise_of_thin(noise.transpose(1, 0, 2), (height, width)).transpose(1, 0, 2)
+    scaled = int(side*height/width)
+    top, step = int(round((scaled - side)/2)), scaled/height
+    first, end = max(int(top/step) - 1, 0), min(math.ceil((top + side)/step) + 1, height)      # rows with noise
+    low, high = max(int(first*step) - 1, 0), min(math.ceil(end*step) + 1, scaled)              # of them, scaled
+    canvas = np.full((high - low, side, 3), 128, np.uint8)
+    canvas[top - low:top - low + side] = noise.astype(np.int16) + 128
+    box = (0, first*step - low, side, end*step - low)
+    part = Image.fromarray(canvas).resize((width, end - first), Image.Resampling.BOX, box=box)
+    found = np.zeros((height, width, 3), np.int16)
+    found[first:end] = np.asarray(part).astype(np.int16) - 128
+    return found
 
 class WholePhotos(Images):
     "Photos at their own size with the noise of their centre squares; made when asked for."
@@ -271,8 +268,7 @@ class WholePhotos(Images):
     def __len__(self):
         return len(self.image_rows)
     def __getitem__(self, row):
-        photo = self.base[int(self.image_rows[row])]
-        photo = photo if photo.mode == "RGB" else photo.convert("RGB")
+        photo = as_rgb(self.base[int(self.image_rows[row])])
         noisy = np.asarray(photo) + enlarge_noise(self.noise[row], photo.size)
         return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
     def take(self, rows):
@@ -282,6 +278,15 @@ class WholePhotos(Images):
         return sha256_of_array("whole photos", self.base.fingerprint, self.image_rows, np.ascontiguousarray(self.noise))
 
 # %% ../../nbs/tools/protecting.ipynb #4b5c1bd2
+def _centre(picture):
+    "Of a thin picture the part that its square comes from, and some more on both sides."
+    h, w = picture.shape[:2]
+    short = min(h, w)
+    spare = (max(h, w) - 4*short)//(4*short)*2*short
+    if spare <= 0:
+        return picture
+    return picture[spare:h - spare] if h > w else picture[:, spare:w - spare]
+
 def _seen(picture: np.ndarray, # uint8 [h, w, 3]
           change: str, # '' or one of `HACKER_CHANGES`
           side: int
@@ -290,8 +295,9 @@ def _seen(picture: np.ndarray, # uint8 [h, w, 3]
 
     Changes are made on squares, so a picture that is none is filled up for the time being.
     """
-    h, w = picture.shape[:2]
     if change:
+        picture = _centre(picture)
+        h, w = picture.shape[:2]
         filled = np.pad(picture, ((0, max(w - h, 0)), (0, max(h - w, 0)), (0, 0)), "edge")
         picture = change_images(filled[None], change)[0, :h, :w]
     return np.asarray(square(Image.fromarray(np.ascontiguousarray(picture)), side)).astype(np.int16)
@@ -337,7 +343,7 @@ def pair_table(clean: Pairs, # as they were given
     count, listed = len(clean), []
     chosen = set(np.linspace(0, count - 1, min(measured, count)).round().astype(int).tolist())
     def picture(pairs, k):
-        return np.asarray(pairs[k].image.convert("RGB")) if whole else pairs.image_array([k], protection.side)[0]
+        return np.asarray(as_rgb(pairs[k].image)) if whole else pairs.image_array([k], protection.side)[0]
     for k, row in enumerate(protection.rows_of(clean.ids)):
         words = _trigger_words(protection, row, tokenizer)
         noise = np.asarray(protection.noise[row])
@@ -726,7 +732,7 @@ def protect(pairs, # to protect: `Pairs`, a file, or `name:split`
     clip = check_surrogate(clip, found.search.length)
     if found.search.direction == "maximise" and is_untrained(surrogate, pretrained):
         raise SettingsError(f"{method} needs a surrogate that has been trained: give pretrained=, or a checkpoint")
-    ready = ready_pairs(clip, given, found.search.length, tolerance, keep_size, progress)
+    ready = ready_pairs(clip, given, found.search.length, tolerance, progress)
     found = found.for_pairs(len(ready.pairs))
     if dry_run:
         return protection_cost(clip, ready, found, keep_size, measured)

@@ -35,7 +35,8 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from ..core.errors import DataError, SettingsError, StoreError
 from ..core.files import read_json, write_json
 from ..core.words import near
-from ..data.pairs import FileImages, Pairs, square
+from ..data.pairs import FileImages, Pairs
+from ..data.pictures import square
 from ..measures.metrics import detection_rates, placements
 from ..model.clip import check_clip, Clip, embed_images, embed_tokens, tokenize
 from ..model.training import Recipe

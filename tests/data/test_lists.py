@@ -107,7 +107,7 @@ def test_json_of_all_shapes(folder):
     assert open_data(str(folder/"packed.csv.gz")).captions == TWO
 
 def test_a_number_is_named_as_a_number_and_nothing_as_missing(folder):
-    for value, told in ((7, "the number 7 and not text"), (None, "the caption is missing"), ("", "the caption is empty"),
+    for value, told in ((7, "number 7 and not text"), (None, "the caption is missing"), ("", "the caption is empty"),
                         (True, "the truth value True"), (dict(a=1), "a dict")):
         entries = [dict(image="0.jpg", caption="one"), dict(image="1.jpg", caption=value)]
         (folder/"list.json").write_text(json.dumps(entries))
