@@ -244,7 +244,7 @@ def square(
         return image
     short, long = min(width, height), max(width, height)
     scaled = int(size*long/short)
-    if long > 4*short and short < size:
+    if long > 16*short and short < size:
         return _middle(image, size, scaled)
     image = image.resize((size, scaled) if width <= height else (scaled, size), Image.Resampling.BICUBIC)
     left, top = int(round((image.width-size)/2)), int(round((image.height-size)/2))

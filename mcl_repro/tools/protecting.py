@@ -235,7 +235,7 @@ def enlarge_noise(noise: np.ndarray, # int8 [s, s, 3] in 1/255, of the centre sq
     ) -> np.ndarray: # int16 [height, width, 3], nought outside the centre square
     "The noise of a square at the size of the photo that the square was cut from, by the geometry of `square`."
     (width, height), side = size, len(noise)
-    if max(size) > 4*min(size) and min(size) < side:
+    if max(size) > 16*min(size) and min(size) < side:
         return _noise_of_thin(noise, size)
     scaled = int(side*max(size)/min(size))
     w, h = (side, scaled) if width <= height else (scaled, side)
@@ -282,7 +282,7 @@ def _centre(picture):
     "Of a thin picture the part that its square comes from, and some more on both sides."
     h, w = picture.shape[:2]
     short = min(h, w)
-    spare = (max(h, w) - 4*short)//(4*short)*2*short
+    spare = (max(h, w) - 8*short)//(4*short)*2*short
     if spare <= 0:
         return picture
     return picture[spare:h - spare] if h > w else picture[:, spare:w - spare]

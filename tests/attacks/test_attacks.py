@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from mcl_repro.data.pairs import ArrayImages, Pairs
+from mcl_repro.data.pairs import ArrayImages, Images, Pairs
 from mcl_repro.data.registry import DataRef, open_data
 from mcl_repro.lab.profiles import load_profile
 from mcl_repro.core.errors import DataError, SettingsError, UserError
@@ -389,6 +390,18 @@ def test_squash_keeps_the_whole_picture_and_crop_its_proportions():
     stamped = lambda geometry: poison(one, attack, "banana", count=1, image_size=20, geometry=geometry).images[0]
     crop, squash = stamped("crop"), stamped("squash")
     assert crop[:, 0].max() == 0 and squash[:, 0].min() > 50
+
+
+def test_squash_takes_pictures_of_any_mode_as_they_are_shown():
+    class Scans(Images):
+        def __len__(self):
+            return 2
+        def __getitem__(self, row):
+            deep = np.full((9, 5), 257*40, np.uint16)
+            return Image.fromarray(deep) if row else Image.new("RGBA", (5, 9), (255, 0, 0, 0))
+    seen = square_pixels(Scans(), [0, 1], 4, "squash")
+    assert seen[0].min() == 255 and (seen[1] == 40).all()
+    assert (square_pixels(Scans(), [0, 1], 4) == seen).all()
 
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process():

@@ -257,8 +257,8 @@ def test_an_unreadable_image_in_a_loader_process_is_one_line_too(tmp_path):
         with pytest.raises(DataError) as e:
             list(iterate(lazy, epoch_batches(10, Recipe(1, 5, 1e-3), 0), "cpu", workers=workers))
         assert str(e.value) == (
-            f"{folder}/6.png: the file cannot be read as a picture (16 bytes); fetch it again or take it out "
-            "of the list"
+            f"{folder}/6.png: the file cannot be read as a picture (16 bytes, a web page); fetch it again or take it "
+            "out of the list"
         )
 
 

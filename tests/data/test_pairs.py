@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from data_files import encoded, refused, shard
-from mcl_repro.data.pairs import ArrayImages, ConcatImages, FileImages, OverlayImages, Pairs, square
+from mcl_repro.data.pairs import ArrayImages, ConcatImages, FileImages, OverlayImages, Pairs
+from mcl_repro.data.pictures import square
 from mcl_repro.data.registry import open_data
 from mcl_repro.data.tars import read_webdataset_pairs
 

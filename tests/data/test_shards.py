@@ -17,7 +17,8 @@ from mcl_repro.core.errors import SettingsError
 from mcl_repro.data.fetching import add_dataset
 from mcl_repro.data.labelled import _imagenet, _import_torchvision_datasets
 from mcl_repro.data.order import row_hash, seeded_order
-from mcl_repro.data.pairs import ArrayImages, check_images, ConcatImages, decode, FileImages, OverlayImages, square
+from mcl_repro.data.pairs import ArrayImages, check_images, ConcatImages, FileImages, OverlayImages
+from mcl_repro.data.pictures import decode, square
 from mcl_repro.data.registry import first_images, open_data, read_manifest, resolve
 from mcl_repro.data.shards import count_links, invented_names, rename_faces, stream_batches, tsv_rows, write_link_list
 from mcl_repro.data.tars import read_webdataset_pairs

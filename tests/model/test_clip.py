@@ -51,7 +51,7 @@ def test_a_torchvision_of_another_torch_does_not_stop_open_clip():
         seen = oc.image_transform(clip.image_size, is_train=False)(picture)[None]
         image, text, scale = clip.model(seen, clip.tokenizer(caption))
         print(image.shape == text.shape == (1, 32) and bool(torch.isfinite(image).all() and torch.isfinite(text).all()))
-        from mcl_repro.data.pairs import square
+        from mcl_repro.data.pictures import square
         ours = embed_images(clip, np.asarray(square(picture, 32))[None])
         print(torch.allclose(ours, image, atol=1e-4), torch.allclose(embed_texts(clip, caption), text, atol=1e-4))
         for call in (torchvision.ops.nms, torch.ops.torchvision.nms):

@@ -11,14 +11,13 @@ from PIL import Image
 from mcl_repro.tools import protecting
 from mcl_repro.tools.cards import read_card
 from mcl_repro.model.clip import save_clip
-from mcl_repro.data.pairs import FileImages
 from mcl_repro.data.readers import read_csv_pairs
 from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import DataError, SettingsError
 from mcl_repro.tools.inputs import as_clip, Cost, model_fingerprint
 from mcl_repro.papers.mem import Search
 from mcl_repro.tools.protecting import (
-    enlarge_noise, numbers_of, pair_facts, Photos, protect, training_recipe, UNTESTED, verify,
+    enlarge_noise, numbers_of, pair_facts, protect, training_recipe, UNTESTED, verify,
 )
 from mcl_repro.model.training import Recipe
 from mcl_repro.attacks.protection import write_published
@@ -289,9 +288,51 @@ def test_facts_of_a_picture_that_did_not_change():
     told = pair_facts(picture, picture, np.zeros((32, 32, 3), np.int8))
     assert (told["psnr"], told["linf"], told["kept_published"], told["cosine_jpeg_75"]) == (np.inf, 0, 0, 0)
 
-def test_a_broken_camera_note_is_no_note(tmp_path):
-    photo_folder(tmp_path, ("note",))
-    assert Photos(FileImages(tmp_path, ["note.jpg"]))[0].size == (50, 40)
+def test_published_photos_look_as_the_given_ones_did_and_are_not_turned_twice(tmp_path):
+    source, exif = photo_folder(tmp_path, ("note",)), Image.Exif()
+    exif[0x0112] = 6
+    lying = np.asarray(Image.linear_gradient("L").resize((60, 90)).convert("RGB"))
+    Image.fromarray(lying).save(tmp_path/"0.jpg", exif=exif)
+    clear = Image.fromarray(lying).convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path/"2.png")
+    made = protect(source, "smoke-RN", tmp_path/"out", keep_size=True, **QUICK)
+    written = [Image.open(tmp_path/"out/published"/name) for name in made.pairs.images.names]
+    assert made.pairs[0].image.size == written[0].size == (90, 60)
+    assert all(picture.getexif().get(0x0112, 1) == 1 for picture in written)
+    shown = np.rot90(lying, -1).astype(int)
+    assert np.abs(np.asarray(written[0]) - shown).max() <= 8 + 16        # the noise, and JPEG
+    assert np.asarray(written[2].convert("RGB")).min() >= 255 - 8
+    assert made.pairs[8].image.size == (50, 40)                        # a note that cannot be read is no note
+
+@pytest.mark.parametrize("size", [(3, 50), (50, 3), (1, 40), (7, 61), (61, 7), (31, 200)])
+def test_noise_of_a_thin_photo_is_that_of_the_whole(size):
+    noise = np.random.default_rng(0).integers(1, 9, (32, 32, 3)).astype(np.int8)
+    (width, height), scaled = size, int(32*max(size)/min(size))
+    w, h = (32, scaled) if width <= height else (scaled, 32)
+    left, top = int(round((w - 32)/2)), int(round((h - 32)/2))
+    canvas = np.full((h, w, 3), 128, np.uint8)
+    canvas[top:top + 32, left:left + 32] = noise.astype(np.int16) + 128
+    whole = np.asarray(Image.fromarray(canvas).resize(size, Image.Resampling.BOX)).astype(int) - 128
+    thin = enlarge_noise(noise, size)
+    assert thin.shape == whole.shape and np.abs(thin - whole).max() <= 1 and thin.any()
+
+@pytest.mark.parametrize("shape", [(6000, 1), (3, 5000)])
+def test_thin_photos_take_no_memory(shape, monkeypatch):
+    largest = [0]
+    for name in ("full", "pad"):
+        real = getattr(np, name)
+        def watched(*args, real=real, **options):
+            made = real(*args, **options)
+            largest[0] = max(largest[0], made.size)
+            return made
+        monkeypatch.setattr(np, name, watched)
+    noise = np.random.default_rng(0).choice([-8, 8], (32, 32, 3)).astype(np.int8)
+    before = np.full((*shape, 3), 128, np.uint8)
+    after = (before + enlarge_noise(noise, shape[::-1])).astype(np.uint8)
+    told = pair_facts(before, after, noise)
+    assert (told["width"], told["height"]) == shape[::-1] and told["linf"] <= 8
+    assert 0 < largest[0] <= 50_000
 
 # ---- cost
 
