@@ -19,8 +19,8 @@ from ..core.errors import DataError
 # %% auto #0
 __all__ = ['PICTURE_ENDINGS', 'square', 'row_numbers', 'sha256_of_array', 'sha256_of_strings', 'core_count', 'Images',
            'ArrayImages', 'decode', 'inside', 'StoredImages', 'check_images', 'FileImages', 'OverlayImages',
-           'ConcatImages', 'MixedImages', 'Pair', 'Pairs', 'check_unique', 'concat_pairs', 'LabelledImages',
-           'WorldImages', 'world_fingerprint', 'open_world']
+           'ConcatImages', 'MixedImages', 'Pair', 'Pairs', 'check_unique', 'tolerated', 'concat_pairs',
+           'LabelledImages', 'WorldImages', 'world_fingerprint', 'open_world']
 
 # %% ../../nbs/data/pairs.ipynb #f67fa15a
 def square(
@@ -390,6 +390,7 @@ class Pairs:
     image_rows: np.ndarray|None = None  # int64 [n]; None: pair i has image i
     labels: np.ndarray|None = None      # int64 [n] where the source knows a class
     name: str = "pairs"                 # how tables and errors call it
+    left_out: tuple = ()                # (id or place, problem) of rows that a reader could not take
 
     def __post_init__(self):
         n, put = len(self.ids), lambda k, v: object.__setattr__(self, k, v)
@@ -415,7 +416,7 @@ class Pairs:
         return f"Pairs({self.name}: {len(self):,} pairs, {len(np.unique(self.image_rows)):,} images)"
     @cached_property
     def fingerprint(self) -> str:
-        "SHA-256 of ids, captions, image rows, labels and the image source's fingerprint. The name does not count."
+        "SHA-256 of ids, captions, image rows, labels and the image source's fingerprint; of nothing else."
         return sha256_of_array("pairs", sha256_of_strings(self.ids), sha256_of_strings(self.captions), self.image_rows,
                     b"" if self.labels is None else self.labels, self.images.fingerprint)
 
@@ -429,6 +430,23 @@ def check_unique(ids, name):
         if x in seen:
             raise DataError(f"{name}: id {x} comes twice (again in row {i}); ids must be unique")
         seen.add(x)
+
+# %% ../../nbs/data/pairs.ipynb #df05b067
+def tolerated(
+    problems,         # (id or place, problem) of the rows that cannot be taken
+    total: int,       # rows there are, good and bad
+    tolerance: float, # share of them that may be left out, in [0, 1]
+    name: str,        # of the data
+):
+    "DataError, with the first different cases, where more rows than tolerated, or all, cannot be taken."
+    if not problems or len(problems) <= tolerance*total and len(problems) < total:
+        return
+    different = list(dict.fromkeys(problem for _, problem in problems))
+    first = "; ".join(different[:3]) + (" ..." if len(different) > 3 else "")
+    raise DataError(
+        f"{name}: {len(problems):,} of {total:,} rows cannot be taken, more than the tolerated {tolerance:.2%}: "
+        f"{first}. Mend the data, or raise the tolerance"
+    )
 
 # %% ../../nbs/data/pairs.ipynb #2639249a
 @patch
