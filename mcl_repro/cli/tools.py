@@ -82,9 +82,9 @@ def _page(card, path, figures=(), **parts):
 
 def _ids(path):
     "The ids of a CSV with a column `id`, or of a text file with one id per line."
-    from mcl_repro.data.readers import read_table, read_text
+    from mcl_repro.data.readers import numbered_lines, read_table
     if Path(path).suffix.lower() not in (".csv", ".tsv"):
-        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        return [line.strip() for _, line in numbered_lines(path)]
     columns, rows = read_table(path)
     if "id" not in columns:
         raise DataError(f"{path}: there is no column id; it has {', '.join(columns)[:200]}")

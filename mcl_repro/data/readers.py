@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 
 from ..core.errors import DataError
-from ..core.files import read_json, read_text
+from ..core.files import csv_quoting, read_json, read_text
 from .pairs import FileImages, Images, inside, Pairs
 
 # %% auto #0
 __all__ = ['numbered_lines', 'checked_caption', 'build_pairs', 'read_table', 'table_column', 'local_path', 'read_csv_pairs',
-           'read_flickr_pairs', 'read_karpathy_pairs', 'read_coco_pairs', 'write_csv_pairs']
+           'read_flickr_pairs', 'read_karpathy_pairs', 'read_coco_pairs', 'check_text', 'write_csv_pairs']
 
 # %% ../../nbs/data/readers.ipynb #f09d3d60
 def numbered_lines(
@@ -291,12 +291,27 @@ def _coco_content(path) -> tuple[dict, dict]:
     return files, captions
 
 # %% ../../nbs/data/readers.ipynb #3cb04ffa
+def check_text(
+    pairs: Pairs, # what is to be written
+):
+    "DataError for an id or a caption that no file can hold: half of a surrogate pair."
+    for what, texts in dict(id=pairs.ids, caption=pairs.captions).items():
+        for name, text in zip(pairs.ids, texts):
+            try:
+                str(text).encode("utf-8")
+            except UnicodeEncodeError as e:
+                raise DataError(
+                    f"{pairs.name}: the {what} of pair {ascii(name)} has a character that is no text (position "
+                    f"{e.start + 1}, {text[e.start]!a}); take it out"
+                ) from None
+
 def write_csv_pairs(
     pairs: Pairs,       # what to write
     folder: Path|str,   # gets pairs.csv and images/
     size: int|None=None,# write square pictures of this side; None: as they are
 ) -> Path:              # the CSV, for `read_csv_pairs`
     "Write pairs losslessly; the CSV comes last, so its presence means that the pictures are complete."
+    check_text(pairs)
     folder = Path(folder)
     (folder/"images").mkdir(parents=True, exist_ok=True)
     used = np.unique(pairs.image_rows)
@@ -312,8 +327,8 @@ def write_csv_pairs(
         columns["label"] = pairs.labels
     part = path.with_suffix(".part")
     with open(part, "w", encoding="utf-8", newline="") as f:
-        out = csv.writer(f, lineterminator="\n")
-        out.writerow(columns)
-        out.writerows(zip(*columns.values()))
+        out = {how: csv.writer(f, lineterminator="\n", quoting=how) for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)}
+        for row in (tuple(columns), *zip(*columns.values())):
+            out[csv_quoting(row)].writerow(row)
     os.replace(part, path)
     return path
