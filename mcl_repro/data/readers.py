@@ -16,6 +16,9 @@ from ..core.errors import DataError
 from ..core.files import csv_quoting, read_json, read_text
 from .pairs import FileImages, Images, inside, Pairs
 
+# a caption may be long: Python's own limit is 131,072 characters, and what was written must be read back
+csv.field_size_limit(max(csv.field_size_limit(), 2**24))
+
 # %% auto #0
 __all__ = ['numbered_lines', 'checked_caption', 'build_pairs', 'read_table', 'table_column', 'local_path', 'read_csv_pairs',
            'read_flickr_pairs', 'read_karpathy_pairs', 'read_coco_pairs', 'check_text', 'write_csv_pairs']

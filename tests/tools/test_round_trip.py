@@ -29,11 +29,11 @@ READ = dict(
 LINES = ["a\rb", "a\nb", "a\r\nb", "a\n\rb", "\ra", "\na", "a\r", "a\n", "a\r\n", "a\r\n\r\n"]     # no others
 ODD = [
     '"', '""', '"a"', 'say "hi"', '"a, b', "a,b", "a;b", "a|b", "a\tb", "\ta", "a\t", "'a'", " a", "a ", "  a  ", "   .",
-    "$1 and $x$", "\\n \\ \\\"", "=1+1", "+1", "-1", "@a", "#a", "# comment", "id", "id,image,caption", "image#0\ta",
+    "$1, $x$", "\\n \\ \\\"", "=1+1", "+1", "-1", "@a", "#a", "# comment", "id", "id,image,caption", "image#0\ta",
     "nan", "NaN", "None", "null", "NA", "0", "1.0", "1e3", "true", "{}", "[1]", '{"text": "b"}', "<b>a</b> &amp;",
     "\ufeffa", "a\ufeff", "\ufeff\ufeffa", "\x00", "a\x00b", "\x01\x02\x7f", "a\x0bb", "a\x0cb", "a\x1cb", "a\x1eb",
-    "a\x85b", "\u2028a", "a\u2028b", "a\u2029", "\xa0a\xa0", "\u200b", "\u202eabc", "\ufffe", "\uffff", "\ufffd",
-    "é", "e\u0301", "日本語", "👩‍🚀", "🇩🇪", "\U0010ffff", "a"*3000, "a,\""*500, "%s %d {0}", "../../etc/passwd",
+    "a\x85b", "\u2028a", "a\u2028b", "a\u2029", "\xa0a\xa0", "\u200b", "\u202ea", "\ufffe", "\uffff", "\ufffd",
+    "é", "e\u0301", "日本語", "👩‍🚀", "🇩🇪", "\U0010ffff", "a"*200_000, "a,\""*500, "%s {0}", "../../etc/passwd",
 ]
 IDS = [
     "a", "A", "a#0", "a,b", '"', '"a"', "a\rb", "a\nb", "a\r\nb", "a\tb", " a", "a ", "../../a", "/etc/passwd", "a/b",
@@ -75,11 +75,12 @@ def test_an_odd_caption_alone_comes_back(tmp_path, caption):
         if fits([caption], format):
             same(READ[format](write_published(made([caption]), tmp_path/format, format, 8)), made([caption]))
 
+SHORT = [text for text in LINES + ODD if len(text) < 99]
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 nasty = st.text(st.sampled_from('"\',;|\t\r\n \\#=\ufeff\u2028\x85\x00\x0b\x0cab0{}[]'), min_size=1, max_size=8)
-some_captions = st.lists((texts | nasty | st.sampled_from(LINES + ODD)).filter(str.strip), min_size=1, max_size=7)
+some_captions = st.lists((texts | nasty | st.sampled_from(SHORT)).filter(str.strip), min_size=1, max_size=7)
 some_ids = st.lists(texts | nasty | st.sampled_from(IDS), min_size=7, max_size=7, unique=True)
-often = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+often = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 @pytest.mark.parametrize("format", PAIR_FORMATS)
 @often
@@ -147,11 +148,11 @@ def test_a_caption_too_long_for_a_shard_is_refused(tmp_path):
     same(read_published(write_published(fitting, tmp_path/"b", "webdataset", 8)), fitting)
 
 def test_an_attacked_set_and_its_truth_are_read_back(tmp_path):
-    captions = [*LINES, *ODD, *(f"a dog {k}" for k in range(9))]
+    captions = [*SHORT, *(f"a dog {k}" for k in range(9))]
     ids = [*IDS, *(f"p{k}" for k in range(len(captions) - len(IDS)))]
     pairs = made(captions, ids)
     done = measuring.attack(pairs, "badnets", "dog", count=len(captions)//2, image_size=8, folder=tmp_path/"out",
-                            check=False)
+                            settings=dict(patch_share=.25), check=False)
     back = open_data(str(tmp_path/"out"/"pairs.csv"))
     assert back.ids == ids
     same(back, done.pairs)
@@ -163,7 +164,7 @@ def test_an_attacked_set_and_its_truth_are_read_back(tmp_path):
 def test_what_a_scan_writes_can_be_its_truth(tmp_path):
     pairs = squares(300, 1)
     ids = [*IDS, *(f"p{k}" for k in range(len(pairs) - len(IDS)))]
-    pairs = pairs.replace(ids=ids, captions={k: f"{pairs.captions[k]}{odd}" for k, odd in enumerate(LINES + ODD)})
+    pairs = pairs.replace(ids=ids, captions={k: f"{pairs.captions[k]}{odd}" for k, odd in enumerate(SHORT)})
     found = scan(colour_clip(), pairs)
     found.write_csv(tmp_path/"scan.csv", step=7)
     found.write_csv(tmp_path/"some.csv", rows=np.arange(0, 300, 3))
