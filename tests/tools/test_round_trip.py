@@ -28,7 +28,7 @@ READ = dict(
 )
 LINES = ["a\rb", "a\nb", "a\r\nb", "a\n\rb", "\ra", "\na", "a\r", "a\n", "a\r\n", "a\r\n\r\n"]     # no others
 ODD = [
-    '"', '""', '"a"', 'say "hi"', '"a, b', "a,b", "a;b", "a|b", "a\tb", "\ta", "a\t", "'a'", " a", "a ", "  a  ", "   .",
+    '"', '""', '"a"', 'say "hi"', '"a, b', "a,b", "a;b", "a|b", "a\tb", "\ta", "a\t", "'a'", " a", "a ", "  a  ",
     "$1, $x$", "\\n \\ \\\"", "=1+1", "+1", "-1", "@a", "#a", "# comment", "id", "id,image,caption", "image#0\ta",
     "nan", "NaN", "None", "null", "NA", "0", "1.0", "1e3", "true", "{}", "[1]", '{"text": "b"}', "<b>a</b> &amp;",
     "\ufeffa", "a\ufeff", "\ufeff\ufeffa", "\x00", "a\x00b", "\x01\x02\x7f", "a\x0bb", "a\x0cb", "a\x1cb", "a\x1eb",
