@@ -221,7 +221,7 @@ def _caption(file, captions, field) -> tuple:
             return value, wrong
     return None, "has no caption"
 
-# %% ../../nbs/data/tars.ipynb #15f63362
+# %% ../../nbs/data/tars.ipynb #dcb1d45d
 _COMPRESSED = {b"\x1f\x8b": "gzip -dc", b"BZh": "bzip2 -dc", b"\xfd7zXZ": "xz -dc", b"\x28\xb5\x2f\xfd": "zstd -dc"}
 
 def _no_shard(path, why) -> str:
@@ -241,6 +241,7 @@ def _no_shard(path, why) -> str:
         return f"{path}: a pointer of Git LFS and not the shard itself; get it with: git lfs pull"
     return f"{path}: not a whole, uncompressed tar shard ({why}); fetch it again"
 
+# %% ../../nbs/data/tars.ipynb #15f63362
 def _scan_shard(path, image_key=None, caption_key=None) -> list:
     "What `shard_index` gives, from the shard itself."
     path, found = str(path), []
