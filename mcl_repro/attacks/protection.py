@@ -18,8 +18,8 @@ from PIL import Image
 from ..model.augmentation import resize_matrix
 from ..model.clip import Clip
 from ..data.pairs import check_unique, Images, Pairs, row_numbers, sha256_of_array
-from ..data.readers import read_coco_pairs, read_csv_pairs, read_flickr_pairs, write_csv_pairs
-from ..data.tars import read_webdataset_pairs
+from ..data.readers import check_text, read_coco_pairs, read_csv_pairs, read_flickr_pairs, write_csv_pairs
+from ..data.tars import CAPTION_LIMIT, read_webdataset_pairs
 from ..core.errors import DataError, SettingsError, StoreError
 from ..core.files import read_json, write_atomically
 from ..core.seeds import seeded
@@ -29,9 +29,9 @@ from ..model.training import training_set, TrainingSet
 __all__ = ['CANDIDATES', 'PAIR_FORMATS', 'HACKER_CHANGES', 'create_noise', 'open_noise', 'Protection', 'save_protection',
            'load_protection', 'add_noise', 'ProtectedImages', 'trigger_slots', 'has_room', 'with_triggers',
            'candidate_tokens', 'trigger_text', 'survives_as_text', 'protected_mask', 'protected_images',
-           'protected_training_set', 'published_pairs', 'png_bytes', 'write_published', 'read_published', 'Likeness',
-           'check_published_pairs', 'change_images', 'ChangedImages', 'noise_left', 'crop_and_flip', 'drop_first_words',
-           'drop_triggers', 'drawable_text', 'draw_published', 'protection_gallery']
+           'protected_training_set', 'published_pairs', 'png_bytes', 'check_lines', 'write_published', 'read_published',
+           'Likeness', 'check_published_pairs', 'change_images', 'ChangedImages', 'noise_left', 'crop_and_flip',
+           'drop_first_words', 'drop_triggers', 'drawable_text', 'draw_published', 'protection_gallery']
 
 # %% ../../nbs/attacks/protection.ipynb #b843a8e2
 def create_noise(path: Path | str, # of the `.npy` file; its folder is made if it is not there
@@ -543,13 +543,19 @@ def _write_csv(pairs, folder, size):
     write_csv_pairs(pairs, folder, size)
     return pairs.ids
 
+def check_lines(pairs: Pairs # to be written as a Flickr file
+               ):
+    "`DataError`, with their number, for captions with a line break, as a caption is a line there"
+    broken = [i for i, c in zip(pairs.ids, pairs.captions) if "\n" in c or "\r" in c]
+    if broken:
+        more = f", and {len(broken) - 1:,} more" if len(broken) > 1 else ""
+        raise DataError(
+            f"the caption of {broken[0]} has a line break{more}, which a Flickr file cannot hold; publish as csv, coco "
+            "or webdataset, for example with --format csv"
+        )
+
 def _write_flickr(pairs, folder, size):
-    for i, c in zip(pairs.ids, pairs.captions):
-        if "\n" in c or "\r" in c:
-            raise DataError(
-                f"the caption of {i} has a line break, which a Flickr file cannot hold; publish as csv, coco "
-                "or webdataset"
-            )
+    check_lines(pairs)
     names = _write_pictures(pairs, folder, size)
     (folder/"captions.token").write_bytes("".join(f"{n}#0\t{c}\n" for n, c in zip(names, pairs.captions)).encode())
     return [f"{n}#0" for n in names]
@@ -568,15 +574,26 @@ def _add(tar, name: str, data: bytes):
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
+def _as_text_file(caption: str) -> bytes:
+    "A caption as a reader of shards gives it back, who takes a mark in front and one line end behind it for the file's"
+    if caption.endswith(("\n", "\r")):
+        caption += "\r\n"
+    return caption.encode("utf-8-sig" if caption.startswith("\ufeff") else "utf-8")
+
 def _write_webdataset(pairs, folder, size, per_shard: int=1000):
     tar, keys = None, [f"{k:06d}" for k in range(len(pairs))]
+    texts = [_as_text_file(caption) for caption in pairs.captions]
+    if long := [i for i, text in zip(pairs.ids, texts) if len(text) > CAPTION_LIMIT]:
+        raise DataError(
+            f"the caption of {long[0]} takes more than {CAPTION_LIMIT:,} bytes, too many for a shard; publish as csv"
+        )
     for k, data in _encoded(pairs, size):
         if k % per_shard == 0:
             if tar:
                 tar.close()
             tar = tarfile.open(folder/f"protected-{k//per_shard:06d}.tar", "w")
         _add(tar, f"{keys[k]}.png", data)
-        _add(tar, f"{keys[k]}.txt", pairs.captions[k].encode())
+        _add(tar, f"{keys[k]}.txt", texts[k])
     tar.close()
     return keys
 
@@ -608,6 +625,7 @@ def write_published(pairs: Pairs, # of `published_pairs`
         )
     if not len(pairs):
         raise DataError(f"{pairs.name}: no pairs to publish")
+    check_text(pairs)
     folder.mkdir(parents=True, exist_ok=True)
     if there := next(folder.iterdir(), None):
         raise DataError(

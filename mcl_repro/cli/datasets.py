@@ -115,11 +115,12 @@ def data_cc3m(args):
     "The list of links, then img2dataset; finished shards are not fetched again."
     import shlex
 
-    from mcl_repro.data.shards import fetch_pictures, img2dataset_command, published_rows, write_link_list
+    from mcl_repro.data.shards import fetch_pictures, img2dataset_command, published_rows, table_form, write_link_list
     path, rows = write_link_list(args.tsv, args.out, args.split)
     known = published_rows("cc3m", args.split)
-    part = f"; CC3M itself has {known:,}, so this is not all of it" if known and rows != known else ""
-    say(f"{path}: {rows:,} rows{part}")
+    part = f"; CC3M itself has {known:,}, so this is another table" if known and rows > known else ""
+    part = f"; CC3M itself has {known:,}, so this is not all of it" if known and rows < known else part
+    say("; ".join(filter(None, (f"{path}: {rows:,} rows{part}", table_form(args.tsv)))))
     options = dict(processes=args.processes, threads=args.threads)
     if not args.print:
         if fetch_pictures(args.out, args.split, args.program, **options):

@@ -82,13 +82,14 @@ def _page(card, path, figures=(), **parts):
 
 def _ids(path):
     "The ids of a CSV with a column `id`, or of a text file with one id per line."
-    from mcl_repro.core.files import read_text
+    from mcl_repro.data.readers import numbered_lines
     from mcl_repro.data.tables import choose_column, read_table
     if Path(path).suffix.lower() not in (".csv", ".tsv"):
-        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        return [line.strip() for _, line in numbered_lines(path)]
     table = read_table(path, header=True, wanted=("id",))
     k = choose_column(table, "id", (), "the column id")
     return [fields[k] for fields in table.rows]
+
 
 # %% ../../nbs/cli/tools.ipynb #3d1726d4
 EXAMPLES = dict(

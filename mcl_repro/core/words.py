@@ -115,10 +115,16 @@ def parse_value(
     try:
         value = parse_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
+        if _is_pattern(text):
+            return text
         reason = str(error).splitlines()[0]
         raise SettingsError(f"value {text!r} cannot be read ({reason}); quote it") from None
     known = isinstance(value, (bool, int, float, str, list, dict, type(None)))
     return value if known and not _reads_otherwise(value, text.strip()) else text
+
+def _is_pattern(text):
+    "Whether a text that is no YAML is a pattern of files, such as `*.tar` or `{000..123}.tar`."
+    return bool(re.match(r"\*[^*\s]|\{[^{}]*\}[^{}\s]|\[[^\[\]]*\][^\[\]\s]", text))
 
 def _reads_otherwise(value, text):
     "Whether YAML makes of a text what nobody means by it: `no` a truth value, `010` eight, `1:30` ninety."

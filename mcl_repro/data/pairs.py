@@ -379,7 +379,7 @@ class Pairs:
         return f"Pairs({self.name}: {len(self):,} pairs, {len(np.unique(self.image_rows)):,} images)"
     @cached_property
     def fingerprint(self) -> str:
-        "SHA-256 of ids, captions, image rows, labels and the image source's fingerprint. The name does not count."
+        "SHA-256 of ids, captions, image rows, labels and the image source's fingerprint; of nothing else."
         return sha256_of_array("pairs", sha256_of_strings(self.ids), sha256_of_strings(self.captions), self.image_rows,
                     b"" if self.labels is None else self.labels, self.images.fingerprint)
 
@@ -411,12 +411,13 @@ def tolerated(
     if len(problems) <= tolerance*total and len(problems) < max(total, 1):
         return tuple(problems)
     different = list(dict.fromkeys(problem for _, problem in problems))
+    remedy = f"or raise the tolerance (--tolerance {_enough(len(problems), total)})"
     if len(problems) == 1 and not tolerance:
-        raise DataError(different[0])
+        raise DataError(different[0] + (f". Mend it, {remedy}" if total > 1 else ""))
     first = "; ".join(different[:3]) + (" ..." if len(different) > 3 else "")
     raise DataError(
         f"{name}: {len(problems):,} of {total:,} rows cannot be used, more than the tolerated {tolerance:.2%}: "
-        f"{first}. Mend the data, or raise the tolerance (--tolerance {_enough(len(problems), total)})"
+        f"{first}. Mend the data, {remedy}"
     )
 
 

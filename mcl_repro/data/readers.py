@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..core.errors import DataError
-from ..core.files import read_json, read_text
+from ..core.files import csv_quoting, read_json, read_text
 from .finding import find_pictures, picture_folder, pictures_below, relative_names
 from .pairs import FileImages, Images, Pairs, tolerated
 from mcl_repro.data.tables import (
@@ -23,10 +23,11 @@ from mcl_repro.data.tables import (
     picture_column, read_entries, read_table, Table,
 )
 
+
 # %% auto #0
 __all__ = ['CAPTION_ENDINGS', 'numbered_lines', 'Listed', 'find_listed', 'build_pairs', 'pairs_of_table', 'read_csv_pairs',
            'read_json_pairs', 'read_flickr_pairs', 'read_karpathy_pairs', 'choose_split', 'read_coco_pairs',
-           'read_captioned_pictures', 'write_csv_pairs']
+           'read_captioned_pictures', 'check_text', 'write_csv_pairs']
 
 # %% ../../nbs/data/readers.ipynb #f09d3d60
 def numbered_lines(
@@ -303,13 +304,18 @@ def read_flickr_pairs(
     return build_pairs(images, list(listed), texts, places.__getitem__, name, ids=ids, base=Path(tokens).parent,
                        tolerance=tolerance, problems=tuple(problems), remarks=said)
 
-_TOKEN = re.compile(r"(?P<image>.*\S)\s*#(?P<k>\d+)(?:\t|\s{2,})(?P<caption>.*)", re.S)
+def _token(line):
+    "Image, number and caption of a line: before the first tab, or, in a line without one, before several blanks."
+    return (_TAB if "\t" in line else _BLANKS).fullmatch(line)
+
+_TAB = re.compile(r"(?P<image>[^\t]*\S)\s*#(?P<k>\d+)\t(?P<caption>.*)", re.S)
+_BLANKS = re.compile(r"(?P<image>.*?\S)\s*#(?P<k>\d+)\s{2,}(?P<caption>.*)", re.S)
 
 def _flickr_tokens(path) -> tuple[dict, list]:
     "Image name -> [(number, caption, 'file, line')] of a token file, and (place, problem) of lines of another form."
     captions, seen, problems = {}, set(), []
     for n, line in numbered_lines(path):
-        match, where = _TOKEN.match(line), f"{path}, line {n}"
+        match, where = _token(line), f"{path}, line {n}"
         if not match:
             lacks = "#" if "#" not in line.partition("\t")[0] else "tab"
             problem = f'{where}: expected "<image>#<number><tab><caption>" but there is no {lacks}; '
@@ -470,12 +476,27 @@ def _text_beside(folder, picture):
     return about.get("caption") if isinstance(about, dict) else None
 
 # %% ../../nbs/data/readers.ipynb #3cb04ffa
+def check_text(
+    pairs: Pairs, # what is to be written
+):
+    "DataError for an id or a caption that no file can hold: half of a surrogate pair."
+    for what, texts in dict(id=pairs.ids, caption=pairs.captions).items():
+        for name, text in zip(pairs.ids, texts):
+            try:
+                str(text).encode("utf-8")
+            except UnicodeEncodeError as e:
+                raise DataError(
+                    f"{pairs.name}: the {what} of pair {ascii(name)} has a character that is no text (position "
+                    f"{e.start + 1}, {text[e.start]!a}); take it out"
+                ) from None
+
 def write_csv_pairs(
     pairs: Pairs,       # what to write
     folder: Path|str,   # gets pairs.csv and images/
     size: int|None=None,# write square pictures of this side; None: as they are
 ) -> Path:              # the CSV, for `read_csv_pairs`
     "Write pairs losslessly; the CSV comes last, so its presence means that the pictures are complete."
+    check_text(pairs)
     folder = Path(folder)
     (folder/"images").mkdir(parents=True, exist_ok=True)
     used = np.unique(pairs.image_rows)
@@ -491,8 +512,8 @@ def write_csv_pairs(
         columns["label"] = pairs.labels
     part = path.with_suffix(".part")
     with open(part, "w", encoding="utf-8", newline="") as f:
-        out = csv.writer(f, lineterminator="\n")
-        out.writerow(columns)
-        out.writerows(zip(*columns.values()))
+        out = {how: csv.writer(f, lineterminator="\n", quoting=how) for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)}
+        for row in (tuple(columns), *zip(*columns.values())):
+            out[csv_quoting(row)].writerow(row)
     os.replace(part, path)
     return path

@@ -5,7 +5,7 @@
 # %% ../../nbs/data/shards.ipynb #e2b07327
 from __future__ import annotations
 
-import csv, datetime, filecmp, io, json, math, os, random, re, shutil, subprocess, warnings
+import csv, datetime, filecmp, gzip, io, json, math, os, random, re, shutil, subprocess, warnings, zlib
 import importlib.util
 from collections import Counter
 from pathlib import Path
@@ -25,9 +25,9 @@ from .registry import dataset_entry
 from .tars import shard_index, TarImages
 
 # %% auto #0
-__all__ = ['SAMPLES_PER_SHARD', 'LOADERS', 'FACE_TEMPLATES', 'published_rows', 'published_ids', 'ids_text', 'tsv_rows',
-           'write_link_list', 'img2dataset_command', 'fetch_pictures', 'link_reason', 'count_links', 'ShardStream',
-           'stream_batches', 'invented_names', 'rename_faces']
+__all__ = ['LONGEST_LINE', 'SAMPLES_PER_SHARD', 'LOADERS', 'FACE_TEMPLATES', 'published_rows', 'published_ids', 'ids_text',
+           'tsv_rows', 'table_form', 'write_link_list', 'img2dataset_command', 'fetch_pictures', 'link_reason',
+           'count_links', 'ShardStream', 'stream_batches', 'invented_names', 'rename_faces']
 
 # %% ../../nbs/data/shards.ipynb #f3c58440
 def published_rows(
@@ -60,36 +60,95 @@ def ids_text(
     return "".join(f"{i}\n" for i in np.asarray(ids).tolist())
 
 # %% ../../nbs/data/shards.ipynb #91120201
-def _tsv_row(line:bytes, where:str) -> tuple[str, str]:
+_CAPTION_NAMES = {"caption", "captions", "text", "title", "alt", "alt_text", "description"}
+_ADDRESS_NAMES = {"url", "urls", "address", "link", "image_url", "img_url", "image_link"}
+LONGEST_LINE = 2**20   # bytes
+
+def _is_address(field) -> bool:
+    return bool(re.match(r"https?://\S", field, re.I))      # img2dataset would also open file:///...
+
+def _order(line:bytes) -> tuple[int, int, int, bool]:
+    "Column of the caption and of the address, number of columns, and whether the first line names them."
+    fields = line.decode("utf-8", "replace").strip("\r\n").split("\t")
+    names = [field.strip().strip('"').lower() for field in fields]
+    caption, address = (next((k for k, n in enumerate(names) if n in known), None)
+                        for known in (_CAPTION_NAMES, _ADDRESS_NAMES))
+    if caption is not None and address is not None:
+        return caption, address, len(fields), True
+    swapped = len(fields) == 2 and _is_address(fields[0]) and not _is_address(fields[1])
+    return (1, 0, 2, False) if swapped else (0, 1, 2, False)
+
+def _tsv_row(line:bytes, where:str, order=(0, 1, 2, False)) -> tuple[str, str]:
     "Caption and address of one line of the table."
+    if len(line) >= LONGEST_LINE:
+        raise DataError(f"{where}: longer than {LONGEST_LINE:,} bytes, so no pair; take the original file")
     try:
         fields = line.decode("utf-8").removesuffix("\n").removesuffix("\r").split("\t")
     except UnicodeDecodeError as e:
         raise DataError(f"{where}: not UTF-8 (byte 0x{line[e.start]:02x}); take the original file") from None
-    if len(fields) != 2:
-        raise DataError(f"{where}: {len(fields)} fields where caption<tab>address belong; take the original file")
-    if not fields[0].strip():
-        raise DataError(f"{where}: the caption is empty; take the original file")
-    if not re.match(r"https?://\S", fields[1], re.I):      # img2dataset would also open file:///...
-        header = (
-            "; delete this line if it names the columns, since row 0 is the first pair"
-            if where.endswith("line 1")
-            else "; take the original file"
+    caption, address, width, _ = order
+    belong = "caption<tab>address belong" if width == 2 else f"{width} belong"
+    if len(fields) != width:
+        comma = len(fields) == 1 and re.search(r",\"?https?://", fields[0])
+        remedy = "put a tab and no comma between them" if comma else "take the original file"
+        remedy = "name the columns in a first line, such as caption<tab>url" if len(fields) > width == 2 else remedy
+        raise DataError(f"{where}: {len(fields)} fields where {belong}; {remedy}")
+    if not fields[caption].strip():
+        raise DataError(
+            f"{where}: the caption is empty; write one, or delete the line and know that the later rows are renumbered"
         )
-        raise DataError(f"{where}: {fields[1][:60]} is not a web address{header}")
-    return fields[0], fields[1]
+    if not _is_address(fields[address]):
+        header = "; delete this line if it names the columns, since row 0 is the first pair"
+        remedy = header if where.endswith("line 1") else "; take the original file"
+        raise DataError(f"{where}: {fields[address][:60]} is not a web address{remedy}")
+    return fields[caption], fields[address]
 
-def tsv_rows(
-    path:Path|str, # caption<tab>address in every line, no header: CC3M's own form
-): # iterator of (caption, address)
-    "Rows of the table, one at a time; DataError naming the line."
+# %% ../../nbs/data/shards.ipynb #de8ff316
+def _table_lines(path):
+    "Yield (number from 1, line) of a table, which may be compressed; without a byte order mark."
     try:
-        file = open(path, "rb")
+        with open(path, "rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            with gzip.open(raw) if packed else raw as file:
+                for n, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                    yield n, line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise DataError(f"{path}: the compressed file is damaged or cut off; fetch it again") from None
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror or e}); check the path") from None
-    with file:
-        for n, line in enumerate(file, 1):
-            yield _tsv_row(line, f"{path}, line {n}")
+
+def _tried_rows(path):
+    "Yield (caption, address) of every row, or the DataError of a line that is no pair."
+    order = None
+    for n, line in _table_lines(path):
+        if order is None:
+            order = _order(line)
+            if order[-1]:
+                continue
+        try:
+            yield _tsv_row(line, f"{path}, line {n}", order)
+        except DataError as e:
+            yield e
+
+def tsv_rows(
+    path:Path|str, # caption<tab>address in every line, as CC3M has it, or in another order
+): # iterator of (caption, address)
+    "Rows of the table, one at a time; DataError naming the line."
+    for row in _tried_rows(path):
+        if isinstance(row, DataError):
+            raise row
+        yield row
+
+def table_form(
+    path:Path|str, # for `tsv_rows`
+) -> str: # '' for CC3M's own form
+    "How a table differs from CC3M's own form, in words."
+    first = next((line for _, line in _table_lines(path)), b"")
+    caption, address, _, named = _order(first)
+    if named:
+        return "its first line names the columns and is no row"
+    return "" if caption < address else "the address comes first there, as in CC12M"
 
 # %% ../../nbs/data/shards.ipynb #d55808cb
 def _listed(field:str) -> str:
@@ -105,7 +164,7 @@ def write_link_list(
     "Check a table and write it as img2dataset's list, all or nothing."
     path = Path(folder)/f"{split}-list.tsv"
     part = path.with_suffix(".part")
-    rows = 0
+    rows, wrong, first, last = 0, 0, None, None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -113,9 +172,15 @@ def write_link_list(
     try:
         with open(part, "w", encoding="utf-8", newline="\n") as f:
             f.write("caption\turl\n")
-            for caption, url in tsv_rows(tsv):
-                f.write(f"{_listed(caption)}\t{_listed(url)}\n")
+            for row in _tried_rows(tsv):
+                if isinstance(row, DataError):
+                    first, last, wrong = first or row, row, wrong + 1
+                elif not wrong:
+                    f.write(f"{_listed(row[0])}\t{_listed(row[1])}\n")
                 rows += 1
+        if wrong:
+            more = f" ({wrong:,} of {rows:,} lines are no pairs, the last is {last})" if wrong > 1 else ""
+            raise DataError(f"{first}{more}")
         if not rows:
             raise DataError(f"{tsv}: the file is empty; take the original file")
         if path.exists() and not filecmp.cmp(path, part, shallow=False):

@@ -13,6 +13,9 @@ from ..core.errors import DataError, SettingsError
 from ..core.files import decode_text, read_json, read_text
 from .pictures import PICTURE_ENDINGS
 
+# a caption may be long: Python's own limit is 131,072 characters, and what was written must be read back
+csv.field_size_limit(max(csv.field_size_limit(), 2**24))
+
 # %% auto #0
 __all__ = ['IMAGE_NAMES', 'CAPTION_NAMES', 'LABEL_NAMES', 'Table', 'plain_name', 'separator', 'list_ending', 'find_separator',
            'read_table', 'first_lines', 'table_of_text', 'table_of_entries', 'table_of_captions', 'is_caption_dict',

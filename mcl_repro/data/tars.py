@@ -5,7 +5,7 @@
 # %% ../../nbs/data/tars.ipynb #9abe6b9c
 from __future__ import annotations
 
-import glob, json, os, re, tarfile
+import glob, io, json, os, re, shlex, tarfile
 from functools import cached_property
 from pathlib import Path
 
@@ -14,11 +14,14 @@ import platformdirs
 
 from ..core.errors import DataError
 from ..core.files import read_json, write_atomically
-from .pairs import Pairs, row_numbers, sha256_of_array, sha256_of_strings, StoredImages
+from mcl_repro.data.pairs import (
+    Pairs, row_numbers, sha256_of_array, sha256_of_strings, StoredImages, tolerated,
+)
 from .pictures import PICTURE_ENDINGS
 
+
 # %% auto #0
-__all__ = ['TarImages', 'data_home', 'shard_index', 'expand_shards', 'read_webdataset_pairs']
+__all__ = ['CAPTION_LIMIT', 'PICTURE_LIMIT', 'TarImages', 'data_home', 'shard_index', 'expand_shards', 'read_webdataset_pairs']
 
 # %% ../../nbs/data/tars.ipynb #db366686
 class TarImages(StoredImages):
@@ -61,27 +64,45 @@ def data_home() -> Path:
     return Path(os.environ.get("MCL_REPRO_DATA") or platformdirs.user_data_dir("mcl_repro")).expanduser()
 
 # %% ../../nbs/data/tars.ipynb #ed845d82
-def _scan_shard(path) -> list:
-    "[key, picture member, offset, size, caption] per sample of one shard; None where a part is missing."
-    samples, end = {}, 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for m in tar:
-                end = m.offset_data + -(-m.size//512)*512
-                if m.isfile():
-                    _add_member(samples, tar, m, path)
-        _check_end(path, end)
-    except FileNotFoundError:
-        raise DataError(f"{path}: the shard is not there; check the path") from None
-    except (tarfile.TarError, EOFError) as e:
-        raise DataError(
-            f"{path}: not a whole, uncompressed tar shard ({e}); fetch it again, or unpack a .tar.gz to .tar"
-        ) from None
-    except OSError as e:
-        raise DataError(
-            f"{path}: cannot be read ({e.strerror or e}); check that it is a file, and its permissions"
-        ) from None
-    return list(samples.values())
+CAPTION_LIMIT, PICTURE_LIMIT = 2**20, 2**30     # bytes; a larger member is neither
+
+class _Headers(io.FileIO):
+    "A shard as `tarfile` may read it: headers only, so that one which claims to be huge takes no memory."
+    def read(self, size=-1):
+        if not 0 <= size <= 2**20:
+            raise tarfile.ReadError(f"a header claims {size:,} bytes")
+        return super().read(size)
+    def seek(self, offset, whence=0):
+        try:
+            return super().seek(offset, whence)
+        except OSError:
+            raise tarfile.ReadError("a header points outside of the file") from None
+
+def _no_file(m) -> str:
+    "Why the bytes of a member are not where its header says; '' where they are."
+    if m.issym() or m.islnk():
+        return "is a link"
+    return "is a sparse file" if m.issparse() else "" if m.isfile() else "is no file"
+
+def _is_left_behind(name) -> bool:
+    "Hidden files, and what macOS and tar itself put beside the files that somebody packed."
+    *folders, base = name.split("/")
+    return base.startswith(".") or any(f == "__MACOSX" or f.startswith("PaxHeaders") for f in folders)
+
+def _members(path) -> list:
+    "[name, first byte, bytes, what is wrong] of every member that may belong to a sample."
+    found, end = [], 0
+    with _Headers(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for m in tar:
+            if m.size < 0 or tar.offset <= end:
+                raise tarfile.ReadError(f"what follows byte {end:,} is damaged")
+            end = tar.offset
+            # a name that is no UTF-8 is spelt out, so that it can be printed and written
+            name = m.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            if not m.isdir() and not _is_left_behind(name):
+                found.append([name, m.offset_data, m.size, _no_file(m)])
+    _check_end(path, end)
+    return found
 
 def _check_end(path, end):
     "Nothing but zeros may follow the last member; where a header is damaged or cut off, tarfile itself stops silently."
@@ -93,107 +114,310 @@ def _check_end(path, end):
             raise tarfile.ReadError(f"what follows byte {end:,} is damaged")
 
 # %% ../../nbs/data/tars.ipynb #7c41e0d9
-def _add_member(samples, tar, m, path):
-    "Enter one member under its sample; the key is the path up to the first dot of the file name, as in WebDataset."
-    folder, slash, base = m.name.rpartition("/")
-    stem, _, ext = base.partition(".")
-    if not stem:
-        return
-    s, ext = samples.setdefault(folder+slash+stem, [folder+slash+stem, None, 0, 0, None]), "." + ext.lower()
-    where = f"{path}, member {m.name}"
-    if ext in PICTURE_ENDINGS and s[1]:
-        raise DataError(
-            f"{path}: sample {s[0]} has two pictures, {s[1]} and {m.name}; give every sample a key of its own"
-        )
-    elif ext in PICTURE_ENDINGS:
-        s[1:4] = m.name, m.offset_data, m.size
-    elif ext == ".txt":
-        s[4] = _utf8(tar.extractfile(m).read(), where)
-    elif ext == ".json" and s[4] is None:
-        try:
-            about = json.loads(_utf8(tar.extractfile(m).read(), where))
-        except json.JSONDecodeError as e:
-            raise DataError(f"{where}: not JSON ({e.msg}); write the shard again") from None
-        s[4] = about.get("caption") if isinstance(about, dict) else None
+_PICTURES = {ending[1:] for ending in PICTURE_ENDINGS} | {"img", "image", "jfif", "jpe", "avif", "jp2"}
+_TEXTS = ("txt", "caption", "cap", "text", "json")       # the first that says something is the caption
+_PICTURE_NAMES = ("image", "img", "picture", "photo")    # in keys of two words, such as image.jpg
+_TEXT_NAMES = ("caption", "captions", "text", "txt", "cap", "alt", "prompt")
 
-def _utf8(data, where):
+def _grouped(members, last_dot) -> dict:
+    "Sample -> key -> its members."
+    samples = {}
+    for member in members:
+        folder, slash, base = member[0].removeprefix("./").rpartition("/")
+        stem, dot, key = base.rpartition(".") if last_dot else base.partition(".")
+        if dot:
+            samples.setdefault(folder + slash + stem, {}).setdefault(key.lower(), []).append(member)
+    return samples
+
+def _asked(parts, keys) -> list:
+    "The first of the keys that somebody asked for, as in `jpg;png`."
+    return [key for word in keys.lower().split(";") if (key := word.strip(" .")) in parts][:1]
+
+def _picture_keys(parts) -> list:
+    "Keys that may be the picture: those of one word, else those that say so, else any."
+    plain = [key for key in parts if key in _PICTURES]
+    longer = [key for key in parts if key.rpartition(".")[2] in _PICTURES]
+    return plain or [key for key in longer if key.partition(".")[0] in _PICTURE_NAMES] or longer
+
+def _text_keys(parts, picture) -> list:
+    "Keys that may be the caption, best first: of one word, then those that say so or are called as the picture is."
+    known = (*_TEXT_NAMES, (picture or "").rpartition(".")[0])
+    found = []
+    for key in parts:
+        front, _, ending = key.rpartition(".")
+        if ending in _TEXTS and (not front or front in known):
+            found.append((bool(front), _TEXTS.index(ending), known.index(front) if front else 0, key))
+    return [key for *_, key in sorted(found)]
+
+# %% ../../nbs/data/tars.ipynb #e08867ef
+def _sample(parts, image_key, caption_key) -> tuple:
+    "Picture, members that may be the caption, and what is wrong with the sample."
+    pictures = _asked(parts, image_key) if image_key else _picture_keys(parts)
+    texts = _asked(parts, caption_key or "") or _text_keys(parts, pictures[0] if pictures else "")
+    has = f"(it has {', '.join(sorted(parts))[:80]})"
+    captions = [(key, member) for key in texts for member in parts[key]]
+    if not pictures:
+        return None, captions, f"has no picture {has}"
+    members = [member for key in pictures for member in parts[key]]
+    name, _, size, wrong = members[0]
+    if len(members) > 1:
+        names = " and ".join(member[0] for member in members[:3])
+        wrong = f"has {'two' if len(members) == 2 else 'several'} pictures, {names}; choose one with image_key="
+        return None, captions, wrong
+    if wrong or size > PICTURE_LIMIT:
+        return None, captions, f"has a picture {name} that {wrong or f'takes {size:,} bytes'}"
+    return members[0], captions, "" if captions else f"has no caption {has}"
+
+def _samples(members, image_key, caption_key) -> dict:
+    "Sample -> what `_sample` says of it, under the rule by which more samples are whole."
+    found = []
+    for last_dot in (False, True):
+        groups = _grouped(members, last_dot)
+        found.append({key: _sample(parts, image_key, caption_key) for key, parts in groups.items()})
+        if image_key or all("." not in key for parts in groups.values() for key in parts):
+            break
+    return max(found, key=lambda samples: sum(not wrong for *_, wrong in samples.values()))
+
+# %% ../../nbs/data/tars.ipynb #7361d3ae
+_FIELDS = ("caption", "captions", "text", "txt", "texts")
+
+def _says_something(value) -> bool:
+    return any(_says_something(v) for v in value) if isinstance(value, list) else bool(str(value or "").strip())
+
+def _from_json(text, name, field) -> tuple:
+    "The caption or captions of a json, and what is wrong."
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: the caption is not UTF-8; write the shard again with UTF-8 text") from None
+        about = json.loads(text)
+    except (ValueError, RecursionError):
+        return None, f"has a caption {name} that is not JSON"
+    known = {str(k).lower(): v for k, v in about.items() if _says_something(v)} if isinstance(about, dict) else {}
+    value = about.get(field) if field and known else next((known[f] for f in _FIELDS if f in known), None)
+    if not _says_something(value):
+        return None, ""
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(t, str) for t in texts):
+        return None, f"has a caption in {name} that is no text ({str(value)[:40]})"
+    if any("\ud800" <= c <= "\udfff" for t in texts for c in t):
+        return None, f"has a caption in {name} with a character that is no text"
+    return value, ""
+
+def _from_text(text) -> str:
+    "A caption without the line end that an editor or `echo` puts behind it."
+    end = next((e for e in ("\r\n", "\n", "\r") if text.endswith(e)), "")
+    return text.removesuffix(end)
+
+def _caption(file, captions, field) -> tuple:
+    "The caption, or a list of them, of an open shard's sample, and what is wrong."
+    for key, (name, start, size, wrong) in captions:
+        if wrong or size > CAPTION_LIMIT:
+            return None, f"has a caption {name} that {wrong or f'takes {size:,} bytes'}"
+        file.seek(start)
+        data = file.read(size)
+        try:
+            text = data.decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError as e:
+            return None, f"has a caption {name} that is not UTF-8 (byte 0x{data[e.start]:02x})"
+        is_json = key.rpartition(".")[2] == "json"
+        value, wrong = _from_json(text, name, field) if is_json else (_from_text(text), "")
+        if wrong or _says_something(value):
+            return value, wrong
+    return None, "has no caption"
+
+# %% ../../nbs/data/tars.ipynb #dcb1d45d
+_COMPRESSED = {b"\x1f\x8b": "gzip -dc", b"BZh": "bzip2 -dc", b"\xfd7zXZ": "xz -dc", b"\x28\xb5\x2f\xfd": "zstd -dc"}
+
+def _no_shard(path, why) -> str:
+    "What a file is that is no plain tar, and what to do."
+    with open(path, "rb") as f:
+        head = f.read(64)
+    command = next((c for magic, c in _COMPRESSED.items() if head.startswith(magic)), None)
+    if command:
+        plain = re.sub(r"(\.tar)?(\.[^./]*)?$", ".tar", str(path), count=1)
+        plain = plain if plain != str(path) else f"{path.removesuffix('.tar')}-unpacked.tar"
+        return f"{path}: compressed, and pictures are read in place; unpack it: " + (
+            f"{command} {shlex.quote(str(path))} > {shlex.quote(plain)}"
+        )
+    if head.startswith(b"PK"):
+        return f"{path}: a zip and no tar; unzip it and give the folder, or pack its files with tar"
+    if head.startswith(b"version https://git-lfs"):
+        return f"{path}: a pointer of Git LFS and not the shard itself; get it with: git lfs pull"
+    return f"{path}: not a whole, uncompressed tar shard ({why}); fetch it again"
 
 # %% ../../nbs/data/tars.ipynb #15f63362
+def _scan_shard(path, image_key=None, caption_key=None) -> list:
+    "What `shard_index` gives, from the shard itself."
+    path, found = str(path), []
+    try:
+        samples = _samples(_members(path), image_key, caption_key)
+        with open(path, "rb") as file:
+            for key, (picture, captions, wrong) in samples.items():
+                caption, no_caption = _caption(file, captions, caption_key)
+                found.append([key, *(picture or [None, 0, 0])[:3], caption, wrong or no_caption])
+    except FileNotFoundError:
+        raise DataError(f"{path}: the shard is not there; check the path") from None
+    except OSError as e:
+        what = e.strerror or e
+        raise DataError(f"{path}: cannot be read ({what}); check that it is a file, and its permissions") from None
+    # damaged headers make tarfile fail in many ways
+    except (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError) as e:
+        raise DataError(_no_shard(path, str(e)[:100])) from None
+    return found
+
 def shard_index(
-    path: Path|str, # a tar file
-) -> list:          # [key, picture member, offset, size, caption] of each sample; None where a part is missing
+    path: Path|str,        # a tar file
+    image_key: str|None=None,   # see `read_webdataset_pairs`
+    caption_key: str|None=None, # likewise
+) -> list: # [key, picture member, offset, size, caption or captions, what is wrong] of each sample; None for what lacks
     "What a shard holds; kept in the data folder for shards of 8 MiB and more, under path, size and time of change."
     stat = os.stat(path) if os.path.exists(path) else None
     if stat is None or stat.st_size < 2**23:
-        return _scan_shard(path)
-    kept = data_home()/"index"/f"{sha256_of_array(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)[:32]}.json"
+        return _scan_shard(path, image_key, caption_key)
+    mark = os.path.abspath(path), stat.st_size, stat.st_mtime_ns, "with problems", image_key, caption_key
+    kept = data_home()/"index"/f"{sha256_of_array(*mark)[:32]}.json"
     samples = read_json(kept, default=None)
     if samples is not None:
         return samples
-    samples = _scan_shard(path)
+    samples = _scan_shard(path, image_key, caption_key)
     try:
         write_atomically(kept, json.dumps(samples), error=None)
     except OSError:
         pass   # an index that cannot be kept is only slower
     return samples
 
+# %% ../../nbs/data/tars.ipynb #3d404ef7
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+
+def _spelt_out(pattern):
+    "Yield what a pattern with braces stands for, one after the other."
+    braces = _BRACES.search(pattern)
+    if not braces:
+        yield pattern
+        return
+    first, last, words = braces.groups()
+    if words is None:
+        padded = len(first) > 1 and first[0] == "0" or len(last) > 1 and last[0] == "0"
+        width = max(len(first), len(last)) if padded else 0
+        words = (str(number).zfill(width) for number in range(int(first), int(last) + 1))
+    for word in words.split(",") if isinstance(words, str) else words:
+        for rest in _spelt_out(pattern[braces.end():]):
+            yield pattern[:braces.start()] + word + rest
+
+def _there(pattern) -> tuple[Path, str]:
+    "The folder that is there by its very name, and the rest of the pattern."
+    folder, rest = Path(Path(pattern).anchor), Path(pattern).parts[bool(Path(pattern).anchor):]
+    while rest:
+        plain = re.sub(r"\[([*?[])\]", r"\1", rest[0])     # as `glob.escape` writes them
+        name = next((name for name in (rest[0], plain) if os.path.lexists(folder/name)), None)
+        if name is None:
+            break
+        folder, rest = folder/name, rest[1:]
+    return folder, "/".join(rest)
+
+def _in_folder(folder) -> list[Path]:
+    "The shards of a folder; whatever else lies there is not looked at."
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    shards = [folder/name for name in names if name.lower().endswith(".tar")]
+    if not shards:
+        packed = [name for name in names if re.search(r"\.(tgz|tar\.\w+)$", name, re.I)]
+        hint = f" (such as {packed[0]} are to be unpacked first)" if packed else ""
+        raise DataError(f"{folder}: there is no .tar in this folder{hint}; give a folder with shards, or a pattern")
+    return shards
+
+# %% ../../nbs/data/tars.ipynb #c3af39fc
+def _matching(folder, rest, pattern):
+    "Yield the shards of a pattern below a folder; DataError at the first that is not there."
+    for text in _spelt_out(rest):
+        # after the braces: what is there by its very name comes before what a sign stands for
+        found = [folder/text] if (folder/text).exists() else []
+        found = found or [Path(p) for p in sorted(glob.glob(f"{glob.escape(str(folder))}/{text}"))]
+        if not found and glob.has_magic(text):
+            raise DataError(f"{pattern}: no file in {folder} fits {text}; check the pattern, or give the folder")
+        if not found:
+            raise DataError(f"{folder/text}: the shard is not there; check the path or fetch the data")
+        yield from found
+
 def expand_shards(
-    pattern: str|Path # path with * ? or {000..123}, a folder of .tar files, or one file
+    pattern: str|Path # path with * ? [..] {000..123} or {a,b}, a folder of .tar files, or one file
 ) -> list[Path]:
     "The shards a pattern means, in order; DataError when there is none."
     pattern = str(pattern)
-    if Path(pattern).is_dir():
-        pattern = f"{glob.escape(pattern)}/*.tar"
-    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if span:
-        numbers = [str(k).zfill(len(span[1])) for k in range(int(span[1]), int(span[2])+1)]
-        found = [Path(pattern[:span.start()] + k + pattern[span.end():]) for k in numbers]
-    else:
-        found = [Path(p) for p in sorted(glob.glob(pattern))] or [Path(pattern)]
-    for p in found:
-        if not p.exists():
-            raise DataError(f"{p}: the shard is not there; check the path or fetch the data")
+    if re.match(r"[a-z0-9]+://|pipe:", pattern):
+        raise DataError(f"{pattern[:80]}: shards are read from this machine; download them and give their folder")
+    folder, rest = _there(os.path.expanduser(pattern))
+    if not rest:
+        return _in_folder(folder) if folder.is_dir() else [folder]
+    found = list(dict.fromkeys(_matching(folder, rest, pattern)))
+    if not found:
+        raise DataError(f"{pattern}: stands for no shard at all; a span counts upwards, as in {{000..123}}")
     return found
 
 # %% ../../nbs/data/tars.ipynb #16906fdb
 def read_webdataset_pairs(
-    shards: str|Path|list,    # pattern for `expand_shards`, or shard files
-    incomplete: str="error",  # a sample without picture or caption: 'error', or 'skip'
+    shards: str|Path|list,    # pattern for `expand_shards`, or several
+    incomplete: str="error",  # a sample without picture or caption: 'error', or 'skip' whatever the tolerance
+    image_key: str|None=None, # which member is the picture, such as jpg or 0.jpg; None: the one that there is
+    caption_key: str|None=None, # which member is the caption, or which field of the json; None: the usual ones
+    lines: bool=False,        # a text has one caption in each line
+    tolerance: float=0.,      # share of samples that may be left out
     name: str|None=None,      # name of the result
 ) -> Pairs:
-    """Pairs from tar shards in WebDataset form: picture, and .txt caption (else `caption` of the .json); ids are the
-    sample keys.
-    """
+    "Pairs from tar shards in WebDataset form: picture, and caption as text or in a json; ids are the sample keys."
     if incomplete not in ("error", "skip"):
         raise DataError(f"incomplete is 'error' or 'skip', not {incomplete}")
-    paths = [Path(p) for p in shards] if isinstance(shards, (list, tuple)) else expand_shards(shards)
-    ids, captions, members, shard, offset, size = [], [], [], [], [], []
-    for s, path in enumerate(paths):
-        for key, member, start, length, caption in shard_index(path):
-            lacks = _lacking(member, caption)
-            if lacks and incomplete == "skip":
-                continue
-            if lacks:
-                raise DataError(
-                    f"{path}: sample {key} has {lacks}; write the shard again, or leave such samples out with "
-                    "incomplete=skip"
-                )
-            ids.append(key)
-            captions.append(caption)
-            members.append(member)
-            shard.append(s)
-            offset.append(start)
-            size.append(length)
-    if not ids:
+    paths = _files(shards)
+    rows = [row for s, path in enumerate(paths) for row in _rows(s, path, image_key, caption_key, lines)]
+    if not rows:
         raise DataError(f"{paths[0] if paths else shards}: no sample in these shards; check the pattern")
-    return Pairs(ids, captions, TarImages(paths, members, shard, offset, size), None, None, name or paths[0].name)
+    ids, place = _ids(rows, paths), paths[0] if len(paths) == 1 else paths[0].parent
+    left_out = [(i, f"{paths[r[0]].name}: sample {r[1]} {r[6]}") for i, r in zip(ids, rows) if r[6]]
+    lacking = {i for i, r in zip(ids, rows) if r[6].startswith("has no ") and incomplete == "skip"}
+    _check_left_out([x for x in left_out if x[0] not in lacking], left_out, len(rows), tolerance, place)
+    good = [(i, *r) for i, r in zip(ids, rows) if not r[6]]
+    ids, shard, _, members, starts, sizes, captions, _ = zip(*good)
+    places = {place: k for k, place in enumerate(dict.fromkeys(zip(shard, starts)))}
+    image_rows = np.array([places[place] for place in zip(shard, starts)], np.int64)
+    first = np.unique(image_rows, return_index=True)[1]
+    images = TarImages(paths, members, shard, starts, sizes).take(first)
+    return Pairs(ids, captions, images, image_rows, None, name or paths[0].name, tuple(left_out))
 
-def _lacking(member, caption) -> str|None:
-    "What a sample lacks to be a pair."
-    if member is None:
-        return "no picture"
-    return None if isinstance(caption, str) and caption.strip() else "no caption"
+def _files(shards) -> list[Path]:
+    "Shard files, each once."
+    paths = [p for s in (shards if isinstance(shards, (list, tuple)) else [shards]) for p in expand_shards(s)]
+    seen = set()
+    for path in paths:
+        if os.path.abspath(path) in seen:
+            raise DataError(f"{path} comes twice; list every shard once")
+        seen.add(os.path.abspath(path))
+    return paths
+
+# %% ../../nbs/data/tars.ipynb #5736da68
+def _rows(number, path, image_key, caption_key, lines):
+    "Yield (shard, id, picture member, offset, size, caption, what is wrong) of every pair of a shard."
+    for key, member, start, size, caption, wrong in shard_index(path, image_key, caption_key):
+        if lines and isinstance(caption, str):
+            caption = [line for line in re.split(r"\r\n|\r|\n", caption) if line.strip()]
+        if not isinstance(caption, list):
+            yield number, key, member, start, size, caption, wrong
+            continue
+        for k, text in enumerate(caption):
+            yield number, f"{key}#{k}", member, start, size, text, wrong or ("" if text.strip() else "has no caption")
+
+def _ids(rows, paths) -> list[str]:
+    "Keys, with the shard in front where the shards have some in common."
+    keys = [row[1] for row in rows]
+    if len(set(keys)) == len(keys):
+        return keys
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths])
+    names = [Path(os.path.relpath(os.path.abspath(p), common)).with_suffix("").as_posix() for p in paths]
+    return [f"{names[row[0]]}/{row[1]}" for row in rows]
+
+def _check_left_out(counted, left_out, total, tolerance, name):
+    "DataError where more samples than tolerated, or all, cannot be taken."
+    if len(left_out) == total:
+        counted = left_out
+    try:
+        tolerated(counted, total, tolerance, name)
+    except DataError as e:
+        lacks = any(": sample " in problem and " has no " in problem for _, problem in counted)
+        skip = ", or leave out what lacks a picture or a caption with incomplete=skip" if lacks else ""
+        raise DataError(f"{e}{'' if len(left_out) == total else skip}") from None

@@ -26,9 +26,9 @@ from mcl_repro.attacks.base import (
 )
 from ..attacks.protection import png_bytes
 from ..core.errors import DataError, SettingsError, StoreError
-from ..core.files import read_json
+from ..core.files import csv_text, read_json, write_atomically
 from ..data.pairs import Images, Pairs
-from ..data.readers import write_csv_pairs
+from ..data.readers import check_text, write_csv_pairs
 from mcl_repro.measures.metrics import (
     attack_hits, bootstrap_interval, correct, hits, Items, paired_bootstrap, retrieval_attack_hits, retrieval_ranks,
     STATISTICS,
@@ -168,7 +168,7 @@ def _write_attacked(done: Attacked, folder, progress):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         save_poisoned(done.poisoned, part/"truth", done.clean)
-        done.table.to_csv(part/"truth"/"poisoned.csv", index=False, lineterminator="\n")
+        write_atomically(part/"truth"/"poisoned.csv", csv_text(done.table), error=None)
         write_card(done.card, part/"CARD.md")
         write_csv_pairs(watched, part, size)
         if folder.exists():
@@ -243,6 +243,7 @@ def attack(
     folder, attack = folder and _new_folder(folder), made_attack(name, settings)
     pairs = as_pairs(pairs, tolerance=tolerance)
     _check_image_size(image_size)
+    check_text(pairs)
     wanted = poison_count(len(eligible_rows(pairs, attack, target, None)), len(pairs), count, rate)
     if check:
         _conforms(attack, image_size, target)

@@ -28,16 +28,16 @@ from PIL import Image
 
 from ..attacks.base import distortion
 from mcl_repro.attacks.protection import (
-    candidate_tokens, change_images, ChangedImages, check_published_pairs, HACKER_CHANGES, has_room, Likeness,
-    load_protection, PAIR_FORMATS, protected_training_set, Protection, protection_gallery, published_pairs,
-    read_published, survives_as_text, trigger_text, write_published,
+    candidate_tokens, change_images, ChangedImages, check_lines, check_published_pairs, HACKER_CHANGES, has_room,
+    Likeness, load_protection, PAIR_FORMATS, protected_training_set, Protection, protection_gallery,
+    published_pairs, read_published, survives_as_text, trigger_text, write_published,
 )
 from ..core.errors import DataError, SettingsError
-from ..core.files import read_json, write_json
+from ..core.files import csv_text, read_json, write_atomically, write_json
 from ..core.seeds import seeded
 from ..data.pairs import ArrayImages, Images, Pairs, sha256_of_array
 from ..data.pictures import as_rgb, square
-from ..data.readers import read_csv_pairs, write_csv_pairs
+from ..data.readers import check_text, read_csv_pairs, write_csv_pairs
 from ..lab.profiles import load_profile, merge_settings
 from ..measures.metrics import bootstrap_interval, hits, median_rank, paired_bootstrap, retrieval_ranks
 from ..model.clip import build_clip, Clip, embed_images, embed_texts, is_causal, mini_models, tokenize
@@ -405,7 +405,7 @@ def _searched(clip: Clip, ready: Ready, numbers: Numbers, folder: Path, seed: in
     return load_protection(place, ready.pairs.ids), read_json(note)
 
 # %% ../../nbs/tools/protecting.ipynb #e9321ca4
-def _check_format(format, keep_size, captions, folder=None):
+def _check_format(format, keep_size, pairs, folder=None):
     "SettingsError or DataError for a format that cannot hold the pairs, or that is not the one of the folder."
     if format not in PAIR_FORMATS:
         raise SettingsError(f"format: {format!r} is none of {', '.join(PAIR_FORMATS)}")
@@ -413,11 +413,9 @@ def _check_format(format, keep_size, captions, folder=None):
         raise SettingsError(
             f"photos of their own size are published as csv, not as {format}; leave one of format and keep_size out"
         )
+    check_text(pairs)
     if format == "flickr":
-        broken = [k for k, caption in enumerate(captions) if "\n" in caption or "\r" in caption]
-        if broken:
-            raise DataError(f"caption {broken[0] + 1} has a line break, which a Flickr file cannot hold; take "
-                            "format='csv'")
+        check_lines(pairs)
     note = folder and folder/"published"/"published.json"
     if note and note.is_file() and (was := read_json(note).get("format")) != format:
         raise SettingsError(f"{folder/'published'} was published as {was}, not as {format}: take it away to publish "
@@ -629,8 +627,8 @@ def _finish(clip: Clip, ready: Ready, about: dict, inputs: tuple, numbers: Numbe
 
 def _with_report(made: Protected) -> Protected:
     "The report beside the published pairs; the card comes last, so its presence means that all is there."
-    made.table.to_csv(made.folder/"report.csv", index=False, lineterminator="\n", float_format="%.4f")
-    made.left_out.to_csv(made.folder/"left_out.csv", index=False, lineterminator="\n")
+    write_atomically(made.folder/"report.csv", csv_text(made.table, float_format="%.4f"))
+    write_atomically(made.folder/"left_out.csv", csv_text(made.left_out))
     write_card(made.card, made.folder/"CARD.md")
     return made
 
@@ -727,7 +725,7 @@ def protect(pairs, # to protect: `Pairs`, a file, or `name:split`
     unreadable pictures and a single pair.
     """
     given, clip = as_pairs(pairs, tolerance=tolerance), own_copy(surrogate, pretrained, device)
-    _check_format(format, keep_size, given.captions, folder and Path(folder))
+    _check_format(format, keep_size, given, folder and Path(folder))
     found = numbers_of(clip, len(given), method, search, recipe, seed, **numbers)
     clip = check_surrogate(clip, found.search.length)
     if found.search.direction == "maximise" and is_untrained(surrogate, pretrained):

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 from ..core.errors import DataError, SettingsError
-from ..core.files import read_json, write_atomically, write_json
+from ..core.files import csv_text, read_json, write_atomically, write_json
 from ..core.words import near
 from ..data.pairs import LabelledImages, Pairs
 from ..lab.attempt import peak_memory, reset_peak_memory
@@ -947,9 +947,9 @@ class Repaired:
         save_clip(self.clip, part)
         part.chmod(0o644)
         part.replace(folder/"clip.safetensors")
-        write_atomically(folder/"report.csv", self.report.to_csv(index=False))
+        write_atomically(folder/"report.csv", csv_text(self.report))
         if len(self.selected):
-            write_atomically(folder/"selected.csv", self.selected.to_csv(index=False))
+            write_atomically(folder/"selected.csv", csv_text(self.selected).encode("utf-8", "backslashreplace"))
         write_card(self.card, folder/"CARD.md")
         return folder
 

@@ -33,7 +33,7 @@ from fastcore.basics import patch
 from sklearn.base import BaseEstimator, OutlierMixin
 
 from ..core.errors import DataError, SettingsError, StoreError
-from ..core.files import read_json, write_json
+from ..core.files import csv_text, read_json, write_json
 from ..core.words import near
 from ..data.pairs import FileImages, Pairs
 from ..data.pictures import square
@@ -1049,12 +1049,11 @@ def write_csv(
     rows = np.arange(len(self.pairs)) if rows is None else np.asarray(rows, np.int64)
     part = path.with_suffix(".part")
     # what no UTF-8 can hold, half of a surrogate pair, is spelt out
-    usual = dict(index=False, lineterminator="\n", encoding="utf-8", errors="backslashreplace")
-    for start in range(0, max(len(rows), 1), step):
-        piece = self.part(rows[start:start + step])
-        piece.to_csv(part, mode="a" if start else "w", header=not start, **usual)
-    if every and self.pairs.left_out:
-        left_out_rows(self.pairs).to_csv(part, mode="a", header=False, **usual)
+    with open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        for start in range(0, max(len(rows), 1), step):
+            file.write(csv_text(self.part(rows[start:start + step]), header=not start))
+        if every and self.pairs.left_out:
+            file.write(csv_text(left_out_rows(self.pairs), header=False))
     os.replace(part, path)
     return path
 

@@ -521,6 +521,8 @@ def test_readers_show_pictures_alike(tmp_path):
     wanted = np.rot90(COLOURS, -1)
     (tmp_path/"cat").mkdir()
     (tmp_path/"cat"/"a.PNG").write_bytes(lying)
+    (tmp_path/"dog").mkdir()
+    (tmp_path/"dog"/"b.png").write_bytes(lying)
     (tmp_path/"pairs.csv").write_text("image,caption\ncat/a.PNG,a cat\n")
     shard(tmp_path/"a.tar", {"a.apng": lying, "a.txt": b"a cat"})
     for images in (read_csv_pairs(tmp_path/"pairs.csv").images, read_class_folders(tmp_path).images,

@@ -1,7 +1,7 @@
 """CC3M's way from its table to shards and subsets, streaming, faces under invented names, and the papers' formats end
 to end; on the real packs where MCL_REPRO_REAL_DATA points to them.
 """
-import csv, hashlib, importlib.util, inspect, io, json, pickle, shlex, struct, sys, tarfile, time, warnings, zlib
+import csv, gzip, hashlib, importlib.util, inspect, io, json, pickle, shlex, struct, sys, tarfile, time, warnings, zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,9 @@ from mcl_repro.data.order import row_hash, seeded_order
 from mcl_repro.data.pairs import ArrayImages, check_images, ConcatImages, FileImages, OverlayImages
 from mcl_repro.data.pictures import decode, square
 from mcl_repro.data.registry import first_images, open_data, read_manifest, resolve
-from mcl_repro.data.shards import count_links, invented_names, rename_faces, stream_batches, tsv_rows, write_link_list
+from mcl_repro.data.shards import (
+    count_links, invented_names, rename_faces, stream_batches, table_form, tsv_rows, write_link_list,
+)
 from mcl_repro.data.tars import read_webdataset_pairs
 from mcl_repro.model.clip import build_clip
 
@@ -132,13 +134,23 @@ def test_the_published_order_needs_row_numbers(tmp_path):
     (b"a\thttp://x.org/1\tmore\n", "line 1: 3 fields"),
     (b"a\thttp://x.org/1\n\nb\thttp://x.org/2\n", "line 2: 1 fields"),
     (
-        b"caption\turl\na\thttp://x.org/1\n",
+        b"words\turl\na\thttp://x.org/1\n",
         "line 1: url is not a web address; delete this line if it names the columns",
     ),
     (b"a\thttp://x.org/1\n \thttp://x.org/2\n", "line 2: the caption is empty"),
     (b"a\thttp://x.org/1\nb\tx.jpg\n", "line 2: x.jpg is not a web address; take the original file"),
     (b"a\thttp://x.org/1\nb\tfile:///etc/hostname\n", "line 2: file:///etc/hostname is not a web address"),
     ("café\thttp://x.org/1\n".encode("latin1"), "line 1: not UTF-8 (byte 0xe9)"),
+    (b"a,http://x.org/1\n", "line 1: 1 fields where caption<tab>address belong; put a tab and no comma between them"),
+    (b"a\thttp://x.org/1\tx\n", "3 fields where caption<tab>address belong; name the columns in a first line"),
+    (b"http://x.org/1\ta\nb\thttp://x.org/2\n", "line 2: b is not a web address; take the original file"),
+    (b"id\turl\tcaption\n1\thttp://x.org/1\n", "line 2: 2 fields where 3 belong"),
+    (b"caption\turl\n", "the file is empty"),
+    (b"a"*2**20 + b"\thttp://x.org/1\n", "line 1: longer than 1,048,576 bytes"),
+    (b"\x1f\x8b\x08 no gzip", "the compressed file is damaged or cut off"),
+    (b"a\thttp://x.org/1\n\thttp://x.org/2\nb\n\thttp://x.org/4\n",
+     "line 2: the caption is empty; write one, or delete the line and know that the later rows are renumbered "
+     "(3 of 4 lines are no pairs, the last is "),
 ])
 def test_a_table_with_a_wrong_line_is_refused_and_leaves_nothing(tmp_path, text, message):
     (tmp_path/"t.tsv").write_bytes(text)
@@ -146,6 +158,27 @@ def test_a_table_with_a_wrong_line_is_refused_and_leaves_nothing(tmp_path, text,
     assert list((tmp_path/"out").iterdir()) == []
     refused("gone.tsv: cannot be read", write_link_list, tmp_path/"gone.tsv", tmp_path/"out")
     refused("t.tsv: cannot be a folder for the list", write_link_list, tmp_path/"t.tsv", tmp_path/"t.tsv")
+
+PAIR_LINES = [("a red bus .", "http://x.org/1"), ("HTTP is a word", "HTTPS://x.org/2?a=b"), ("café", "http://x.org/3")]
+FORMS = {
+    "{0}\t{1}": "",
+    "{1}\t{0}": "the address comes first there, as in CC12M",
+    "caption\turl\n{0}\t{1}": "its first line names the columns and is no row",
+    "URL\tTEXT\n{1}\t{0}": "its first line names the columns and is no row",
+    "key\t\"caption\"\timage_url\tmore\n7\t{0}\t{1}\t8": "its first line names the columns and is no row",
+}
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_every_form_of_the_table_gives_the_same_list(tmp_path, form, mark, end, pack):
+    head, _, line = form.rpartition("\n")
+    text = mark + "".join(l + end for l in [*filter(None, [head]), *(line.format(*pair) for pair in PAIR_LINES)])
+    (tmp_path/"t.tsv").write_bytes(pack(text.encode()))
+    path, rows = write_link_list(tmp_path/"t.tsv", tmp_path/"out")
+    assert rows == 3 and list(tsv_rows(tmp_path/"t.tsv")) == PAIR_LINES
+    assert path.read_text("utf-8") == "caption\turl\n" + "".join(f"{c}\t{u}\n" for c, u in PAIR_LINES)
+    assert table_form(tmp_path/"t.tsv") == FORMS[form]
 
 def test_captions_reach_img2datasets_parser_as_they_are(tmp_path):
     captions = [

@@ -180,7 +180,7 @@ def test_settings_that_cannot_work_are_refused_before_any_work(pairs, tmp_path, 
     assert not (tmp_path/"out"/"protection").exists()
 
 def test_a_line_break_stops_a_flickr_file_before_any_work(pairs, tmp_path):
-    with pytest.raises(DataError, match="caption 3 has a line break"):
+    with pytest.raises(DataError, match="has a line break, which a Flickr file cannot hold.*--format csv"):
         protect(pairs.replace(captions={2: "two\nlines"}), "smoke-RN", tmp_path/"out", format="flickr", **QUICK)
     assert not (tmp_path/"out").exists()
 
