@@ -185,7 +185,8 @@ def _stage_table(rows):
 
 # %% ../../nbs/cli/main.ipynb #d11a233d
 @command("clean", "remove stored results that no profile needs", RUNS,
-         option("--days", type=number(), default=30, help="forget what no run asked for in so many days (default: 30)"),
+         option("--days", type=number(most=36500), default=30,
+                help="forget what no run asked for in so many days (default: 30)"),
          flag("--yes", "really remove; without it only say what would go"),
          flag("--verbose", "name every single thing"))
 def clean(args):
@@ -389,9 +390,13 @@ def _answer(words):
     sys.stdout.flush()
     return code
 
+def _short(text, most=800):
+    "A line without its middle where it is too long to be read; the remedy stands at the end."
+    return text if len(text) <= most else f"{text[:most//2]} … {text[-most//2:]}"
+
 def _fail(words, error, code, lead="error: "):
     "Say an error in one line, and as JSON where that was asked for."
-    text = one_line(error)
+    text = _short(one_line(error))
     with suppress(OSError):      # stderr may be closed, too
         say(lead + text)
     try:

@@ -322,9 +322,9 @@ def protect(args):
     option("--out", required=True, metavar="FILE", help="the .safetensors file to write"), *ALL_HAVE,
     option("--epochs", type=whole_number(1), default=10, metavar="N", help="passes over the pairs (default: 10)"),
     option("--batch-size", type=whole_number(2), default=128, metavar="N", help="pairs per step (default: 128)"),
-    option("--learning-rate", type=number(above=True), default=1e-3, metavar="N",
+    option("--learning-rate", type=number(most=1000, above=True), default=1e-3, metavar="N",
            help="peak of the cosine (default: 0.001)"),
-    option("--weight-decay", type=number(), default=.1, metavar="N", help="of AdamW (default: 0.1)"),
+    option("--weight-decay", type=number(most=1000), default=.1, metavar="N", help="of AdamW (default: 0.1)"),
     option("--warmup-steps", type=whole_number(), default=50, metavar="N", help="linear rise (default: 50)"),
     flag("--crop", "random crops and flips"),
     option("--test", metavar="PAIRS", help="pairs that are held out, to measure retrieval for the card"))
@@ -340,8 +340,9 @@ def train(args):
     clip = _start(args)
     test = as_pairs(args.test, "--test") if args.test else None
     if args.dry_run:
-        return _cost(args, _training_cost(clip, as_pairs(args.pairs), recipe))
-    found = readable_pairs(as_pairs(args.pairs), args.tolerance, Meter())
+        return _cost(args, _training_cost(clip, _several(as_pairs(args.pairs)), recipe))
+    found = readable_pairs(_several(as_pairs(args.pairs)), args.tolerance, Meter())
+    _several(found.pairs)
     out.parent.mkdir(parents=True, exist_ok=True)
     restart = Path(f"{out}.unfinished")
     _claim(restart, dict(pairs=found.pairs.fingerprint, model=args.model, pretrained=args.pretrained,
@@ -370,6 +371,12 @@ def _recipe(args):
     from mcl_repro.model.training import Recipe
     return Recipe(args.epochs, args.batch_size, args.learning_rate, weight_decay=args.weight_decay,
                   warmup_steps=args.warmup_steps, seed=args.seed)
+
+def _several(pairs):
+    "DataError for a pair alone."
+    if len(pairs) < 2:
+        raise DataError(f"{pairs.name}: a pair alone has nothing to be compared with; give at least two")
+    return pairs
 
 def _goes_on(args):
     "Whether a training starts from weights that are there."
