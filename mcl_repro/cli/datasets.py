@@ -11,7 +11,7 @@ import argparse
 
 from .commands import command, flag, option, repeatable, say
 from ..core.errors import DataError
-from ..core.options import Parser
+from ..core.options import Parser, SEED, whole_number
 from ..core.words import columns, parse_pairs
 
 # %% ../../nbs/cli/datasets.ipynb #212e4975
@@ -108,14 +108,17 @@ SPLIT = option("--split", default="train", choices=("train", "validation"), help
          SPLIT,
          option("--program", default="img2dataset", metavar="PATH",
                 help="where img2dataset is (default: on the search path)"),
-         option("--processes", type=int, metavar="N", help="processes (default: one per core)"),
-         option("--threads", type=int, default=64, metavar="N", help="downloads at once in each (default: 64)"),
+         option("--processes", type=whole_number(1, 1024), metavar="N", help="processes (default: one per core)"),
+         option("--threads", type=whole_number(1, 4096), default=64, metavar="N",
+                help="downloads at once in each (default: 64)"),
          flag("--print", "write the list, and print the command instead of running it"))
 def data_cc3m(args):
     "The list of links, then img2dataset; finished shards are not fetched again."
     import shlex
 
     from mcl_repro.data.shards import fetch_pictures, img2dataset_command, published_rows, table_form, write_link_list
+    from mcl_repro.tools.folders import check_place
+    check_place(args.out)
     path, rows = write_link_list(args.tsv, args.out, args.split)
     known = published_rows("cc3m", args.split)
     part = f"; CC3M itself has {known:,}, so this is another table" if known and rows > known else ""
@@ -156,34 +159,43 @@ def data_links(args):
           f"({subset['missing_ids']}); {reach}")
 
 # %% ../../nbs/cli/datasets.ipynb #ced6b06b
+def _check_file(path):
+    "SettingsError where a text cannot be written."
+    if path:
+        from mcl_repro.tools.folders import check_place
+        check_place(path, kind="file")
+
 def _print_or_write(text, path):
     "Print a text, or write it to a file and print where."
     if not path:
         return print(text, end="")
     from mcl_repro.core.files import write_atomically
-    print(write_atomically(path, text))
+    print(write_atomically(path, text, remedy="make room, or choose another --out"))
 
 @command("ids", "the published, seeded list of ids of a subset",
          option("name", metavar="NAME", help="cc3m"),
-         option("count", type=int, metavar="COUNT", help="how many, such as 500000"),
+         option("count", type=whole_number(1), metavar="COUNT", help="how many, such as 500000"),
          option("--split", default="train", help="train (default)"),
          option("--out", metavar="FILE", help="write them there (default: print them)"))
 def data_ids(args):
     "The published list of ids of a subset."
     from mcl_repro.data.shards import ids_text, published_ids
+    _check_file(args.out)
     _print_or_write(ids_text(published_ids(args.name, args.count, args.split)), args.out)
 
 # %% ../../nbs/cli/datasets.ipynb #f6ffb60c
 @command("faces", "faces under invented names, from a folder of pictures per person",
          option("folder", metavar="FOLDER", help="one folder of pictures per person"),
          option("--out", required=True, metavar="FOLDER", help="gets train.csv, test.csv and images/"),
-         option("--people", type=int, metavar="N", help="only the N persons with most pictures"),
-         option("--least", type=int, default=2, metavar="N",
+         option("--people", type=whole_number(1), metavar="N", help="only the N persons with most pictures"),
+         option("--least", type=whole_number(1), default=2, metavar="N",
                 help="leave out persons with fewer pictures (default: 2)"),
-         option("--seed", type=int, default=0, help="of names, captions and test pictures (default: 0)"))
+         option("--seed", type=SEED, default=0, help="of names, captions and test pictures (default: 0)"))
 def data_faces(args):
     "Faces under invented names."
     from mcl_repro.data.shards import rename_faces
+    from mcl_repro.tools.folders import check_place
+    check_place(args.out)
     count = rename_faces(args.folder, args.out, args.people, args.least, args.seed)
     print(f"{count['people']:,} persons with invented names, {count['train']:,} pictures to train on and "
           f"{count['test']:,} for the test; use them with: mcl_repro data add pubfig {args.out}")
@@ -196,6 +208,7 @@ def data_croissant(args):
     import json
 
     from mcl_repro.report.croissant import croissant
+    _check_file(args.out)
     _print_or_write(json.dumps(croissant(args.name), indent=1, ensure_ascii=False) + "\n", args.out)
 
 # %% ../../nbs/cli/datasets.ipynb #45a0a21e

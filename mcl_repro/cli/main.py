@@ -12,14 +12,15 @@ import argparse
 import os
 import signal
 import sys
+from contextlib import contextmanager, suppress
 
 from .. import __version__
-from .commands import choice, command, flag, option, repeatable, say
+from .commands import choice, command, flag, option, repeatable, say, say_json
 from .datasets import add_data_commands
 from .tools import add_commands, USE
-from ..core.errors import SettingsError, UserError
-from ..core.options import add_device, complete, one_of, Parser
-from ..core.words import columns, duration, near, one_line, parse_pairs
+from ..core.errors import foreseen, SettingsError, UserError
+from ..core.options import add_device, check_words, complete, number, one_of, Parser, whole_number
+from ..core.words import columns, duration, near, one_line, parse_pairs, without_paths
 
 # %% ../../nbs/cli/main.ipynb #b202586c
 PROFILES = ("mini", "smoke", "paper", "photos")
@@ -34,7 +35,7 @@ WHAT_TO_RUN = (
     repeatable("--table", "only this table and what it needs, such as ubt.table7", "ID"),
     repeatable("--figure", "only this figure, such as ubt.fig8", "ID"),
     repeatable("--claim", "only the tables that this claim is judged on, such as ubt.c05", "ID"),
-    option("--seeds", type=int, default=1, metavar="N",
+    option("--seeds", type=whole_number(1, 1000), default=1, metavar="N",
            help="seeds that the headline tables repeat over (default: 1)"),
     flag("--seed-all", "repeat every table and figure over the seeds, not only the headline tables"),
     repeatable("--role", "other data in a role, such as train=flickr8k:train or train=pairs.csv", "NAME=SOURCE"),
@@ -54,15 +55,9 @@ def _outputs(args):
     from mcl_repro.run.notebooks import chosen_outputs
     return chosen_outputs(args.table or (), args.figure or (), args.claim or ())
 
-def _whole_number(text):
-    "A number of processes, for `add_argument`; argparse names the option in the error."
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1, nor auto")
-    return int(text)
-
 def _jobs(text):
     "A number of processes, or auto."
-    return text if text == "auto" else _whole_number(text)
+    return text if text == "auto" else whole_number(1, 1024)(text)
 
 # %% ../../nbs/cli/main.ipynb #418696bb
 ENGINES = ("serial", "dask", "torchrun")
@@ -101,7 +96,7 @@ def _verdict_line(folder, claim):
 # %% ../../nbs/cli/main.ipynb #40350196
 @command("plan", "what a run will compute, what it costs on this device, and what is missing", *WHAT_TO_RUN,
          repeatable("--paper", "the same as PAPER, as an option", "PAPER"),
-         option("--jobs", type=int, default=1, metavar="N",
+         option("--jobs", type=whole_number(1, 1024), default=1, metavar="N",
                 help="processes that compute at the same time (default: 1)"),
          flag("--no-calibration", "measure nothing; say amounts of work instead of times"),
          flag("--json", "print one JSON object"))
@@ -190,7 +185,8 @@ def _stage_table(rows):
 
 # %% ../../nbs/cli/main.ipynb #d11a233d
 @command("clean", "remove stored results that no profile needs", RUNS,
-         option("--days", type=float, default=30, help="forget what no run asked for in so many days (default: 30)"),
+         option("--days", type=number(most=36500), default=30,
+                help="forget what no run asked for in so many days (default: 30)"),
          flag("--yes", "really remove; without it only say what would go"),
          flag("--verbose", "name every single thing"))
 def clean(args):
@@ -353,37 +349,39 @@ def make_parser(
 def main(
     argv: list[str] | None = None,  # words after `mcl_repro` (default: those of this process)
 ) -> int:
-    """Run one command; expected errors are one line on stderr.
+    """Run one command; errors are one line on stderr.
 
     Returns the exit code: 0, 1 (a notebook stopped), 2 (something to mend), 130 (Ctrl-C);
     of the commands in `USE`: 0, 3 (suspicious), 1 (something to mend), 130.
     """
-    import warnings
-    warnings.showwarning = lambda message, *rest, **more: say(f"warning: {message}")
     words = sys.argv[1:] if argv is None else argv
     mend = 1 if words and words[0] in USE else 2
+    if argv is None:
+        _own_process()
     try:
-        if hasattr(signal, "SIGTERM") and argv is None:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        return _answer(words)
-    except UserError as error:
-        return _fail(error, mend)
+        with _lines_for_warnings():
+            return _answer(words)
     except KeyboardInterrupt:
-        say("\nstopped; what is finished is kept, and the same command goes on from there")
-        return 130
+        stopped = "stopped; what is finished is kept, and the same command goes on from there"
+        return _fail(words, stopped, 130, lead="\n")
     except BrokenPipeError:      # `mcl_repro ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except Exception as error:
-        if type(error).__name__ != "NotebookError":
+        if isinstance(error, UserError):
+            return _fail(words, error, mend)
+        if type(error).__name__ == "NotebookError":
+            return _fail(words, error, 1)
+        if _debug():
             raise
-        return _fail(error, 1)
+        return _fail(words, foreseen(error) or _unforeseen(words, error), mend)
 
 # %% ../../nbs/cli/main.ipynb #541d0c80
 def _answer(words):
     "Read the call, do what it asks, and return the exit code."
     parser = make_parser()
     complete(parser)
+    check_words(words)
     args = parser.parse_args(words)
     if args.command in USE:
         from mcl_repro.tools.plugins import load_plugins
@@ -392,7 +390,78 @@ def _answer(words):
     sys.stdout.flush()
     return code
 
-def _fail(error, code):
-    "Say an error in one line."
-    say(f"error: {one_line(error)}")
+def _short(text, most=800):
+    "A line without its middle where it is too long to be read; the remedy stands at the end."
+    return text if len(text) <= most else f"{text[:most//2]} … {text[-most//2:]}"
+
+def _fail(words, error, code, lead="error: "):
+    "Say an error in one line, and as JSON where that was asked for."
+    text = _short(one_line(error))
+    with suppress(OSError):      # stderr may be closed, too
+        say(lead + text)
+    try:
+        if "--json" in words:
+            say_json(command=words[0], error=text)
+        sys.stdout.flush()       # what was printed before
+    except OSError:
+        _drop_output()
     return code
+
+# %% ../../nbs/cli/main.ipynb #3a1e0002
+def _debug():
+    "Whether tracebacks shall be seen."
+    return os.environ.get("MCL_REPRO_DEBUG", "0") not in ("", "0")
+
+def _unforeseen(words, error):
+    "The line for an error that nobody foresaw; its traceback goes into a file."
+    import platform
+    import tempfile
+    import traceback
+    called = " ".join(["mcl_repro", *map(str, words)])
+    versions = f"mcl_repro {__version__}, Python {platform.python_version()}, {platform.system()}"
+    text = without_paths("\n".join([called, versions, "", *traceback.format_exception(error)]))
+    told = f"this should not have happened: {type(error).__name__}: {one_line(error)[:300]}"
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="backslashreplace", prefix="mcl_repro-error-",
+                                         suffix=".txt", delete=False) as file:
+            file.write(text)
+    except OSError:
+        return f"{told}; please report it, with what MCL_REPRO_DEBUG=1 shows"
+    return f"{told}; please report it, with {file.name}"
+
+# %% ../../nbs/cli/main.ipynb #3a1e0004
+@contextmanager
+def _lines_for_warnings():
+    "Warnings, and errors that nobody can catch, as lines."
+    import threading
+    import warnings
+    before = warnings.showwarning, threading.excepthook, sys.unraisablehook
+    warnings.showwarning = lambda message, *rest, **more: say(f"warning: {one_line(message)}")
+    if not _debug():
+        threading.excepthook = lambda told: _tell_lost(told.exc_value, f"in {getattr(told.thread, 'name', 'a thread')}")
+        sys.unraisablehook = lambda told: _tell_lost(told.exc_value, "while tidying up")
+    try:
+        yield
+    finally:
+        warnings.showwarning, threading.excepthook, sys.unraisablehook = before
+
+def _tell_lost(error, where):
+    "An error that nobody could catch, as a warning."
+    with suppress(OSError):
+        say(f"warning: {type(error).__name__} {where}: {one_line(error)[:300]}")
+
+# %% ../../nbs/cli/main.ipynb #3a1e0006
+def _own_process():
+    "Settle output and signals of a process that belongs to the command."
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+def _drop_output():
+    "Let what is left of stdout go nowhere."
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

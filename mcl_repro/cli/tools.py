@@ -8,14 +8,14 @@ __all__ = ['EXAMPLES', 'USE', 'READING', 'OUT', 'ALL_HAVE', 'SCANS', 'FORMATS', 
 
 # %% ../../nbs/cli/tools.ipynb #15f36c6e
 import argparse
+import contextlib
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 
-from .commands import choice, command, flag, option, repeatable
-from ..core.errors import SettingsError
-from ..core.options import add_device
+from .commands import choice, command, flag, option, repeatable, say_json
+from ..core.errors import DataError, SettingsError
+from ..core.options import add_device, number, SEED, whole_number
 from ..core.words import parse_pairs
 
 # %% ../../nbs/cli/tools.ipynb #17ed67fa
@@ -34,29 +34,27 @@ def _model(args, name="model"):
     from mcl_repro.tools.inputs import as_clip
     return as_clip(given, weights, device=_device(args))
 
-def _out(args, kind, data=None):
-    "The folder of the results: `--out`, else a name made of the command and the data."
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(data or kind)).name).strip("-").lower()
-    return Path(args.out or f"{kind}-{name}")
+def _results(args, kind, data=None, files=(), **inputs):
+    "The folder of the results, and what notes there what they are for while they are written."
+    from mcl_repro.tools.folders import claimed, folder_name, made_for, results_place
+    made = made_for(args.command, **inputs, pretrained=args.pretrained, split=args.split, root=args.root)
+    out = results_place(args.out, made, folder_name(kind, data), files)
+    return out, contextlib.nullcontext() if args.dry_run else claimed(out, made)
 
 # %% ../../nbs/cli/tools.ipynb #a95d3c22
-def _print_json(args, **facts):
-    "One JSON object on one line."
-    print(json.dumps(dict(command=args.command, **facts), ensure_ascii=False, allow_nan=False))
-
 def _tell(args, card, files, **facts):
     "Say what came out: one JSON object, or the outcome and the files."
     shown = {what: str(path) for what, path in files.items()}
     if args.json:
         from_card = dict(measured=list(card.measured), notes=list(card.notes))
-        return _print_json(args, outcome=card.outcome, tone=card.tone, **facts, **from_card, files=shown)
+        return say_json(command=args.command, outcome=card.outcome, tone=card.tone, **facts, **from_card, files=shown)
     notes = [f"note: {note}" for note in card.notes]
     print("\n".join([card.outcome, *notes, *(f"{what}: {path}" for what, path in shown.items())]))
 
 def _cost(args, cost):
     "Say what it would cost."
     if args.json:
-        return _print_json(args, dry_run=True, **asdict(cost))
+        return say_json(command=args.command, dry_run=True, **asdict(cost))
     print(cost)
 
 # %% ../../nbs/cli/tools.ipynb #f7dbf9f4
@@ -158,11 +156,11 @@ def _model_options(what="architecture of open_clip, or a .safetensors file", nam
 
 # %% ../../nbs/cli/tools.ipynb #a3eeec89
 OUT = option("--out", metavar="FOLDER",
-             help="where results go (default: a folder named after the command and the data)")
+             help="where results go (default: a new folder, named after the command and the data)")
 ALL_HAVE = (
-    option("--tolerance", type=float, default=.01, metavar="SHARE",
+    option("--tolerance", type=number(most=1), default=.01, metavar="SHARE",
            help="share of the pairs that may be left out: no picture, no caption, or unreadable (default: 0.01)"),
-    option("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default: 0)"),
+    option("--seed", type=SEED, default=0, metavar="N", help="of everything that is drawn (default: 0)"),
     add_device, flag("--json", "print one JSON object"), flag("--dry-run", "only say what it would cost"))
 
 # %% ../../nbs/cli/tools.ipynb #206342b7
@@ -178,15 +176,16 @@ def _attack_names():
     option("--attack", default="badnets", metavar="NAME", suggested=_attack_names,
            help="badnets (default), blended, sig, wanet, trojvqa, label_consistent, mmpoison, or one of your own"),
     option("--target", required=True, help="class that the trigger shall mean"),
-    option("--rate", type=float, metavar="SHARE", help="share of the pairs"),
-    option("--count", type=int, metavar="N", help="or how many"),
-    option("--image-size", type=int, default=224, metavar="PIXELS",
+    option("--rate", type=number(most=1, above=True), metavar="SHARE", help="share of the pairs"),
+    option("--count", type=whole_number(1), metavar="N", help="or how many"),
+    option("--image-size", type=whole_number(8, 4096), default=224, metavar="PIXELS",
            help="side of all pictures afterwards (default: 224)"),
     repeatable("--set", "setting of the attack, such as patch_share=0.1"))
 def attack(args):
     "Poison pairs, for red-teaming."
+    from mcl_repro.tools.folders import folder_name, results_place
     from mcl_repro.tools.measuring import attack
-    out = _out(args, "attack", args.pairs)
+    out = results_place(args.out, {}, folder_name("attack", args.pairs), files=None)   # a note would tell a defender
     pairs = _given_data(args, pairs=args.pairs)["pairs"]
     made = attack(pairs, args.attack, args.target, rate=args.rate, count=args.count, image_size=args.image_size,
                   folder=out, settings=_pairs_of(args, "set"), **_shared_settings(args))
@@ -206,7 +205,7 @@ SCANS = ("contrast", "cfbd")
     *_model_options("a clean CLIP: architecture of open_clip, or a .safetensors file"), OUT, *READING, *ALL_HAVE,
     choice("--method", "method", SCANS, default="contrast", help="how to scan (default: contrast)"),
     option("--trusted", metavar="PAIRS", help="for cfbd: pairs that you trust"),
-    option("--sizes", type=int, nargs="+", metavar="Q",
+    option("--sizes", type=whole_number(1), nargs="+", metavar="Q",
            help="how many badly fitting pairs are looked at together (default: by the size of the set)"),
     option("--truth", metavar="FILE",
            help="ids of the pairs that are known to be poisoned, to say how good the scan was"),
@@ -215,13 +214,15 @@ def scan(args):
     "Which pairs look planted. Returns 3 where some do."
     from mcl_repro.tools.scanning import scan
     truth = _ids(args.truth) if args.truth else None
-    out = _out(args, "scan", args.pairs)
+    files = ("scan.csv", "suspicious.csv", "scan.html", "CARD.md")
+    out, claimed = _results(args, "scan", args.pairs, files, pairs=args.pairs, model=args.model)
     pairs = _given_data(args, pairs=args.pairs)["pairs"]
-    found = scan(_model(args), pairs, args.method, trusted=args.trusted, sizes=args.sizes, device=_device(args),
-                 folder=None if args.dry_run else out/"embeddings", **_shared_settings(args))
-    if args.dry_run:
-        return _cost(args, found)
-    page, card = found.write(out, truth, args.licence), found.card(truth, args.licence)
+    with claimed:
+        found = scan(_model(args), pairs, args.method, trusted=args.trusted, sizes=args.sizes,
+                     device=_device(args), folder=None if args.dry_run else out/"embeddings", **_shared_settings(args))
+        if args.dry_run:
+            return _cost(args, found)
+        page, card = found.write(out, truth, args.licence), found.card(truth, args.licence)
     files = dict(page=page, table=out/"scan.csv", suspicious=out/"suspicious.csv", card=out/"CARD.md")
     counts = dict(suspicious=len(found.suspicious), pairs=len(found.pairs), unreadable=len(found.problems))
     _tell(args, card, files, attacked=found.attacked, **counts)
@@ -242,13 +243,19 @@ def measure(args):
     "Accuracy, attack success and retrieval of a model."
     from mcl_repro.tools.measuring import measure
     given = Path(args.attack) if args.attack is not None and Path(args.attack).is_dir() else args.attack
+    out, claimed = None, contextlib.nullcontext()
+    if args.out is not None:
+        out, claimed = _results(
+            args, "measure", files=("measure.csv", "measure.html", "CARD.md"), images=args.images, pairs=args.pairs,
+            attack=args.attack, model=args.model, reference=args.reference, weights=args.reference_pretrained)
     data = _given_data(args, images=args.images, pairs=args.pairs)
-    found = measure(_model(args), **data, attack=given, target=args.target,
-                    target_caption=args.target_caption, settings=_pairs_of(args, "set"),
-                    reference=_model(args, "reference"), device=_device(args), **_shared_settings(args))
-    if args.dry_run:
-        return _cost(args, found)
-    files = _write_measured(found, Path(args.out)) if args.out else {}
+    with claimed:
+        found = measure(_model(args), **data, attack=given, target=args.target,
+                        target_caption=args.target_caption, settings=_pairs_of(args, "set"),
+                        reference=_model(args, "reference"), device=_device(args), **_shared_settings(args))
+        if args.dry_run:
+            return _cost(args, found)
+        files = _write_measured(found, out) if out else {}
     if not args.json:
         print(found.table.round(2).to_string(index=False))
     _tell(args, found.card, files)
@@ -282,20 +289,28 @@ def _repair_methods():
     repeatable("--set", 'another setting of the method, such as reading="cosine ascent"'))
 def repair(args):
     "A defended copy of a model."
-    from mcl_repro.tools.repairing import repair, selected_gallery
-    out = _out(args, f"repair-{args.method}", args.pairs or args.images)
+    from mcl_repro.tools.repairing import FILES, repair
+    out, claimed = _results(
+        args, f"repair-{args.method}", args.pairs or args.images, (*FILES, "repair.html"), pairs=args.pairs,
+        images=args.images, model=args.model, reference=args.reference, weights=args.reference_pretrained)
     data = _given_data(args, pairs=args.pairs, images=args.images)
-    done = repair(_model(args), data["pairs"], args.method, reference=_model(args, "reference"), trusted=args.trusted,
-                  images=data["images"], recipe=_pairs_of(args, "recipe"), settings=_pairs_of(args, "set"), folder=out,
-                  device=_device(args), **_shared_settings(args))
-    if args.dry_run:
-        return _cost(args, done)
-    chosen = selected_gallery(done, data["pairs"]) if len(done.selected) else []
-    galleries = [("Pairs that the method acted on", chosen, "The first of them.")] if chosen else ()
-    tables = [("Before and after", done.report, "")] if len(done.report) else ()
-    page = _page(done.card, out/"repair.html", _repair_figures(done), galleries=galleries, tables=tables)
+    with claimed:
+        done = repair(_model(args), data["pairs"], args.method, reference=_model(args, "reference"),
+                      trusted=args.trusted, images=data["images"], recipe=_pairs_of(args, "recipe"),
+                      settings=_pairs_of(args, "set"), folder=out, device=_device(args), **_shared_settings(args))
+        if args.dry_run:
+            return _cost(args, done)
+        page = _repair_page(data["pairs"], done, out/"repair.html")
     files = dict(model=out/"clip.safetensors", page=page, report=out/"report.csv", card=out/"CARD.md")
     _tell(args, done.card, files, refused=bool(done.facts.get("refused")))
+
+def _repair_page(pairs, done, path):
+    "The page of a repair."
+    from mcl_repro.tools.repairing import selected_gallery
+    chosen = selected_gallery(done, pairs) if len(done.selected) else []
+    galleries = [("Pairs that the method acted on", chosen, "The first of them.")] if chosen else ()
+    tables = [("Before and after", done.report, "")] if len(done.report) else ()
+    return _page(done.card, path, _repair_figures(done), galleries=galleries, tables=tables)
 
 def _repair_figures(done):
     "Shares before and after, where some were measured."
@@ -322,17 +337,18 @@ def protect(args):
     "Pairs that a model shall not learn from."
     from mcl_repro.tools.inputs import Meter
     from mcl_repro.tools.protecting import protect, verify
-    out = _out(args, "protect", args.pairs)
+    out, claimed = _results(args, "protect", args.pairs, pairs=args.pairs, model=args.model)
     method = {"method": args.method} if args.method else {}
     pairs = _given_data(args, pairs=args.pairs)["pairs"]
-    made = protect(pairs, args.model, out, pretrained=args.pretrained, search=_pairs_of(args, "set"),
-                   recipe=_pairs_of(args, "recipe"), format=args.format, keep_size=args.keep_size, device=_device(args),
-                   **_shared_settings(args), **method)
-    if args.dry_run:
-        return _cost(args, made)
-    if args.test:
-        made = verify(made, args.test, args.verify_model, seed=args.seed, device=_device(args), progress=Meter())
-    page = made.page(out/"protect.html", tuple(range(min(3, len(made.clean)))))
+    with claimed:
+        made = protect(pairs, args.model, out, pretrained=args.pretrained, search=_pairs_of(args, "set"),
+                       recipe=_pairs_of(args, "recipe"), format=args.format, keep_size=args.keep_size,
+                       device=_device(args), **_shared_settings(args), **method)
+        if args.dry_run:
+            return _cost(args, made)
+        if args.test:
+            made = verify(made, args.test, args.verify_model, seed=args.seed, device=_device(args), progress=Meter())
+        page = made.page(out/"protect.html", tuple(range(min(3, len(made.clean)))))
     files = dict(published=out/"published", protection=out/"protection", page=page, report=out/"report.csv",
                  card=out/"CARD.md")
     _tell(args, made.card, files, pairs=len(made.clean), left_out=len(made.left_out))
@@ -341,31 +357,36 @@ def protect(args):
 @_with_example(
     "train", "train a CLIP on pairs, from scratch or on", _pairs(), *_model_options(),
     option("--out", required=True, metavar="FILE", help="the .safetensors file to write"), *READING, *ALL_HAVE,
-    option("--epochs", type=int, default=10, metavar="N", help="passes over the pairs (default: 10)"),
-    option("--batch-size", type=int, default=128, metavar="N", help="pairs per step (default: 128)"),
-    option("--learning-rate", type=float, default=1e-3, metavar="N", help="peak of the cosine (default: 0.001)"),
-    option("--weight-decay", type=float, default=.1, metavar="N", help="of AdamW (default: 0.1)"),
-    option("--warmup-steps", type=int, default=50, metavar="N", help="linear rise (default: 50)"),
+    option("--epochs", type=whole_number(1), default=10, metavar="N", help="passes over the pairs (default: 10)"),
+    option("--batch-size", type=whole_number(2), default=128, metavar="N", help="pairs per step (default: 128)"),
+    option("--learning-rate", type=number(most=1000, above=True), default=1e-3, metavar="N",
+           help="peak of the cosine (default: 0.001)"),
+    option("--weight-decay", type=number(most=1000), default=.1, metavar="N", help="of AdamW (default: 0.1)"),
+    option("--warmup-steps", type=whole_number(), default=50, metavar="N", help="linear rise (default: 50)"),
     flag("--crop", "random crops and flips"),
     option("--test", metavar="PAIRS", help="pairs that are held out, to measure retrieval for the card"))
 def train(args):
     "Train a CLIP on pairs, from scratch or on."
-    from mcl_repro.tools.cards import write_card
+    from mcl_repro.core.files import write_json
     from mcl_repro.model.clip import save_clip
+    from mcl_repro.tools.cards import write_card
+    from mcl_repro.tools.folders import note_of
     from mcl_repro.tools.inputs import as_pairs, Meter, readable_pairs
     from mcl_repro.tools.measuring import measure
-    out, recipe = _trained_file(args), _recipe(args)
-    pairs = as_pairs(_given_data(args, pairs=args.pairs)["pairs"], tolerance=args.tolerance)
+    (out, made), recipe = _trained_file(args), _recipe(args)
+    pairs = _several(as_pairs(_given_data(args, pairs=args.pairs)["pairs"], tolerance=args.tolerance))
     test = as_pairs(args.test, "--test") if args.test else None
     clip = _start(args)
     if args.dry_run:
         return _cost(args, _training_cost(clip, pairs, recipe))
     found = readable_pairs(pairs, args.tolerance, Meter())
+    _several(found.pairs)
     out.parent.mkdir(parents=True, exist_ok=True)
     restart = Path(f"{out}.unfinished")
     _claim(restart, dict(pairs=found.pairs.fingerprint, model=args.model, pretrained=args.pretrained,
                          recipe=asdict(recipe), crop=args.crop))
     history = _train(args, clip, found.pairs, recipe, restart/"checkpoint.safetensors")
+    write_json(note_of(out), made)
     save_clip(clip, out)
     measured = measure(clip, pairs=test).card.measured if test is not None else ()
     card = _training_card(args, clip, found, recipe, history, measured)
@@ -375,17 +396,25 @@ def train(args):
 
 # %% ../../nbs/cli/tools.ipynb #5a47c5eb
 def _trained_file(args):
-    "Where the weights go."
+    "Where the weights go, and what they are for."
+    from mcl_repro.tools.folders import made_for, results_place
     out = Path(args.out)
     if out.suffix != ".safetensors":
         raise SettingsError(f"--out {out} must be a file that ends in .safetensors")
-    return out
+    made = made_for("train", pairs=args.pairs, model=args.model, pretrained=args.pretrained)
+    return results_place(out, made, "", kind="file"), made
 
 def _recipe(args):
     "The numbers of a training."
     from mcl_repro.model.training import Recipe
     return Recipe(args.epochs, args.batch_size, args.learning_rate, weight_decay=args.weight_decay,
                   warmup_steps=args.warmup_steps, seed=args.seed)
+
+def _several(pairs):
+    "DataError for a pair alone."
+    if len(pairs) < 2:
+        raise DataError(f"{pairs.name}: a pair alone has nothing to be compared with; give at least two")
+    return pairs
 
 def _goes_on(args):
     "Whether a training starts from weights that are there."

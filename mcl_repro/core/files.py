@@ -107,6 +107,10 @@ def read_json(
             raise error(f"{path}: JSON that is nested too deeply; {remedy or 'take the original file'}") from None
         usual = "the file may be cut off, fetch it again"
         raise error(f"{path}, line {problem.lineno}: not JSON ({problem.msg}); {remedy or usual}") from None
+    except RecursionError:
+        if default is not _NO_DEFAULT:
+            return default
+        raise error(f"{path}: nested too deeply to be read; {remedy or 'make it flatter'}") from None
 
 # %% ../../nbs/core/files.ipynb #191140dd
 def write_atomically(
@@ -209,7 +213,7 @@ def read_yaml(
     text = read_text(path, error)
     try:
         return parse_yaml(text, str(path))
-    except (yaml.YAMLError, ValueError) as problem:
+    except (yaml.YAMLError, ValueError, RecursionError) as problem:
         reason = str(problem).splitlines()[0]
         raise error(f"{path}: not readable as YAML ({reason}); {remedy}") from None
 

@@ -114,11 +114,11 @@ def parse_value(
     from mcl_repro.core.files import parse_yaml
     try:
         value = parse_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         if _is_pattern(text):
             return text
         reason = str(error).splitlines()[0]
-        raise SettingsError(f"value {text!r} cannot be read ({reason}); quote it") from None
+        raise SettingsError(f"value {text!r:.80} cannot be read ({reason}); quote it") from None
     known = isinstance(value, (bool, int, float, str, list, dict, type(None)))
     return value if known and not _reads_otherwise(value, text.strip()) else text
 

@@ -44,6 +44,7 @@ from ..model.clip import build_clip, Clip, embed_images, embed_texts, is_causal,
 from ..model.training import contrastive_loss, epoch_batches, read_batch, Recipe, train, training_set
 from ..papers.mem import allowed_tokens, protect_pairs, Search
 from .cards import Card, limits_of, write_card, write_page
+from .folders import NOTE
 from mcl_repro.tools.inputs import (
     as_clip, as_pairs, Cost, differing, input_row, model_fingerprint, no_problems, pair_remarks, Readable,
     readable_pairs,
@@ -380,7 +381,7 @@ def claim_folder(folder: Path, # new, empty, or of the same work
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"{folder} is a file; name a folder for the protected pairs")
     if not note.is_file():
-        if folder.exists() and (there := next(folder.iterdir(), None)):
+        if folder.exists() and (there := next((p for p in folder.iterdir() if p.name != NOTE), None)):
             raise SettingsError(f"{folder} holds other things ({there.name}); name a new or an empty folder")
         return write_json(note, identity)
     if other := differing(read_json(note), identity):

@@ -114,7 +114,7 @@ def test_wrong_calls_are_one_line_and_exit_2(words, says, tmp_path):
     ("--role", "jury=x", "unknown role 'jury'"),
     ("--set", "no.such=1", "no.such"),
     ("--param", "no_such=1", "no parameter 'no_such'"),
-    ("--seeds", "0", "seeds is 0"),
+    ("--seeds", "0", "argument --seeds: '0' is not a whole number from 1 to 1,000"),
 ])
 def test_wrong_settings_are_refused_before_anything_runs(option, value, says, tmp_path):
     write(tmp_path/"nbs", "ubt.ipynb", STANDARD)

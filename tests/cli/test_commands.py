@@ -120,7 +120,7 @@ def test_three_is_for_suspicious_and_zero_for_clean(work, tmp_path, monkeypatch,
     (["protect", "world:train:64", "--model", "smoke-RN", "--format", "zip"], "'zip'"),
     (["train", "world:train:64", "--model", "smoke-RN", "--out", "x.pt"], ".safetensors"),
     (["train", "world:train:64", "--model", "smoke-RN", "--epochs", "0", "--out", "x.safetensors"],
-     "epochs must be positive"),
+     "argument --epochs: '0' is not a whole number from 1"),
 ])
 def test_what_cannot_work_is_one_line_and_code_1_before_anything_is_written(tmp_path, monkeypatch, words, problem):
     monkeypatch.chdir(tmp_path)
