@@ -315,14 +315,19 @@ def train(args):
     "Train a CLIP on pairs, from scratch or on."
     from mcl_repro.tools.cards import write_card
     from mcl_repro.model.clip import save_clip
+    from mcl_repro.model.training import check_batch, check_differences
     from mcl_repro.tools.inputs import as_pairs, Meter, readable_pairs
     from mcl_repro.tools.measuring import measure
     out, recipe = _trained_file(args), _recipe(args)
     clip = _start(args)
     test = as_pairs(args.test, "--test") if args.test else None
+    pairs = as_pairs(args.pairs)
+    check_batch(len(pairs), recipe, whole=True)
+    check_differences(pairs)
     if args.dry_run:
-        return _cost(args, _training_cost(clip, as_pairs(args.pairs), recipe))
-    found = readable_pairs(as_pairs(args.pairs), args.tolerance, Meter())
+        return _cost(args, _training_cost(clip, pairs, recipe))
+    found = readable_pairs(pairs, args.tolerance, Meter())
+    check_batch(len(found.pairs), recipe, whole=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     restart = Path(f"{out}.unfinished")
     _claim(restart, dict(pairs=found.pairs.fingerprint, model=args.model, pretrained=args.pretrained,
@@ -351,7 +356,8 @@ def _recipe(args):
 
 def _goes_on(args):
     "Whether a training starts from weights that are there."
-    return bool(args.pretrained or Path(args.model).suffix)
+    from mcl_repro.tools.inputs import brings_weights
+    return brings_weights(args.model, args.pretrained)
 
 def _start(args):
     "The model before the training."
@@ -366,9 +372,10 @@ def _train(args, clip, pairs, recipe, checkpoint):
     "Train in place; the history of the loss."
     from mcl_repro.tools.inputs import Meter
     from mcl_repro.papers.mem import cropping
-    from mcl_repro.model.training import contrastive_loss, train, training_set
-    loss = cropping(contrastive_loss, args.seed) if args.crop else contrastive_loss
-    return train(clip, training_set(clip, pairs), recipe, loss, checkpoint=checkpoint, progress=Meter())
+    from mcl_repro.model.training import check_differences, contrastive_loss, train, training_set
+    loss, data = cropping(contrastive_loss, args.seed) if args.crop else contrastive_loss, training_set(clip, pairs)
+    check_differences(data)
+    return train(clip, data, recipe, loss, checkpoint=checkpoint, progress=Meter())
 
 def _training_card(args, clip, found, recipe, history, measured):
     "What was trained, on what, and how it ended."
