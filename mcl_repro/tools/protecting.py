@@ -46,8 +46,8 @@ from mcl_repro.model.training import (
 from ..papers.mem import allowed_tokens, protect_pairs, Search
 from .cards import Card, limits_of, write_card, write_page
 from mcl_repro.tools.inputs import (
-    as_clip, as_pairs, brings_weights, Cost, differing, input_row, model_fingerprint, no_problems, pair_remarks, Readable,
-    readable_pairs,
+    as_clip, as_pairs, brings_weights, Cost, differing, input_row, model_fingerprint, no_problems, pair_remarks,
+    Readable, readable_pairs,
 )
 
 # %% ../../nbs/tools/protecting.ipynb #31b6d4cf
