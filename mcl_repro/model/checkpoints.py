@@ -526,9 +526,10 @@ _CONSTANTS = re.compile(
 )
 _FIRST_SCALE = np.log(1 / .07)
 
-def _unwrapped(tensors):
-    "Tensors without the wrappers in their names; as they are where two would get the same."
-    bare = {".".join(part for part in name.split(".") if part not in _WRAPPERS): t for name, t in tensors.items()}
+def _unwrapped(tensors, own):
+    "Tensors without wrappers in their names; as they are where two would get the same, or the model has wrappers too."
+    wrappers = _WRAPPERS - {part for name in own for part in name.split(".")}
+    bare = {".".join(part for part in name.split(".") if part not in wrappers): t for name, t in tensors.items()}
     return bare if len(bare) == len(tensors) else tensors
 
 def _prefixes(tensors, names):
@@ -587,7 +588,7 @@ def _choices(checkpoint, own):
     "All that may be the model's, averages last."
     found = []
     for place, tensors in checkpoint.sets.items():
-        tensors = _as_named(_unwrapped(tensors), own)
+        tensors = _as_named(_unwrapped(tensors, own), own)
         found += [_choice(place, prefix, tensors, own) for prefix in _prefixes(tensors, own) or [""]]
     return sorted(found, key=lambda choice: bool(_AVERAGE.search(choice.place)))
 
@@ -602,7 +603,7 @@ def _check_parts(path, choice, own):
     image = {name for name in own if name.startswith("visual.")}
     text = set(own) - image - {"logit_scale", "logit_bias"}
     for half, other, missing in (("text", "image", image), ("image", "text", text)):
-        if missing and missing <= absent and len(absent - missing) <= 1 and len(absent) < len(own):
+        if image and text and missing <= absent and len(absent - missing) <= 1 and len(absent) < len(own):
             raise DataError(f"{path} holds only the {half} half of a CLIP, nothing of its {other} tower: give a file "
                             "of the whole model")
 

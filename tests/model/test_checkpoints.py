@@ -533,3 +533,16 @@ def test_a_damaged_file_in_the_cache_is_named(no_network, tmp_path):
     cached(tmp_path/"hub", "timm/resnet50_clip.openai", "open_clip_model.safetensors", b"\x08\0\0\0\0\0\0\0{")
     with pytest.raises(UserError, match="RN50-quickgelu cannot be built .*remove .*open_clip_model.safetensors and"):
         build_clip("RN50", "openai")
+
+
+def test_a_model_whose_own_names_have_a_wrapper(tmp_path):
+    from colour_clip import ColourClip, read_words
+    from mcl_repro.model.clip import load_weights
+    own, other = (as_clip(ColourClip(), tokenizer=read_words, image_size=32) for _ in range(2))
+    with torch.no_grad():
+        own.model.module.palette.add_(1)
+    assert any(name.startswith("module.") for name in own.model.state_dict())
+    save_clip(own, tmp_path/"a.safetensors")
+    torch.save(dict(model={f"model.{k}": v for k, v in own.model.state_dict().items()}), tmp_path/"a.pt")
+    for name in ("a.safetensors", "a.pt"):
+        assert torch.equal(load_weights(other, tmp_path/name).model.module.palette, own.model.module.palette)
