@@ -77,14 +77,14 @@ def public_weights(
     if repository:
         names = (f"{file.rpartition('.')[0]}.safetensors", file) if file.endswith((".bin", ".pth")) else (file,)
         return _from_hub(repository, names if file else _WEIGHTS, what, instead)
-    target = Path.home()/".cache"/"clip"/known["url"].rpartition("/")[2]
-    reason = "" if target.is_file() else _unreachable(known["url"])
+    address = known.get("url") or ""
+    target = Path.home()/".cache"/"clip"/address.rpartition("/")[2]
+    reason = _unreachable(address) if address and not target.is_file() else ""
     try:
-        return Path(oc.download_pretrained(known)) if not reason else _no_file(what, reason, known["url"], instead)
+        if not reason:
+            return Path(oc.factory.download_pretrained(known))
     except (OSError, RuntimeError) as error:
-        _no_file(what, f"{target} is damaged or cut off ({type(error).__name__})", known["url"], instead)
-
-def _no_file(what, reason, address, instead):
+        reason = f"{target} is damaged or cut off ({type(error).__name__})"
     raise DataError(f"{what}: not on this machine, and it cannot be downloaded, {reason}. Download {address} where "
                     f"there is a network, and {instead}")
 

@@ -546,3 +546,20 @@ def test_a_model_whose_own_names_have_a_wrapper(tmp_path):
     torch.save(dict(model={f"model.{k}": v for k, v in own.model.state_dict().items()}), tmp_path/"a.pt")
     for name in ("a.safetensors", "a.pt"):
         assert torch.equal(load_weights(other, tmp_path/name).model.module.palette, own.model.module.palette)
+
+
+def test_a_half_downloaded_file_of_a_tag_without_the_hub_is_named(no_network, monkeypatch, tmp_path):
+    oc = import_open_clip()
+    known = dict(url="https://openaipublic.azureedge.net/clip/models/" + "a"*64 + "/RN50.pt", quick_gelu=True)
+    monkeypatch.setitem(oc.pretrained._PRETRAINED["RN50-quickgelu"], "openai", known)
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(DataError, match="openaipublic.azureedge.net does not answer .*Download https://openaipublic"):
+        build_clip("RN50-quickgelu", "openai")
+    (tmp_path/".cache"/"clip").mkdir(parents=True)
+    (tmp_path/".cache"/"clip"/"RN50.pt").write_bytes(b"half")
+    def urlopen(*given, **named):
+        raise OSError("nowhere")
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.warns(UserWarning, match="SHA256"), pytest.raises(DataError, match="RN50.pt is damaged or cut off"):
+        build_clip("RN50-quickgelu", "openai")
