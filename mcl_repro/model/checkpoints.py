@@ -223,6 +223,7 @@ class Checkpoint:
 _AVERAGE = re.compile(r"ema|swa|averag|teacher|momentum|shadow|polyak", re.IGNORECASE)
 _OTHERS = re.compile(r"optim|sched|scaler|^(hyper_parameters|loops|callbacks|rng)|_metadata$", re.IGNORECASE)
 
+# %% ../../nbs/model/checkpoints.ipynb #b5f165e7
 def _number_tensor(value):
     "A tensor of a checkpoint, from an array too; None for anything else."
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
@@ -265,7 +266,7 @@ def _sets(found, place="", depth=4):
             sets.update(_sets(value, f"{place}.{key}".lstrip("."), depth - 1))
     return sets
 
-# %% ../../nbs/model/checkpoints.ipynb #15bc62a9
+# %% ../../nbs/model/checkpoints.ipynb #9d0a4b1d
 @contextmanager
 def _one_line(path):
     "Whatever goes wrong inside with a file, as a DataError."
@@ -299,7 +300,7 @@ def _no_sets(path, found, kinds, script):
         "are not loaded here"
     )
 
-# %% ../../nbs/model/checkpoints.ipynb #9d0a4b1d
+# %% ../../nbs/model/checkpoints.ipynb #c5f05756
 def _read_file(path):
     "A `Checkpoint` from one file, whatever its name ends in."
     with open(path, "rb") as file:
@@ -329,7 +330,7 @@ def _numpy_archive(path):
     with np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}, set(), False
 
-# %% ../../nbs/model/checkpoints.ipynb #3dfabe0d
+# %% ../../nbs/model/checkpoints.ipynb #f589ae45
 _PARTS = (
     ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
@@ -369,7 +370,7 @@ def from_transformers(
             found[ours] = found.pop(theirs).T.contiguous()
     return found
 
-# %% ../../nbs/model/checkpoints.ipynb #12e4a458
+# %% ../../nbs/model/checkpoints.ipynb #e7f9f361
 _TEXT_DEFAULTS = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
                       max_position_embeddings=77, vocab_size=49408, hidden_act="quick_gelu", layer_norm_eps=1e-5)
 _IMAGE_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
@@ -401,7 +402,7 @@ def transformers_config(
     return dict(embed_dim=told.get("projection_dim", 512), quick_gelu="quick_gelu" in acts, vision_cfg=vision,
                 text_cfg=words)
 
-# %% ../../nbs/model/checkpoints.ipynb #e7f9f361
+# %% ../../nbs/model/checkpoints.ipynb #1ead9192
 def architecture(
     config: dict,   # of open_clip
 ) -> dict:          # what two configurations of the same network have in common
@@ -420,7 +421,7 @@ def architecture(
     return dict(embed_dim=config["embed_dim"], quick_gelu=bool(config.get("quick_gelu")), vision_cfg=image,
                 text_cfg=words, others=others, custom=bool(config.get("custom_text")))
 
-# %% ../../nbs/model/checkpoints.ipynb #0b99e961
+# %% ../../nbs/model/checkpoints.ipynb #9556c926
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.\w+)")
 _USUAL = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
@@ -456,7 +457,7 @@ def _shards_of(path):
         raise DataError(f"{path} names files outside of its folder: put the shards beside it")
     return [path.parent/name for name in names], set(places)
 
-# %% ../../nbs/model/checkpoints.ipynb #9556c926
+# %% ../../nbs/model/checkpoints.ipynb #d8fae892
 def checkpoint_files(
     path: Path,  # file, index of shards, one of several shards, or the folder that holds them
 ) -> tuple:      # files to read, and the names of all tensors where an index gives them, else None
@@ -484,6 +485,7 @@ def checkpoint_files(
         )
     return files, tensors
 
+# %% ../../nbs/model/checkpoints.ipynb #ab6f189c
 def read_checkpoint(
     path: Path,      # as for `checkpoint_files`
 ) -> Checkpoint:
@@ -518,7 +520,7 @@ def saved_facts(
     with _one_line(first), open(first, "rb") as file:
         return (_safetensors_header(first, file.read(512)) or {}).get("__metadata__") or {}
 
-# %% ../../nbs/model/checkpoints.ipynb #ec3706da
+# %% ../../nbs/model/checkpoints.ipynb #ff71fae8
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _CONSTANTS = re.compile(
     r"((visual|text|transformer)\.)*attn_mask|input_resolution|context_length|vocab_size|image_resolution|n_averaged|"
@@ -554,7 +556,7 @@ def _as_named(tensors, own):
         tensors = {re.sub(r"(^|\.)text\.", r"\1", name): tensor for name, tensor in tensors.items()}
     return tensors
 
-# %% ../../nbs/model/checkpoints.ipynb #bf921c5e
+# %% ../../nbs/model/checkpoints.ipynb #5d889ea2
 @dataclass
 class _Choice:
     "Tensors that may be the model's."
@@ -592,7 +594,7 @@ def _choices(checkpoint, own):
         found += [_choice(place, prefix, tensors, own) for prefix in _prefixes(tensors, own) or [""]]
     return sorted(found, key=lambda choice: bool(_AVERAGE.search(choice.place)))
 
-# %% ../../nbs/model/checkpoints.ipynb #5d889ea2
+# %% ../../nbs/model/checkpoints.ipynb #501e24eb
 def _check_parts(path, choice, own):
     "DataError for a file that is a part of a CLIP, or small changes to one."
     names, lacks = set(choice.tensors) | set(choice.beside), [name for name in choice.wrong if name in own]
@@ -614,7 +616,7 @@ def _check_numbers(path, tensors, own):
         raise DataError(f"{path} has whole numbers for {small[0]!r}: its weights were quantised; give the file from "
                         "before")
 
-# %% ../../nbs/model/checkpoints.ipynb #ebcd4bea
+# %% ../../nbs/model/checkpoints.ipynb #477bf62f
 def fitting_tensors(
     checkpoint: Checkpoint,  # as it was read
     own: dict,               # the model's state dict
