@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .commands import choice, command, flag, option, repeatable, say_json
-from ..core.errors import DataError, SettingsError
+from ..core.errors import SettingsError
 from ..core.options import add_device, number, SEED, whole_number
 from ..core.words import parse_pairs
 
@@ -369,18 +369,21 @@ def train(args):
     "Train a CLIP on pairs, from scratch or on."
     from mcl_repro.core.files import write_json
     from mcl_repro.model.clip import save_clip
+    from mcl_repro.model.training import check_batch, check_differences
     from mcl_repro.tools.cards import write_card
     from mcl_repro.tools.folders import note_of
     from mcl_repro.tools.inputs import as_pairs, Meter, readable_pairs
     from mcl_repro.tools.measuring import measure
     (out, made), recipe = _trained_file(args), _recipe(args)
-    pairs = _several(as_pairs(_given_data(args, pairs=args.pairs)["pairs"], tolerance=args.tolerance))
+    pairs = as_pairs(_given_data(args, pairs=args.pairs)["pairs"], tolerance=args.tolerance)
     test = as_pairs(args.test, "--test") if args.test else None
+    check_batch(len(pairs), recipe, whole=True)
+    check_differences(pairs)
     clip = _start(args)
     if args.dry_run:
         return _cost(args, _training_cost(clip, pairs, recipe))
     found = readable_pairs(pairs, args.tolerance, Meter())
-    _several(found.pairs)
+    check_batch(len(found.pairs), recipe, whole=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     restart = Path(f"{out}.unfinished")
     _claim(restart, dict(pairs=found.pairs.fingerprint, model=args.model, pretrained=args.pretrained,
@@ -410,15 +413,10 @@ def _recipe(args):
     return Recipe(args.epochs, args.batch_size, args.learning_rate, weight_decay=args.weight_decay,
                   warmup_steps=args.warmup_steps, seed=args.seed)
 
-def _several(pairs):
-    "DataError for a pair alone."
-    if len(pairs) < 2:
-        raise DataError(f"{pairs.name}: a pair alone has nothing to be compared with; give at least two")
-    return pairs
-
 def _goes_on(args):
     "Whether a training starts from weights that are there."
-    return bool(args.pretrained or Path(args.model).suffix)
+    from mcl_repro.tools.inputs import brings_weights
+    return brings_weights(args.model, args.pretrained)
 
 def _start(args):
     "The model before the training."
@@ -433,9 +431,10 @@ def _train(args, clip, pairs, recipe, checkpoint):
     "Train in place; the history of the loss."
     from mcl_repro.tools.inputs import Meter
     from mcl_repro.papers.mem import cropping
-    from mcl_repro.model.training import contrastive_loss, train, training_set
-    loss = cropping(contrastive_loss, args.seed) if args.crop else contrastive_loss
-    return train(clip, training_set(clip, pairs), recipe, loss, checkpoint=checkpoint, progress=Meter())
+    from mcl_repro.model.training import check_differences, contrastive_loss, train, training_set
+    loss, data = cropping(contrastive_loss, args.seed) if args.crop else contrastive_loss, training_set(clip, pairs)
+    check_differences(data)
+    return train(clip, data, recipe, loss, checkpoint=checkpoint, progress=Meter())
 
 def _training_card(args, clip, found, recipe, history, measured):
     "What was trained, on what, and how it ended."

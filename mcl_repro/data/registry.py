@@ -90,7 +90,7 @@ def dataset_entry(name:str) -> dict:
     near = difflib.get_close_matches(name, known, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
     raise DataError(
-        f"unknown data set {name}; {hint} A folder of your own is registered with: mcl_repro data add {name} FOLDER"
+        f"unknown data set {name or repr(name)}; {hint} A folder of your own is registered with: mcl_repro data add {name} FOLDER"
     )
 
 def split_names(name:str, entry:dict) -> list[str]:
@@ -150,7 +150,7 @@ class DataRef:
     fingerprint: str
 
 def _count(text:str, source:str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
+    if not re.fullmatch(r"[1-9]\d{0,8}", text):
         raise DataError(f"{source}: {text} is not a number of images; write name:split or name:split:count")
     return int(text)
 

@@ -41,13 +41,15 @@ from ..data.readers import check_text, read_csv_pairs, write_csv_pairs
 from ..lab.profiles import load_profile, merge_settings
 from ..measures.metrics import bootstrap_interval, hits, median_rank, paired_bootstrap, retrieval_ranks
 from ..model.clip import build_clip, Clip, embed_images, embed_texts, is_causal, mini_models, tokenize
-from ..model.training import contrastive_loss, epoch_batches, read_batch, Recipe, train, training_set
+from mcl_repro.model.training import (
+    check_batch, check_differences, contrastive_loss, epoch_batches, read_batch, Recipe, train, training_set,
+)
 from ..papers.mem import allowed_tokens, protect_pairs, Search
 from .cards import Card, limits_of, write_card, write_page
 from .folders import NOTE
 from mcl_repro.tools.inputs import (
-    as_clip, as_pairs, Cost, differing, input_row, model_fingerprint, no_problems, pair_remarks, Readable,
-    readable_pairs,
+    as_clip, as_pairs, brings_weights, Cost, differing, input_row, model_fingerprint, no_problems, pair_remarks,
+    Readable, readable_pairs,
 )
 
 # %% ../../nbs/tools/protecting.ipynb #31b6d4cf
@@ -73,7 +75,7 @@ def own_copy(model, # anything for `as_clip`
 
 def is_untrained(model, pretrained) -> bool:
     "Whether what was given for `as_clip` is the name of an architecture without weights."
-    return isinstance(model, str) and not pretrained and Path(model).suffix != ".safetensors"
+    return not brings_weights(model, pretrained)
 
 def check_surrogate(clip: Clip, length: int # tokens of a trigger
     ) -> Clip: # with a tokenizer that the search can use
@@ -140,6 +142,7 @@ def _recipe_of(base, changes, count, seed):
             return None
         recipe = {**(usual or {}), **(changes or {})}
         recipe = _of_kind(Recipe, {**recipe, "seed": recipe.get("seed", seed)}, "recipe")
+    check_batch(count, recipe, whole="batch_size" in (changes if isinstance(changes, dict) else ()))
     return replace(recipe, batch_size=min(recipe.batch_size, count))
 
 def numbers_of(clip: Clip, # the surrogate
@@ -728,6 +731,8 @@ def protect(pairs, # to protect: `Pairs`, a file, or `name:split`
     given, clip = as_pairs(pairs, tolerance=tolerance), own_copy(surrogate, pretrained, device)
     _check_format(format, keep_size, given, folder and Path(folder))
     found = numbers_of(clip, len(given), method, search, recipe, seed, **numbers)
+    if found.recipe:
+        check_differences(given)
     clip = check_surrogate(clip, found.search.length)
     if found.search.direction == "maximise" and is_untrained(surrogate, pretrained):
         raise SettingsError(f"{method} needs a surrogate that has been trained: give pretrained=, or a checkpoint")
@@ -756,7 +761,9 @@ def _learned(start: Clip, pairs: Pairs, recipe: Recipe, change, test: Pairs, che
     clip = own_copy(start, device=start.device)
     if change:
         pairs = pairs.replace(images=ChangedImages(pairs.images, change, clip.image_size))
-    train(clip, training_set(clip, pairs), recipe, checkpoint=checkpoint, progress=progress)
+    data = training_set(clip, pairs)
+    check_differences(data)
+    train(clip, data, recipe, checkpoint=checkpoint, progress=progress)
     return _ranks(clip, test)
 
 # %% ../../nbs/tools/protecting.ipynb #8442a2fa
@@ -824,7 +831,9 @@ def _start(protected, model, pretrained, recipe, seed, device) -> tuple: # Clip,
     if not isinstance(recipe, Recipe):
         profile = load_profile("mini" if clip.name in mini_models() else "paper").mem
         usual = training_recipe(profile.hacker if scratch else profile.faces.recipe, len(protected.clean))
+        asked = "batch_size" in (recipe or {})
         recipe = _of_kind(Recipe, {"seed": seed, **usual, **(recipe or {})}, "recipe")
+        check_batch(len(protected.clean), recipe, whole=asked)
     return clip, recipe, "trained from scratch" if scratch else "fine-tuned"
 
 # %% ../../nbs/tools/protecting.ipynb #ca79e9e1

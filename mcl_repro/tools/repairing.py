@@ -34,7 +34,8 @@ from ..measures.metrics import bootstrap_interval, correct, hits, paired_bootstr
 from ..model.augmentation import bare_words, synonym_source
 from ..model.clip import Clip, embed_images, embed_texts, mini_models, save_clip, zero_shot_weights
 from mcl_repro.model.training import (
-    Callback, contrastive_loss, free_memory, read_batch, Recipe, rows_of, StopWhen, train, training_set,
+    Callback, check_batch, check_differences, contrastive_loss, free_memory, read_batch, Recipe, rows_of, StopWhen,
+    train, training_set,
 )
 from ..papers.cfbd import detect, embed_pairs, kept_rows, train_mapping
 from mcl_repro.papers.cleanclip import (
@@ -124,10 +125,7 @@ def _settled_recipe(base, changes, seed):
         return {}
     every = {f.name: None for f in fields(Recipe)} | base
     recipe = {**base, **_laid_over(every, changes, "setting of recipe")}
-    recipe = {k: v for k, v in recipe.items() if k in base or k in changes} | dict(seed=seed)
-    if Recipe(**recipe).batch_size < 2:
-        raise SettingsError("batch_size: a pair alone has nothing to be compared with; give at least 2")
-    return recipe
+    return {k: v for k, v in recipe.items() if k in base or k in changes} | dict(seed=seed)
 
 # %% ../../nbs/tools/repairing.ipynb #1488373a
 def settle(way: Method, clip: Clip,
@@ -145,6 +143,8 @@ def settle(way: Method, clip: Clip,
     known = copy.deepcopy(dict(defaults))
     changes = asdict(recipe) if isinstance(recipe, Recipe) else dict(recipe or {})
     settled = _settled_recipe(dict(known.pop("recipe", {})), changes, seed)
+    if settled:
+        check_batch(count, Recipe(**settled), whole="batch_size" in changes)
     return RepairSettings(settled, _laid_over(known, given, "setting"), name, why)
 
 # %% ../../nbs/tools/repairing.ipynb #907be444
@@ -159,6 +159,7 @@ def _noted(progress, what):
 def trained(clip: Clip, pairs, recipe: dict, loss=contrastive_loss, progress=None, checkpoint=None) -> dict:
     "Train a model on pairs in place, and say how it went: facts for `repair`."
     data, noted = training_set(clip, pairs), _noted(progress, "training")
+    check_differences(data)
     history = train(clip, data, Recipe(**recipe), loss=loss, checkpoint=checkpoint, progress=noted)
     losses = [round(h["loss"], 6) for h in history]
     return dict(steps=history[-1]["step"], loss=losses, captions_cut=data.captions_cut, pairs=len(data))

@@ -8,8 +8,9 @@ import torch
 
 from mcl_repro.core.files import sha256_of
 from mcl_repro.model.clip import (
-    build_clip, embed_texts, load_weights, Origin, read_tensors, save_clip, saved_facts, token_table, tokenize,
+    build_clip, embed_texts, load_weights, Origin, read_tensors, save_clip, token_table, tokenize,
 )
+from mcl_repro.model.checkpoints import saved_facts
 from mcl_repro.data.pairs import ArrayImages, Pairs
 from mcl_repro.data.registry import open_data
 from mcl_repro.core.errors import DataError, SettingsError

@@ -205,7 +205,7 @@ def files_of_kinds(tmp_path):
             DataError,
             r"trap.pt is not a file of plain tensors .* where you trust it, pickles are not loaded here",
         ),
-        ("module.pt", DataError, "pickles are not loaded here"),
+        ("module.pt", DataError, "module.pt does not fit smoke-RN"),
         ("cut.safetensors", DataError, "not a file of plain tensors"),
         ("numbers.pt", DataError, "holds no state dict of tensors"),
         ("numbered.pt", DataError, "holds no state dict of tensors"),
