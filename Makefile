@@ -39,7 +39,7 @@ $(READY): constraints.txt settings.ini setup.py pyproject.toml
 	@echo "creating the environment in .venv (once; a few minutes) ..."
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools wheel
-	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt --editable '.[reproduce,cluster,shards,site,dev]'
+	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt --editable '.[reproduce,cluster,shards,datasets,site,dev]'
 	@touch $@
 
 reproduce: $(READY)

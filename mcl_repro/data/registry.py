@@ -90,7 +90,8 @@ def dataset_entry(name:str) -> dict:
     near = difflib.get_close_matches(name, known, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
     raise DataError(
-        f"unknown data set {name or repr(name)}; {hint} A folder of your own is registered with: mcl_repro data add {name} FOLDER"
+        f"unknown data set {name or repr(name)}; {hint} A folder of your own is registered with: "
+        f"mcl_repro data add {name or 'NAME'} FOLDER"
     )
 
 def split_names(name:str, entry:dict) -> list[str]:

@@ -16,7 +16,7 @@ from ..core.errors import DataError, SettingsError
 from .labelled import labelled_of_table
 from .pairs import LabelledImages, Pairs, row_numbers, sha256_of_array, StoredImages
 from .readers import choose_split, pairs_of_table
-from .tables import column_kind, plain_name, Table, table_of_entries
+from .tables import column_kind, IMAGE_NAMES, plain_name, Table, table_of_entries
 
 # %% auto #0
 __all__ = ['HeldImages', 'data_of_table', 'is_python_source', 'open_python', 'read_parquet', 'read_saved_dataset', 'open_hub']
@@ -130,7 +130,7 @@ def open_python(
     name: str|None=None,       # name of the result
     **options,                 # of `data_of_table`
 ) -> Pairs|LabelledImages:
-    "Python's objects as pairs or labelled images; paths are relative to the working folder."
+    "Python's objects as pairs or labelled images; paths are absolute, or relative to the working folder."
     if _is_hub_data(data):
         return _of_hub_data(data, kind, tolerance, split, name, **options)
     if hasattr(data, "iterrows"):
@@ -141,7 +141,18 @@ def open_python(
         table = table_of_entries(list(data), name or "list", Path.cwd())
     if not len(table):
         raise DataError(f"{table.name}: it has no row; a list of pairs has at least one")
+    if options.get("root") is None:
+        options["root"] = _common_folder(table)
     return data_of_table(table, kind, tolerance=tolerance, name=name or table.name, **options)
+
+def _common_folder(table):
+    "The folder that all paths of a table lie below, where they are absolute; else None."
+    names = [plain_name(name) for name in table.columns]
+    k = next((names.index(name) for name in IMAGE_NAMES if name in names), None)
+    paths = [] if k is None else [str(row[k]) for row in table.rows if isinstance(row[k], (str, os.PathLike))]
+    if not paths or not all(os.path.isabs(path) for path in paths):
+        return None
+    return os.path.commonpath([os.path.dirname(path) for path in paths])
 
 # %% ../../nbs/data/sources.ipynb #9b6c4bfe
 def _extra(name):

@@ -179,8 +179,8 @@ CSV = {
         "spoilt.csv: id 7 comes twice .*; ids must be unique",
     ),
     "no column of that name": (
-        b"picture,text\n0.png,a\n",
-        "spoilt.csv: there is no column caption; it has picture, text; choose with",
+        b"view,words\n0.png,a\n",
+        "spoilt.csv: there is no column image; it has view, words; choose with",
     ),
 }
 @pytest.mark.parametrize("what", CSV)
