@@ -62,6 +62,7 @@ def decode_text(
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
           (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
+# %% ../../nbs/core/files.ipynb #407dd82f
 def _encoding(data):
     "UTF-8, or UTF-16 and UTF-32: by the mark at the beginning, or by every second byte being 0."
     for mark, name in _MARKS:

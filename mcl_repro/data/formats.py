@@ -56,6 +56,7 @@ def typed_options(
             (unused or set()).discard(name)
     return out
 
+# %% ../../nbs/data/formats.ipynb #60c6fc36
 def _typed(parameter, name, value):
     "A typed text as its parameter wants it."
     wanted = str(parameter.annotation)
@@ -177,6 +178,7 @@ def _detect_json(folder, files):
             found.append(_layout("json", {split: dict(path=f)}))
     return found + ([_layout("coco", coco)] if coco else [])
 
+# %% ../../nbs/data/formats.ipynb #73c03413
 def _detect_tables(folder, files, folders):
     "Lists of captions or labels, here or one folder down, where Hugging Face's imagefolder has its `metadata`."
     found = []
@@ -255,6 +257,7 @@ def file_format(
     raise DataError(f"{path}: no reader for {ending}; give a .csv, .tsv, .json, .jsonl, .parquet, .tar or a folder, "
                     "or register the data with: mcl_repro data add NAME FOLDER")
 
+# %% ../../nbs/data/formats.ipynb #efd6275a
 def _open_folder(folder, kind, tolerance, options, unused):
     "The one data set of a folder, or one of its splits."
     layouts = detect_layouts(folder)
@@ -293,6 +296,7 @@ def _opened(layouts, folder, kind, tolerance, options, unused):
         raise DataError(f"{folder}: there is no {', '.join(missing)}; check that the data are complete")
     return _read(splits[name]["format"], resolved, kind, tolerance, options, unused)
 
+# %% ../../nbs/data/formats.ipynb #b3cfa1eb
 def _one_split(folder, splits, asked):
     "The name of one split."
     if asked is None and len(splits) > 1:

@@ -116,6 +116,7 @@ def _by_folder(folder) -> tuple[dict, dict, list]:
         others += more
     return found, {d: d for d in found}, [others_text(others)]
 
+# %% ../../nbs/data/labelled.ipynb #3aa0f7ed
 def check_class_folders(
     folder: Path|str,  # that holds them
     names: list[str],  # of the folders
@@ -223,6 +224,7 @@ def _label_position(table, image):
             return k
     return 1 - int(image) if table.width == 2 else None
 
+# %% ../../nbs/data/labelled.ipynb #85692339
 def labelled_of_table(
     table: Table,
     image=None,                # see `read_csv_labels`
@@ -293,6 +295,7 @@ def _numbered(labels, classnames, table, rows) -> tuple[list, list, list]:
         said.append(f"classes are named by {beside.name}.")
     return numbers, list(names), said
 
+# %% ../../nbs/data/labelled.ipynb #40678cea
 def _of_numbers(numbers, classnames, beside, table):
     "Names of integer classes: given, from the file beside the list, or ImageNet's where labels reach 999."
     if classnames is not None:

@@ -309,6 +309,8 @@ def _token(line):
     return (_TAB if "\t" in line else _BLANKS).fullmatch(line)
 
 _TAB = re.compile(r"(?P<image>[^\t]*\S)\s*#(?P<k>\d+)\t(?P<caption>.*)", re.S)
+
+# %% ../../nbs/data/readers.ipynb #f39597e0
 _BLANKS = re.compile(r"(?P<image>.*?\S)\s*#(?P<k>\d+)\s{2,}(?P<caption>.*)", re.S)
 
 def _flickr_tokens(path) -> tuple[dict, list]:
@@ -360,6 +362,7 @@ def read_karpathy_pairs(
     return build_pairs(images, list(listed), captions, wheres.__getitem__, name or f"{Path(path).stem}:{split}",
                        base=Path(path).parent, tolerance=tolerance)
 
+# %% ../../nbs/data/readers.ipynb #a32e2872
 def choose_split(
     path,             # of the data, or their name
     there: dict,      # split -> how much it has

@@ -199,6 +199,8 @@ def _parse(source:str) -> tuple[str, str, int|None, int]:
     if name == "world1" and rest:
         from mcl_repro.data.world import first_version
         name, rest[0] = "world", first_version(rest[0])
+    if not name:
+        raise DataError(f"{source!r} begins with a colon: write the name of a data set before it, name:split")
     if not 1 <= len(rest) <= (3 if name == "world" else 2) or not all(rest):
         if name in known_datasets():
             raise DataError(

@@ -323,7 +323,7 @@ def test_a_defender_sees_neither_rows_nor_labels(attack, k):
     seen = bad.pairs
     assert type(seen) is Pairs and seen.ids == clean.ids and seen.name == clean.name
     public = {n for n in vars(seen) if not n.startswith("_")} - {"fingerprint"}
-    assert public == {"ids", "captions", "images", "image_rows", "labels", "name"}
+    assert public == {"ids", "captions", "images", "image_rows", "labels", "name", "left_out", "remarks"}
     assert seen.labels is None
     # no rows, no second source
     assert set(n for n in vars(seen.images) if not n.startswith("_")) <= {"size", "fingerprint"}

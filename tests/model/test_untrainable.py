@@ -105,10 +105,10 @@ def test_protect():
 
 
 @pytest.mark.parametrize("count, options, says", [
-    (1, [], "1 pair alone has nothing to be compared with"), (3, ["--batch-size", "1"], "a pair alone has nothing"),
+    (1, [], "1 pair alone has nothing to be compared with"), (3, ["--batch-size", "1"], "argument --batch-size: '1' is not a whole number from 2"),
     (3, [], "3 pairs are fewer than a batch of 128"),
-    (3, ["--batch-size", "2", "--epochs", "0"], "epochs must be positive"),
-    (3, ["--batch-size", "2", "--learning-rate", "nan"], "learning_rate must be positive, not nan"),
+    (3, ["--batch-size", "2", "--epochs", "0"], "argument --epochs: '0' is not a whole number from 1"),
+    (3, ["--batch-size", "2", "--learning-rate", "nan"], "argument --learning-rate: 'nan' is not a number above 0"),
 ])
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_the_command_train(tmp_path, capsys, count, options, says, dry):
