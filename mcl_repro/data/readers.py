@@ -308,7 +308,7 @@ def _token(line):
     "Image, number and caption of a line: before the first tab, or, in a line without one, before several blanks."
     return (_TAB if "\t" in line else _BLANKS).fullmatch(line)
 
-_TAB = re.compile(r"(?P<image>[^\t]*\S)\s*#(?P<k>\d+)\t(?P<caption>.*)", re.S)
+_TAB = re.compile(r"(?P<image>[^\t]*\S) *#(?P<k>\d+)\t(?P<caption>.*)", re.S)
 
 # %% ../../nbs/data/readers.ipynb #f39597e0
 _BLANKS = re.compile(r"(?P<image>.*?\S)\s*#(?P<k>\d+)\s{2,}(?P<caption>.*)", re.S)

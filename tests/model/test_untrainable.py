@@ -105,7 +105,8 @@ def test_protect():
 
 
 @pytest.mark.parametrize("count, options, says", [
-    (1, [], "1 pair alone has nothing to be compared with"), (3, ["--batch-size", "1"], "argument --batch-size: '1' is not a whole number from 2"),
+    (1, [], "1 pair alone has nothing to be compared with"),
+    (3, ["--batch-size", "1"], "argument --batch-size: '1' is not a whole number from 2"),
     (3, [], "3 pairs are fewer than a batch of 128"),
     (3, ["--batch-size", "2", "--epochs", "0"], "argument --epochs: '0' is not a whole number from 1"),
     (3, ["--batch-size", "2", "--learning-rate", "nan"], "argument --learning-rate: 'nan' is not a number above 0"),
