@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Towers', 'brings_weights', 'as_clip', 'model_fingerprint', 'check_share', 'Source', 'as_pairs', 'as_labelled',
-           'first_error', 'Readable', 'no_problems', 'left_out_table', 'check_tolerance', 'readable_pairs',
-           'foreign_captions', 'pair_remarks', 'model_title', 'input_row', 'differing', 'Meter', 'Cost']
+           'first_error', 'Readable', 'no_problems', 'text_table', 'left_out_table', 'check_tolerance',
+           'readable_pairs', 'foreign_captions', 'pair_remarks', 'model_title', 'input_row', 'differing', 'Meter',
+           'Cost']
 
 # %% ../../nbs/tools/inputs.ipynb #fed68f50
 import hashlib
@@ -295,6 +296,15 @@ def no_problems() -> pd.DataFrame: # `id`, `problem`, without rows
     return pd.DataFrame(dict(id=[], problem=[]), dtype=object)
 
 # %% ../../nbs/tools/inputs.ipynb #afee060e
+def text_table(
+    columns: dict,     # name -> values, as many in each
+) -> pd.DataFrame:     # texts as Python's strings
+    """A table of any text: pandas keeps strings in pyarrow where that is installed, and pyarrow refuses the half
+    characters that stand for the bytes of a file name that is not UTF-8."""
+    as_they_are = lambda values: pd.Series(values, dtype=object)
+    is_text = lambda values: any(isinstance(value, str) for value in values)
+    return pd.DataFrame({k: as_they_are(list(v)) if is_text(v) else v for k, v in columns.items()})
+
 def left_out_table(
     data,              # `Pairs` or `LabelledImages`
 ) -> pd.DataFrame:     # `id`, `problem`

@@ -37,6 +37,7 @@ from ..model.clip import embed_images, embed_texts, tokenize, zero_shot_weights
 from .cards import Card, limits_of, write_card
 from mcl_repro.tools.inputs import (
     as_clip, as_labelled, as_pairs, Cost, first_error, input_row, model_title, pair_remarks, readable_pairs,
+    text_table,
 )
 
 # %% ../../nbs/tools/measuring.ipynb #666a65c0
@@ -105,7 +106,7 @@ def _poison_table(done, clean):
         caption_before=[clean.captions[row] for row in done.rows],
         caption_after=done.captions,
     )
-    return pd.DataFrame(told | distortion(before, done.images))
+    return text_table(told | distortion(before, done.images))
 
 # %% ../../nbs/tools/measuring.ipynb #846e2a9f
 def _shared_remark(done, clean):

@@ -49,7 +49,7 @@ from .cards import Card, limits_of, write_card, write_page
 from .folders import NOTE
 from mcl_repro.tools.inputs import (
     as_clip, as_pairs, brings_weights, Cost, differing, input_row, model_fingerprint, no_problems, pair_remarks,
-    Readable, readable_pairs,
+    Readable, readable_pairs, text_table,
 )
 
 # %% ../../nbs/tools/protecting.ipynb #31b6d4cf
@@ -177,13 +177,13 @@ def captions_without_room(clip: Clip, pairs: Pairs, length: int # tokens of a tr
     if not length:
         return no_problems()
     tokens, _ = tokenize(clip, list(pairs.captions))
-    problems = []
+    ids, problems = [], []
     for k in (~has_room(tokens, length)).nonzero().flatten().tolist():
         own = len(clip.tokenizer.encode(pairs.captions[k])) + 2     # with start and end
-        problem = (f"the caption of {pairs.ids[k]} has {own} tokens and leaves no room for a trigger of {length} "
-                   f"in a context of {tokens.shape[1]}")
-        problems.append(dict(id=pairs.ids[k], problem=problem))
-    return pd.DataFrame(problems) if problems else no_problems()
+        ids.append(pairs.ids[k])
+        problems.append(f"the caption of {pairs.ids[k]} has {own} tokens and leaves no room for a trigger of {length} "
+                        f"in a context of {tokens.shape[1]}")
+    return text_table(dict(id=ids, problem=problems)) if problems else no_problems()
 
 def _check_room(problems, total, tolerance, name):
     "DataError, with the first cases, where more captions than tolerated are too long."
@@ -355,7 +355,7 @@ def pair_table(clean: Pairs, # as they were given
         listed.append(dict(id=clean.ids[k], **words, caption=published.captions[k], **facts))
         if progress and (k % 50 == 49 or k + 1 == count):
             progress(k + 1, count, "pairs", "measuring")
-    return pd.DataFrame(listed)
+    return text_table({column: [row[column] for row in listed] for column in listed[0]})
 
 # %% ../../nbs/tools/protecting.ipynb #f3029886
 @torch.no_grad()

@@ -49,7 +49,7 @@ from mcl_repro.papers.ubt import (
 from .cards import Card, limits_of, write_card
 from mcl_repro.tools.inputs import (
     as_clip, as_labelled, as_pairs, check_tolerance, Cost, differing, input_row, model_fingerprint, model_title,
-    no_problems, pair_remarks, readable_pairs,
+    no_problems, pair_remarks, readable_pairs, text_table,
 )
 
 # %% ../../nbs/tools/repairing.ipynb #80a57ac6
@@ -959,10 +959,9 @@ def _selected_rows(before, after, opened, table):
     "The table of selected pairs with their ids and captions, and how their similarity changed."
     rows = table.pop("row").to_numpy()
     chosen = opened.pairs.select(rows)
-    for column, values in dict(caption=chosen.captions, id=chosen.ids, row=opened.rows[rows]).items():
-        table.insert(0, column, values)
+    told = dict(row=opened.rows[rows], id=chosen.ids, caption=chosen.captions) | dict(table.items())
     cosines = [similarities(clip, chosen).astype(float) for clip in (before, after)]
-    return _change("cosine of the selected pairs", *cosines, 1., "", judged=False)
+    return text_table(told), _change("cosine of the selected pairs", *cosines, 1., "", judged=False)
 
 def measure_change(before: Clip, after: Clip, opened: Given, facts: dict
     ) -> tuple: # measured rows for the card, selected pairs
@@ -974,7 +973,8 @@ def measure_change(before: Clip, after: Clip, opened: Given, facts: dict
         measured += watch_images(before, after, opened.watched_images, headed)
     if len(table) and opened.pairs is not None:
         facts["selected_pairs"] = len(table)
-        measured.append(_selected_rows(before, after, opened, table))
+        table, change = _selected_rows(before, after, opened, table)
+        measured.append(change)
     moved = weight_change(before, after)
     if moved is not None:
         measured.append(dict(what="weights moved, relative to their length", value=moved, unit=""))

@@ -47,7 +47,7 @@ from mcl_repro.papers.cfbd import (
 from .cards import Card, limits_of, write_card, write_page
 from mcl_repro.tools.inputs import (
     as_clip, as_pairs, check_tolerance, Cost, first_error, foreign_captions, input_row, model_fingerprint, no_problems,
-    pair_remarks, Readable,
+    pair_remarks, Readable, text_table,
 )
 
 # %% ../../nbs/tools/scanning.ipynb #e115e7ba
@@ -569,7 +569,7 @@ def left_out_rows(
     n = len(ids)
     table = dict(id=ids, verdict=["unreadable"]*n, score=np.full(n, np.nan), fit=np.full(n, np.nan),
                  group=np.zeros(n, np.int64), copies=np.ones(n, np.int64), note=problems, caption=[""]*n)
-    return pd.DataFrame(table)[list(COLUMNS)]
+    return text_table(table)[list(COLUMNS)]
 
 @patch
 def part(
@@ -592,7 +592,7 @@ def part(
         note=np.where(foreign_captions(captions), "caption not in Latin letters", ""),
         caption=captions,
     )
-    return pd.DataFrame(table)[list(COLUMNS)]
+    return text_table(table)[list(COLUMNS)]
 
 # %% ../../nbs/tools/scanning.ipynb #c6f5f6a7
 @patch(as_prop=True)

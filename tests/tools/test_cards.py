@@ -357,7 +357,7 @@ def test_hostile_text_stays_text_on_the_page(text, tmp_path):
     image = np.zeros((8, 8, 3), np.uint8)
     extras = lambda t: dict(
         galleries=[(t, [dict(image=image, caption=t, label=t, tone="bad")], t)],
-        tables=[(t, pd.DataFrame({t or "x": [t]}), t)],
+        tables=[(t, pd.DataFrame([[t]], columns=pd.Index([t or "x"], dtype=object), dtype=object), t)],
     )
     page, plain = (
         elements(write_page(card_with(t), tmp_path / f"{i}.html", **extras(t))) for i, t in enumerate((text, "a"))
