@@ -18,6 +18,7 @@ from ..core.errors import DataError
 from ..core.files import csv_quoting, read_json, read_text
 from .finding import find_pictures, picture_folder, pictures_below, relative_names
 from .pairs import FileImages, Images, Pairs, tolerated
+from .pictures import as_rgb
 from mcl_repro.data.tables import (
     CAPTION_NAMES, caption_problem, caption_remarks, choose_column, column_kind, IMAGE_NAMES, LABEL_NAMES,
     picture_column, read_entries, read_table, Table,
@@ -506,7 +507,7 @@ def write_csv_pairs(
     path = folder/"pairs.csv"
     files = {int(r): f"images/{k:06d}.png" for k, r in enumerate(used)}
     def one(row):
-        picture = Image.fromarray(pairs.images.array([row], size)[0]) if size else pairs.images[row]
+        picture = Image.fromarray(pairs.images.array([row], size)[0]) if size else as_rgb(pairs.images[row])
         picture.save(folder/files[row], compress_level=1)
     with ThreadPoolExecutor(Images.workers) as pool:
         list(pool.map(one, files))

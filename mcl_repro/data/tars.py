@@ -419,5 +419,5 @@ def _check_left_out(counted, left_out, total, tolerance, name):
         tolerated(counted, total, tolerance, name)
     except DataError as e:
         lacks = any(": sample " in problem and " has no " in problem for _, problem in counted)
-        skip = ", or leave out what lacks a picture or a caption with incomplete=skip" if lacks else ""
-        raise DataError(f"{e}{'' if len(left_out) == total else skip}") from None
+        skip = ", or leave out what lacks a picture or a caption with incomplete=skip (--option incomplete=skip)"
+        raise DataError(f"{e}{skip if lacks and len(left_out) < total else ''}") from None
