@@ -24,6 +24,7 @@ from PIL import Image
 from .steganography import encoder_from, hide, secret_bits
 from ..core.errors import DataError, SettingsError
 from ..core.files import read_json
+from ..core.words import figure_text
 from ..data.pairs import ArrayImages, ConcatImages, Images, MixedImages, Pairs
 from ..data.pictures import as_rgb
 from ..model.clip import imagenet_templates
@@ -859,9 +860,9 @@ def _label(attack: Attack) -> str:
     "Name and the settings that are words (and WaNet's grid, which makes it one attack or another), as a short title"
     told = {f.name: getattr(attack, f.name) for f in fields(attack)}
     said = [str(v) for k, v in told.items() if isinstance(v, str) and k not in _OF_BYTES or k == "grid"]
-    return " ".join([attack.name, *said])
+    return figure_text(" ".join([attack.name, *said]))
 
 def _wrapped(text: str, width: int=34) -> str:
     "Text in short lines"
     import textwrap
-    return "\n".join(textwrap.wrap(text, width)[:3])
+    return figure_text("\n".join(textwrap.wrap(text, width)[:3]))

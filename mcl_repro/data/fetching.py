@@ -5,9 +5,10 @@
 # %% ../../nbs/data/fetching.ipynb #b35cf91c
 from __future__ import annotations
 
-import datetime, inspect, os, re, shutil, tarfile, zipfile
+import datetime, inspect, lzma, os, re, shutil, stat, tarfile, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,7 +23,8 @@ from mcl_repro.data.registry import (
 from .tars import data_home
 
 # %% auto #0
-__all__ = ['add_dataset', 'extract', 'fetch_dataset', 'list_datasets', 'show_dataset', 'verify_dataset']
+__all__ = ['LARGEST_RATIO', 'LARGEST_COUNT', 'add_dataset', 'extract', 'fetch_dataset', 'list_datasets', 'show_dataset',
+           'verify_dataset']
 
 # %% ../../nbs/data/fetching.ipynb #9a7a654f
 def add_dataset(
@@ -166,11 +168,62 @@ def _receive(url, part, progress) -> bool:
     return True
 
 # %% ../../nbs/data/fetching.ipynb #576f1a6a
+LARGEST_RATIO = 200                # bytes unpacked for each byte of an archive, beyond the first 100 MB
+LARGEST_COUNT = 5_000_000          # members of an archive; ImageNet has 1.3 million files
+
+def _zip_members(z):
+    "Name, size and a function that opens it, of each file of a zip; a function for what is no plain file is None."
+    for info in z.infolist():
+        if not info.is_dir():
+            plain = not stat.S_ISLNK(info.external_attr >> 16)
+            yield info.filename, info.file_size, partial(z.open, info) if plain else None
+
+def _tar_members(t):
+    "The same of a tar."
+    for member in t:
+        if not member.isdir():
+            plain = member.isreg() and not member.issparse()
+            yield member.name, member.size, partial(t.extractfile, member) if plain else None
+
+def _check_member(name, opened, archive):
+    "DataError for what is no plain file, or has a name that leads outside."
+    path = name.replace("\\", "/")
+    outside = path.startswith("/") or re.match(r"[A-Za-z]:", path) or ".." in path.split("/")
+    if outside or not opened:
+        what = "would be written outside its folder" if outside else "is a link, a device or a sparse file"
+        raise DataError(f"{archive}: member {name} {what}; this archive is not safe and was not unpacked")
+
+def _check_size(count, total, size, archive, part):
+    "DataError for an archive that unpacks to what nobody packs, or to more than there is room for."
+    packed = archive.stat().st_size
+    if count > LARGEST_COUNT or total > 10**8 + LARGEST_RATIO * packed:
+        raise DataError(f"{archive}: {packed:,} bytes unpack to more than {total:,} in {count:,} files; this archive "
+                        "is not safe and was not unpacked")
+    free = shutil.disk_usage(part).free
+    if size > free:
+        raise DataError(f"{archive}: {size:,} bytes more are needed where {free:,} are free; make room")
+
+# %% ../../nbs/data/fetching.ipynb #576f1a6b
+def _unpack(members, archive: Path, part: Path):
+    "Write members into an empty folder, whole and with the usual rights."
+    total = 0
+    for count, (name, size, opened) in enumerate(members, 1):
+        _check_member(name, opened, archive)
+        total += size
+        _check_size(count, total, size, archive, part)
+        target = part/name.replace("\\", "/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with opened() as source, open(target, "wb") as out:
+            shutil.copyfileobj(source, out, 2**20)
+
 def extract(
     archive: Path|str, # .zip, .tar, .tar.gz, .tgz, .tar.bz2 or .tar.xz
     folder: Path|str,  # gets the content
 ) -> None:
-    "Unpack an archive, all or nothing; DataError for a member that would leave the folder."
+    """Unpack an archive, all or nothing.
+
+    DataError for a member that would leave the folder, that is no plain file, or for which there is no room.
+    """
     archive, folder = Path(archive), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder/f".unpacking-{archive.name}"
@@ -179,36 +232,21 @@ def extract(
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as z:
-                for member in z.namelist():
-                    _refuse_escape(member, archive)
-                    z.extract(member, part)
+                _unpack(_zip_members(z), archive, part)
         else:
             with tarfile.open(archive) as t:
-                for m in t:
-                    _refuse_escape(m.name, archive)
-                    t.extract(m, part, filter="data")
+                _unpack(_tar_members(t), archive, part)
         _move_into(part, folder)
-    except tarfile.FilterError as e:
-        raise DataError(
-            f"{archive}: member {e.tarinfo.name} would be written outside its folder or is not a plain file; "
-            "this archive is not safe and was not unpacked"
-        ) from None
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
+    except _DAMAGE as e:
         if isinstance(e, OSError) and e.errno:
             raise DataError(f"{folder}: cannot be written ({e.strerror}); make room or choose another folder") from None
-        raise DataError(
-            f"{archive}: not a whole archive ({short_reason(e)}); delete it and fetch it again"
-        ) from None
+        raise DataError(f"{archive}: not a whole archive ({short_reason(e)}); delete it and fetch it again") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
-def _refuse_escape(member:str, archive):
-    path = member.replace("\\", "/")
-    if path.startswith("/") or re.match(r"[A-Za-z]:", path) or ".." in path.split("/"):
-        raise DataError(
-            f"{archive}: member {member} would be written outside its folder; this archive is not safe and was "
-            "not unpacked"
-        )
+# what the modules raise for archives that are cut, damaged, locked by a password, or packed as nobody unpacks here
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError,
+           ValueError, NotImplementedError)
 
 # %% ../../nbs/data/fetching.ipynb #2bb48392
 def _move_into(part:Path, folder:Path):

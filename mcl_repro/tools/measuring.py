@@ -27,6 +27,7 @@ from mcl_repro.attacks.base import (
 from ..attacks.protection import png_bytes
 from ..core.errors import DataError, SettingsError, StoreError
 from ..core.files import csv_text, read_json, write_atomically
+from ..core.words import figure_text
 from ..data.pairs import Images, Pairs
 from ..data.readers import check_text, write_csv_pairs
 from mcl_repro.measures.metrics import (
@@ -446,7 +447,7 @@ class Measurement:
             ax.plot(shown.before, shown.index, "o", mfc="none", mec="0.3", label="reference")
             fig.legend(loc="outside upper right", ncols=2)
         ax.set(xlim=(-2, 102), xlabel="share of the test items, % (bar: 95% interval)", ylim=(-0.6, len(shown) - 0.4))
-        ax.set_yticks(shown.index, shown.what)
+        ax.set_yticks(shown.index, [figure_text(what) for what in shown.what])
         return fig
 
 # %% ../../nbs/tools/measuring.ipynb #e433a315

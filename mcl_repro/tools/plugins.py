@@ -33,7 +33,7 @@ import torch
 from ..attacks.base import Attack, ATTACKS, check_attack
 from ..core.errors import SettingsError, UserError
 from ..core.files import read_json, sha256_of_text, write_json
-from ..core.words import near
+from ..core.words import figure_text, near
 from ..data.pairs import LabelledImages
 from ..data.registry import DataRef, open_data
 from ..lab.costs import cost_of, StageWork
@@ -590,8 +590,9 @@ def comparison_figure(table: pd.DataFrame # of `compare`
             y = np.array([defences.index(d) for d in part.defence]) + shift
             ax.hlines(y, part.ci_low, part.ci_high, color=colour, lw=2)
             ax.plot(part.value, y, "o", color=colour, label=metric)
-        ax.set(title=name, xlim=(-3, 103), xlabel="% (bar: 95% interval)")
-        ax.set(yticks=range(len(defences)), yticklabels=defences, ylim=(-.6, len(defences) - .4))
+        ax.set(title=figure_text(name), xlim=(-3, 103), xlabel="% (bar: 95% interval)")
+        ax.set_yticks(range(len(defences)), [figure_text(defence) for defence in defences])
+        ax.set_ylim(-.6, len(defences) - .4)
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return fig
 

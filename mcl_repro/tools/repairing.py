@@ -24,7 +24,7 @@ import torch
 
 from ..core.errors import DataError, SettingsError
 from ..core.files import csv_text, read_json, write_atomically, write_json
-from ..core.words import near
+from ..core.words import figure_text, near
 from ..data.pairs import LabelledImages, Pairs
 from ..lab.attempt import peak_memory, reset_peak_memory
 from ..lab.lab import find_device
@@ -1100,7 +1100,7 @@ def change_figure(done: Repaired):
         ax.plot([r["before"], r["value"]], [y, y], color="0.6", lw=1)
     ax.scatter(before, places, s=110, facecolor="none", edgecolor="0.3", zorder=4, label="before")
     ax.scatter(after, places, s=45, color="C0", zorder=3, label="after, with 95% interval")
-    ax.set(yticks=places, yticklabels=[r["what"] for r in rows], ylim=(-.6, len(rows) - .4), xlabel="%")
+    ax.set(yticks=places, yticklabels=[figure_text(r["what"]) for r in rows], ylim=(-.6, len(rows) - .4), xlabel="%")
     if rows:
         fig.legend(loc="outside upper right", ncols=2, frameon=False)
     return fig

@@ -1,10 +1,12 @@
 """Registering, fetching with resume, unpacking what strangers packed, and verifying."""
 import hashlib, http.server, io, os, tarfile, threading, zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from data_files import encoded, refused
+from mcl_repro.data import fetching
 from mcl_repro.data.fetching import (
     _one_at_a_time, add_dataset, extract, fetch_dataset, list_datasets, show_dataset, verify_dataset,
 )
@@ -164,15 +166,37 @@ F, S, H = tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
     ([("/evil", F, "")], "/evil"),
     ([("..\\evil", F, "")], "..\\evil"),
     ([("C:\\evil", F, "")], "C:\\evil"),
+])
+def test_tar_members_that_escape_are_refused(tmp_path, members, named):
+    stays_inside(tmp_path, members, f"a.tar: member {named} would be written outside")
+
+@pytest.mark.parametrize("members, named", [
     ([("door", S, "/etc")], "door"),
     ([("door", S, "../.."), ("door/evil", F, "")], "door"),
+    ([("inside", S, "good.txt")], "inside"),
     ([("door", H, "../../evil")], "door"),
     ([("pipe", tarfile.FIFOTYPE, "")], "pipe"),
     ([("dev", tarfile.CHRTYPE, "")], "dev"),
+    ([("holes", tarfile.GNUTYPE_SPARSE, "")], "holes"),
 ])
-def test_tar_members_that_escape_are_refused(tmp_path, members, named):
+def test_tar_members_that_are_no_plain_files_are_refused(tmp_path, members, named):
+    stays_inside(tmp_path, members, f"a.tar: member {named} is a link, a device or a sparse file")
+
+def test_links_that_lead_outside_step_by_step_are_refused(tmp_path):
+    "CVE-2025-4517: Python's own filter let a chain of links with a path too long to be resolved lead outside."
+    steps, folder = "abcdefghijklmnop", "d"*247
+    members, path = [], ""
+    for step in steps:
+        members += [(f"{path}{folder}", tarfile.DIRTYPE, ""), (f"{path}{step}", S, folder)]
+        path += f"{folder}/"
+    far = "/".join(steps) + "/" + "l"*254
+    members += [(far, S, "../"*len(steps)), ("door", S, far + "/../../../evil"), ("door", F, "")]
+    stays_inside(tmp_path, members, "a.tar: member a is a link")
+
+def stays_inside(tmp_path, members, message):
+    "The archive is refused, and nothing of it is anywhere."
     (tmp_path/"a.tar").write_bytes(tar_with(("good.txt", F, ""), *members))
-    refused(f"a.tar: member {named} would be written outside", extract, tmp_path/"a.tar", tmp_path/"in"/"side")
+    refused(message, extract, tmp_path/"a.tar", tmp_path/"in"/"side")
     assert list((tmp_path / "in" / "side").iterdir()) == []
     assert sorted(os.listdir(tmp_path / "in")) == ["side"]
     assert not (tmp_path / "evil").exists()
@@ -186,15 +210,52 @@ def test_zip_members_that_escape_are_refused(tmp_path, name):
     assert list((tmp_path/"in"/"side").iterdir()) == [] and not (tmp_path/"evil").exists()
 
 def test_good_archives_join_what_is_there_and_broken_ones_leave_nothing(tmp_path):
-    (tmp_path/"a.tar").write_bytes(tar_with(("x/1", F, ""), ("x/link", S, "1")))
+    (tmp_path/"a.tar").write_bytes(tar_with(("x/1", F, "")))
     (tmp_path/"b.tar").write_bytes(tar_with(("x/2", F, "")))
     extract(tmp_path/"a.tar", tmp_path/"out")
     extract(tmp_path/"b.tar", tmp_path/"out")
-    assert sorted(os.listdir(tmp_path/"out"/"x")) == ["1", "2", "link"]
+    assert sorted(os.listdir(tmp_path/"out"/"x")) == ["1", "2"]
     for name, content in {"c.tar.gz": b"\x1f\x8b broken", "d.zip": toy_archive()[:-30], "e.tar": b"hello"}.items():
         (tmp_path/name).write_bytes(content)
         refused(f"{name}: not a whole archive", extract, tmp_path/name, tmp_path/"none")
     assert list((tmp_path/"none").iterdir()) == []
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_archives_that_grow_without_measure_are_refused(tmp_path, method):
+    with zipfile.ZipFile(tmp_path/"a.zip", "w", method) as z:
+        for k in range(12):
+            z.writestr(f"{k}.bin", bytes(20_000_000))
+    refused("files; this archive is not safe and was not unpacked", extract, tmp_path/"a.zip", tmp_path/"out")
+    with tarfile.open(tmp_path/"a.tar.gz", "w:gz") as t:
+        info = tarfile.TarInfo("zeros.bin")
+        info.size = 200_000_000
+        t.addfile(info, io.BytesIO(bytes(info.size)))
+    refused("bytes unpack to more than 200,000,000 in 1 files", extract, tmp_path/"a.tar.gz", tmp_path/"out")
+    assert list((tmp_path/"out").iterdir()) == []
+
+def test_what_there_is_no_room_for_is_not_begun(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path/"a.tar", "w") as t:
+        t.addfile(tarfile.TarInfo("first"))
+        info = tarfile.TarInfo("second")
+        info.size = 5000
+        t.addfile(info, io.BytesIO(bytes(5000)))
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda place: SimpleNamespace(free=4999))
+    message = "a.tar: 5,000 bytes more are needed where 4,999 are free; make room"
+    refused(message, extract, tmp_path/"a.tar", tmp_path/"out")
+    assert list((tmp_path/"out").iterdir()) == []
+
+def test_locked_and_foreign_zips_are_damage(tmp_path):
+    with zipfile.ZipFile(tmp_path/"a.zip", "w") as z:
+        z.writestr("x", "y")
+    whole = (tmp_path/"a.zip").read_bytes()
+    central = whole.index(b"PK\x01\x02")
+    for place, value in ((8, 1), (10, 99)):          # the flag of a password; a method that nobody knows
+        odd = bytearray(whole)
+        odd[central + place] = value
+        odd[place - 2] = value
+        (tmp_path/"odd.zip").write_bytes(odd)
+        refused("odd.zip: not a whole archive", extract, tmp_path/"odd.zip", tmp_path/"out")
 
 
 # ---- verify, list, show
