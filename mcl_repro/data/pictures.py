@@ -13,7 +13,7 @@ from functools import lru_cache
 from ..core.errors import DataError
 
 # %% auto #0
-__all__ = ['PICTURE_FORMATS', 'PICTURE_ENDINGS', 'picture_formats', 'as_rgb', 'file_kind', 'decode', 'square']
+__all__ = ['PICTURE_FORMATS', 'PICTURE_ENDINGS', 'LARGEST_PICTURE', 'picture_formats', 'as_rgb', 'file_kind', 'decode', 'square']
 
 # %% ../../nbs/data/pictures.ipynb #f3bb58a8
 # TGA comes last, as nothing marks its files
@@ -203,8 +203,12 @@ def _is_text(start):
     return all(c.isprintable() or c.isspace() for c in text)
 
 # %% ../../nbs/data/pictures.ipynb #44bbc99a
+LARGEST_PICTURE = 89_478_485       # pixels, where Pillow warns; as RGB 270 MB, and up to eight are read at once
+
 def _opened(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=picture_formats())
+    if image.width * image.height > LARGEST_PICTURE:
+        raise Image.DecompressionBombError
     if image.format == "TGA":
         if data[1] != 1 and any(data[3:8]):
             raise SyntaxError("not a TGA file: it describes a palette that it does not have")

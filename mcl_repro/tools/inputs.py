@@ -94,6 +94,10 @@ def _is_path(model):
 def _architecture(path):
     "The architecture that a checkpoint knows: noted by `save_clip`, or by transformers beside it; else None."
     noted, config = saved_facts(path).get("model"), transformers_config(path)
+    if noted and names_folder(noted):
+        # a file is a stranger's: what it says must not make this machine ask a hub, or read another folder
+        raise SettingsError(f"{path} says that it is of {noted!r:.120}, and only you may name a hub or a folder: if "
+                            "you trust it, give that as the model and this file as its weights (pretrained)")
     return noted or config and known_architecture(config)
 
 def _of_file(path, pretrained, device):

@@ -468,7 +468,9 @@ def test_a_folder_with_an_architecture_of_its_own(tmp_path):
     assert clip.name == f"local-dir:{tmp_path}" and embed_images(clip, PIXELS).shape == (2, 48)
     assert all(torch.equal(v, clip.model.state_dict()[k]) for k, v in model.state_dict().items())
     save_clip(clip, tmp_path/"again.safetensors")
-    assert alike(as_clip(tmp_path/"again.safetensors"), clip)
+    assert alike(as_clip(f"local-dir:{tmp_path}", pretrained=str(tmp_path/"again.safetensors")), clip)
+    with pytest.raises(SettingsError, match="only you may name a hub or a folder"):
+        as_clip(tmp_path/"again.safetensors")
 
 
 @pytest.mark.parametrize("config", ["{", "[]", "{}", '{"model_cfg": {"embed_dim": 2}}'])

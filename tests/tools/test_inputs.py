@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from mcl_repro.model.clip import build_clip, save_clip
 from mcl_repro.data.pairs import Pairs
 from mcl_repro.data.readers import read_csv_pairs
 from mcl_repro.core.errors import DataError, SettingsError, UserError
+from mcl_repro.tools import inputs
 from mcl_repro.tools.inputs import (
     as_clip, as_labelled, as_pairs, check_tolerance, Cost, differing, foreign_captions, input_row, Meter,
     model_fingerprint, model_title, no_problems, pair_remarks, Readable, readable_pairs,
@@ -256,3 +258,14 @@ def test_costs_are_said_in_units_one_can_grasp():
     assert [str(Cost(1, s, 0, 2e9, "x")).split(", ")[0] for s in (3, 300, 9000)] == [
         "1 pairs: about 3 seconds", "1 pairs: about 5 minutes", "1 pairs: about 2.5 hours",
     ]
+
+
+@pytest.mark.parametrize("noted", ["hf-hub:attacker/model", "local-dir:/home/other/model", "hf-hub:a/b" + "c"*5000])
+def test_a_file_names_no_hub_and_no_folder(tmp_path, monkeypatch, noted):
+    "What stands in a stranger's file must not make this machine ask a hub or look into another folder."
+    path = tmp_path/"clip.safetensors"
+    save_file({"a": torch.zeros(1)}, str(path), metadata=dict(model=noted))
+    monkeypatch.setattr(inputs, "build_clip", lambda *args, **options: pytest.fail("it was built"))
+    with pytest.raises(SettingsError, match="only you may name a hub or a folder") as told:
+        as_clip(str(path))
+    assert len(str(told.value)) < 500
