@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mcl_repro.core.errors import DataError, UserError
+from mcl_repro.core.errors import DataError, SettingsError, UserError
 from mcl_repro.core.libraries import import_open_clip
 from mcl_repro.model.checkpoints import read_checkpoint
 from mcl_repro.model.clip import build_clip, embed_images, embed_texts, model_config, save_clip
