@@ -3,6 +3,7 @@ import os, subprocess, sys, time
 from pathlib import Path
 
 from lab_stages import graph
+from mcl_repro.lab.cleaning import clean_store
 from mcl_repro.lab.lab import Lab
 
 TESTS = Path(__file__).parent
@@ -85,6 +86,19 @@ def content(runs):
         lasting = {k: v for k, v in record.items() if k not in RUN_ONLY}
         found[path.relative_to(store.objects).as_posix()] = files, lasting
     return found
+
+
+def clean_once(store, runs, **how):
+    "Agree to what a cleaning says; returns it."
+    rows = clean_store(store.folder, runs, **how)
+    return clean_store(store.folder, runs, yes=len(rows), **how)
+
+
+def clean_all(store, runs, **how):
+    "Set aside what may go, then delete what was set aside; returns what was there to go."
+    rows = clean_once(store, runs, **how)
+    clean_once(store, runs, **how)
+    return rows
 
 
 def remains(store, kinds=("tmp", "scratch", "running", "failed")):

@@ -187,21 +187,31 @@ def _stage_table(rows):
 @command("clean", "remove stored results that no profile needs", RUNS,
          option("--days", type=number(most=36500), default=30,
                 help="forget what no run asked for in so many days (default: 30)"),
-         flag("--yes", "really remove; without it only say what would go"),
+         option("--yes", type=whole_number(1), metavar="COUNT",
+                help="really do it: so many things, as the call without it says"),
          flag("--verbose", "name every single thing"))
 def clean(args):
-    "Remove from the store what no profile needs; without --yes only say what would go."
+    "Set aside what no profile needs, and empty what was set aside before; without --yes only say what would go."
     from pathlib import Path
 
     from mcl_repro.lab.cleaning import clean_store
-    rows = clean_store(Path(args.runs)/"store", args.runs, days=args.days, delete=args.yes)
+    rows = clean_store(Path(args.runs)/"store", args.runs, days=args.days, yes=args.yes)
     if not rows:
         return print("nothing to remove")
-    if args.verbose:
-        print(columns([{**row, "MB": f"{row['bytes']/1e6:.1f}"} for row in rows], ["kind", "MB", "name"]))
+    told = rows if args.verbose else _by_kind(rows)
+    print(columns([{**row, "MB": f"{row['bytes']/1e6:.1f}"} for row in told],
+                  ["kind", "name" if args.verbose else "count", "MB", "reason"]))
     size = sum(row["bytes"] for row in rows)/1e6
-    remedy = "" if args.yes else "; do it with: mcl_repro clean --yes"
-    print(f"{'removed' if args.yes else 'would remove'} {len(rows)} things, {size:.1f} MB{remedy}")
+    aside = sum(row["kind"] not in ("removed", "damaged") for row in rows)
+    if args.yes:
+        print(f"set {aside:,} things aside and deleted {len(rows) - aside:,} that had been, {size:.1f} MB")
+    else:
+        print(f"would remove {len(rows):,} things, {size:.1f} MB; do it with: mcl_repro clean --yes {len(rows)}")
+
+def _by_kind(rows):
+    "Things that may go, counted."
+    kinds = {row["kind"]: [r for r in rows if r["kind"] == row["kind"]] for row in rows}
+    return [{**same[0], "count": f"{len(same):,}", "bytes": sum(r["bytes"] for r in same)} for same in kinds.values()]
 
 # %% ../../nbs/cli/main.ipynb #b451779e
 @command("settings", "every setting that the papers print, beside ours in profile paper",

@@ -309,7 +309,7 @@ def test_a_store_of_another_version_is_left_alone(desk):
     before = state(desk.folder)
     for told in (
         desk.run("--role", "finetune=photos/pairs.csv", "--force"), desk.call("status", "--profile", "smoke"),
-        desk.call("clean", "--yes", "--days", "0"),
+        desk.call("clean", "--yes", "1", "--days", "0"),
     ):
         desk.refused(
             told,
@@ -340,7 +340,7 @@ from mcl_repro.run.batch import run_notebooks
 place = sys.argv[1]
 run = ['run', 'ubt', '--profile', 'smoke', '--device', 'cpu', '--notebooks', 'nbs',
        '--role', 'pretrain=world:pretrain:16', '--role', 'finetune=photos/pairs.csv']
-others = [['report', '--profile', 'smoke'], ['clean', '--yes', '--days', '0'], ['data', 'add', 'mine', 'photos'],
+others = [['report', '--profile', 'smoke'], ['clean', '--yes', '1', '--days', '0'], ['data', 'add', 'mine', 'photos'],
           ['status', '--profile', 'smoke']]
 
 def call(*commands):

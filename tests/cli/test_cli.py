@@ -166,8 +166,11 @@ def test_status_and_clean_of_a_real_store(tmp_path):
     assert call("clean", "--runs", tmp_path).stdout == "nothing to remove\n"
     spoilt = tmp_path/"store/quarantine/spoilt"
     spoilt.mkdir(parents=True)
-    assert "would remove 1 things" in call("clean", "--runs", tmp_path).stdout and spoilt.exists()
-    assert "removed 1 things" in call("clean", "--runs", tmp_path, "--yes").stdout and not spoilt.exists()
+    told = call("clean", "--runs", tmp_path).stdout
+    assert "it was found damaged and set aside" in told and "would remove 1 things, 0.0 MB; do it with: " in told
+    assert call("clean", "--runs", tmp_path, "--yes", "2").stderr.startswith("error: 1 things would go, not 2")
+    assert spoilt.exists()
+    assert "deleted 1 that had been" in call("clean", "--runs", tmp_path, "--yes", "1").stdout and not spoilt.exists()
 
 
 def test_data_commands(tmp_path):

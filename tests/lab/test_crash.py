@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 import lab_stages
-from lab_bench import DEADLINE, STEPS, await_end, await_that, content, remains
+from lab_bench import DEADLINE, STEPS, await_end, await_that, clean_all, content, remains
 from lab_stages import graph
 from mcl_repro.core.errors import StoreError
 from mcl_repro.lab import attempt, store
-from mcl_repro.lab.cleaning import clean_store
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.status import read_plan
 
@@ -18,7 +17,7 @@ def whole(bench, undisturbed, left=()):
     "The store holds what an undisturbed run leaves, and besides it only kinds of remains that cleaning up removes."
     assert content(bench.runs) == undisturbed
     store = bench.lab().store
-    rubbish = clean_store(store.folder, bench.runs, delete=True)
+    rubbish = clean_all(store, bench.runs)
     assert {r["kind"] for r in rubbish} - {"damaged"} == set(left)
     assert content(bench.runs) == undisturbed and not remains(store)
 

@@ -3,14 +3,14 @@ import json, os, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
-from lab_bench import environment
+from lab_bench import clean_all, clean_once, environment
 
 from mcl_repro.core.errors import StoreError
-from mcl_repro.core.files import sha256_of, write_json
+from mcl_repro.core.files import sha256_of
 from mcl_repro.lab.cleaning import clean_store
 from mcl_repro.lab.lab import Lab
 from mcl_repro.lab.nodes import stage
-from mcl_repro.lab.status import read_plan
+from mcl_repro.lab.status import read_plan, write_plan
 
 
 def names(base):
@@ -172,7 +172,7 @@ def planned(lab, keep):
     path = lab.folder/"plan.json"
     plan = read_plan(path)
     only = {n.key for n in keep}
-    write_json(path, {**plan, "entries": {s: e for s, e in plan["entries"].items() if e["key"] in only}})
+    write_plan(path, {**plan, "entries": {s: e for s, e in plan["entries"].items() if e["key"] in only}})
 
 
 def test_cleaning_keeps_the_bases_of_what_is_kept(lab):
@@ -183,7 +183,7 @@ def test_cleaning_keeps_the_bases_of_what_is_kept(lab):
     assert sorted(r["kind"] for r in rows) == ["artefact", "artefact", "base"] and len(bases(lab)) == 2
     size, = (r["bytes"] for r in rows if r["kind"] == "base")
     assert size == lab.store.base(dropped.result["base"]).stat().st_size
-    clean_store(lab.store.folder, lab.runs, delete=True)
+    clean_all(lab.store, lab.runs)
     assert [p.name for p in bases(lab)] == [kept.result["base"]]
     assert lab.store.read(kept.record["stage"], keep.key) and clean_store(lab.store.folder, lab.runs) == []
 
@@ -193,11 +193,11 @@ def test_cleaning_leaves_bases_alone_while_something_is_computed(lab):
     lab.run(drop)
     planned(lab, [])
     (lab.store.folder/"tmp"/f"{'e'*40}-1").mkdir()
-    clean = lambda **how: [r["kind"] for r in clean_store(lab.store.folder, lab.runs, keep=["none"], **how)]
+    clean = lambda: sorted(r["kind"] for r in clean_all(lab.store, lab.runs, keep=["none"]))
     with lab.store.lock("e"*40):     # whose attempt may have found the base a moment ago
-        assert clean(delete=True) == ["artefact"]
+        assert clean() == ["artefact"]
         assert len(bases(lab)) == 1
-    assert sorted(clean(delete=True)) == ["attempt", "base"] and bases(lab) == []
+    assert clean() == ["attempt", "base"] and bases(lab) == []
 
 
 def test_a_base_that_somebody_came_to_need_is_not_removed(lab, monkeypatch):
@@ -212,7 +212,7 @@ def test_a_base_that_somebody_came_to_need_is_not_removed(lab, monkeypatch):
         lab.run(late)
         real(store, rows)
     monkeypatch.setattr(cleaning, "_remove", after_another_run)
-    clean_store(lab.store.folder, lab.runs, keep=["none"], delete=True)
+    clean_once(lab.store, lab.runs, keep=["none"])
     assert len(bases(lab)) == 1 and lab.store.read(late.stage.name, late.key)
 
 
