@@ -46,6 +46,7 @@ def _running(store):
     "Whether any attempt is at work."
     return any(is_locked(store, _key_of(path)) for path in (store.folder/"tmp").glob("*"))
 
+# %% ../../nbs/lab/cleaning.ipynb #5be0a1d1
 _ASIDE = "cleaned-"       # how a folder begins, in quarantine, that a cleaning has filled
 
 REASONS = {

@@ -260,7 +260,7 @@ def test_costs_are_said_in_units_one_can_grasp():
     ]
 
 
-@pytest.mark.parametrize("noted", ["hf-hub:attacker/model", "local-dir:/home/other/model", "hf-hub:a/b" + "c"*5000])
+@pytest.mark.parametrize("noted", ["hf-hub:attacker/model", "local-dir:other/model", "hf-hub:a/b" + "c"*5000])
 def test_a_file_names_no_hub_and_no_folder(tmp_path, monkeypatch, noted):
     "What stands in a stranger's file must not make this machine ask a hub or look into another folder."
     path = tmp_path/"clip.safetensors"
